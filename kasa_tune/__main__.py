@@ -1,0 +1,8 @@
+"""`python -m kasa_tune` is the command `kasa-tune`."""
+
+import sys
+
+from kasa_tune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

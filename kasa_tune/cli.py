@@ -1,0 +1,218 @@
+"""`kasa-tune run|ls|cp|cat|validate`: what torchtune's `tune` does for our recipes and configs, with no hook.
+
+Everything but `run` answers without importing torch.
+"""
+
+import argparse
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kasa_tune import __version__, registry
+
+_RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
+_RUN_HELP = f"""usage: {_RUN_USAGE}
+
+Run a recipe. Recipe and config are names from `kasa-tune ls` or paths to files of your own.
+Any option of torchrun before the recipe starts it through torchrun; without one it runs in this process.
+
+examples:
+    kasa-tune run kasa_finetune_single_device --config tiny_kasa
+    kasa-tune run kasa_finetune_single_device --config llama3_8b_kasa model.rank=16 optimizer.lr=1e-4
+    kasa-tune run ./my_recipe.py --config ./my_config.yaml
+    kasa-tune run --nproc_per_node 2 my_distributed_recipe.py --config my_config.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own).
+
+    Returns:
+        The exit code: 0, or 2 for an error in what was asked, which is explained on stderr. `run` returns what its
+        recipe does, exceptions and `SystemExit` included.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:  # torchrun's options stand before the recipe, so its parser reads the rest
+        return _run(argv[1:])
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.func(args)
+    except (ValueError, OSError) as error:
+        return _fail(args.command, error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kasa-tune", description="Run, list, copy, print and check the recipes and configs of kasa_tune."
+    )
+    parser.add_argument("--version", action="version", version=f"kasa_tune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|ls|cp|cat|validate")
+    commands.add_parser("run", help="run a recipe, in this process or through torchrun", usage=_RUN_USAGE)
+
+    ls = commands.add_parser("ls", help="list all recipes and configs")
+    ls.set_defaults(func=_ls)
+
+    cp = commands.add_parser("cp", help="copy a recipe or config, to edit it")
+    cp.add_argument("file", help="name or path of a recipe or config")
+    cp.add_argument("destination", type=Path, help="file or folder to copy to; a missing suffix is added")
+    cp.add_argument("-n", "--no-clobber", action="store_true", help="leave an existing file as it is")
+    cp.add_argument("--make-parents", action="store_true", help="create missing folders above the destination")
+    cp.set_defaults(func=_cp)
+
+    cat = commands.add_parser("cat", help="print a config or recipe")
+    cat.add_argument("file", help="name or path of a config or recipe")
+    cat.add_argument("--sort", action="store_true", help="print a config's keys in sorted order, without its comments")
+    cat.set_defaults(func=_cat)
+
+    validate = commands.add_parser("validate", help="check a config without running it")
+    validate.add_argument("config", help="name or path of a config")
+    validate.add_argument("overrides", nargs="*", metavar="key=value", help="changes to check it with")
+    validate.set_defaults(func=_validate)
+    return parser
+
+
+def _ls(args: argparse.Namespace) -> int:
+    print(f"{'RECIPE':<40} CONFIG")
+    for recipe in registry.recipes():
+        names = [config.name for config in recipe.configs] or ["<>"]
+        for first, name in zip([recipe.name] + [""] * len(names), names):
+            print(f"{first:<40} {name}")
+    return 0
+
+
+def _cp(args: argparse.Namespace) -> int:
+    source, destination = _find_either(args.file), args.destination.expanduser()
+    if destination.is_dir():
+        destination = destination / source.name
+    elif destination.suffix != source.suffix:
+        destination = destination.with_name(destination.name + source.suffix)
+    if destination.exists():
+        if args.no_clobber:
+            print(f"{destination} exists and was left as it is.")
+            return 0
+        if destination.samefile(source):
+            raise ValueError(f"{destination} is the file to copy; give another destination.")
+    if args.make_parents:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    elif not destination.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {destination.parent}; create it, or add --make-parents.")
+    shutil.copyfile(source, destination)
+    print(f"Copied {source.stem} to {destination}")
+    return 0
+
+
+def _cat(args: argparse.Namespace) -> int:
+    path = _find_either(args.file)
+    text = path.read_text(encoding="utf-8")
+    if args.sort and path.suffix != ".py":
+        import yaml
+
+        try:
+            text = yaml.safe_dump(yaml.safe_load(text), sort_keys=True, allow_unicode=True)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+    print(text, end="" if text.endswith("\n") else "\n")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    path = registry.find_config(args.config)
+    from kasa_tune import config  # here, so that the other commands do not pay for omegaconf
+
+    config.validate_file(path, args.overrides)
+    print(f"{args.config}: the config is valid.")
+    return 0
+
+
+def _find_either(name_or_path: str) -> Path:
+    """The path of a recipe or config given by name, or of any file given by path."""
+    try:
+        return registry.find_recipe(name_or_path)
+    except FileNotFoundError:
+        pass
+    try:
+        return registry.find_config(name_or_path)
+    except FileNotFoundError:
+        pass
+    names = [entry.name for entry in (*registry.recipes(), *registry.configs())]
+    hint = registry.did_you_mean(name_or_path, names) or "`kasa-tune ls` lists all names."
+    raise FileNotFoundError(f"No recipe or config named {name_or_path!r}, and no such file. {hint}")
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_RUN_HELP, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    try:
+        options, recipe, recipe_args = _split_run(argv)
+        path = registry.find_recipe(recipe)
+        recipe_args = _with_config_path(recipe_args, path)
+        if options:
+            _check_distributed(path)
+    except (ValueError, OSError) as error:
+        return _fail("run", error)
+    if options:
+        from torch.distributed import run as torchrun
+
+        torchrun.main([*_standalone(options), *options, str(path), *recipe_args])
+        return 0
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a config may name components of the working directory
+    sys.argv = [str(path), *recipe_args]
+    runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+def _split_run(argv: list[str]) -> tuple[list[str], str, list[str]]:
+    """Split a `run` command line into torchrun's options, the recipe, and the recipe's own arguments."""
+    if not argv[0].startswith("-"):
+        return [], argv[0], argv[1:]
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog, parser.usage = "kasa-tune run", _RUN_USAGE
+    parsed = parser.parse_args(argv)
+    if parsed.module or parsed.no_python:
+        raise ValueError("--module and --no-python do not go with a recipe; give its name or the path of its file.")
+    recipe_args = parsed.training_script_args
+    return argv[: len(argv) - len(recipe_args) - 1], parsed.training_script, recipe_args
+
+
+def _with_config_path(recipe_args: list[str], recipe: Path) -> list[str]:
+    """The recipe's arguments with the value of `--config` replaced by the path it stands for."""
+    for i, argument in enumerate(recipe_args):
+        if argument.startswith("--config="):
+            return [*recipe_args[:i], "--config", _config_path(argument[9:]), *recipe_args[i + 1 :]]
+        if argument == "--config" and i + 1 < len(recipe_args):
+            return [*recipe_args[: i + 1], _config_path(recipe_args[i + 1]), *recipe_args[i + 2 :]]
+        if argument in ("-h", "--help"):
+            return recipe_args
+    names = [config.name for entry in registry.recipes() if entry.path == recipe for config in entry.configs]
+    shown = f" Configs of this recipe: {', '.join(names)}." if names else ""
+    raise ValueError(f"{recipe.stem} needs --config with a name or the path of a YAML file.{shown}")
+
+
+def _config_path(name_or_path: str) -> str:
+    return str(registry.find_config(name_or_path))
+
+
+def _check_distributed(path: Path) -> None:
+    for recipe in registry.recipes():
+        if recipe.path == path and not recipe.supports_distributed:
+            raise ValueError(f"{recipe.name} runs in one process; leave out torchrun's options.")
+
+
+def _standalone(options: list[str]) -> list[str]:
+    """`--standalone` unless the options say where processes meet: runs side by side then need no port of their own."""
+    rendezvous = ("rdzv", "master", "node", "nnodes", "standalone")
+    names = [option.lstrip("-").replace("-", "_").split("=")[0] for option in options if option.startswith("-")]
+    return [] if any(name.startswith(rendezvous) for name in names) else ["--standalone"]
+
+
+def _fail(command: str, error: Exception) -> int:
+    print(f"kasa-tune {command}: {error}", file=sys.stderr)
+    return 2
