@@ -1,0 +1,232 @@
+"""Step checkpoints that are whole or absent, and carry everything a run needs to go on bit for bit.
+
+A checkpoint is a folder ``step_<n>`` of safetensors and JSON files. It is written under a temporary name, flushed to the
+disk, sealed with a manifest of sizes and SHA-256 sums, and only then renamed; what does not match its manifest is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+PREFIX = "step_"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind."""
+
+
+def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_last: int | None = None) -> Path:
+    """Write ``parts`` as checkpoint ``folder/step_<step>`` in one atomic act.
+
+    Args:
+        folder: holds all checkpoints of a run; made if missing.
+        step: optimizer steps done.
+        parts: name to a tree of dicts, lists, tuples, tensors, strings, numbers, booleans and None.
+        keep_last: older checkpoints beyond this many are removed afterwards; None keeps all.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched and no partial one is left.
+    """
+    final = folder / f"{PREFIX}{step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(leftover)
+    try:
+        temporary.mkdir()
+        for name, tree in parts.items():
+            _write_part(temporary, name, tree)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "parts": list(parts), "files": files}
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if keep_last is not None:
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders that look like checkpoints, oldest first; none of them verified."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that matches its manifest, and why newer ones were passed over."""
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return path, passed_over
+    return None, passed_over
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare every file with the manifest and return the manifest.
+
+    Raises:
+        CheckpointError: the manifest is missing or unreadable, a file is missing, too short or changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error}).") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has checkpoint format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}.")
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file() or _fingerprint(path / name) != expected:
+            raise CheckpointError(f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint.")
+    return manifest
+
+
+def load_part(path: Path, name: str) -> Any:
+    """One part of a checkpoint, tensors on the CPU. Verify the checkpoint first.
+
+    Raises:
+        CheckpointError: the checkpoint has no such part.
+    """
+    if not (path / f"{name}.json").is_file():
+        raise CheckpointError(f"{path} has no part {name!r}.")
+    tensors = load_file(path / f"{name}.safetensors") if (path / f"{name}.safetensors").is_file() else {}
+    return _decode(json.loads((path / f"{name}.json").read_text()), tensors)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's global generators, CUDA devices included."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Bring all global generators back; CUDA ones where as many devices exist as were saved."""
+    random.setstate(state["python"])
+    numpy_state = dict(state["numpy"], state=dict(state["numpy"]["state"]))
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class StopSignals:
+    """While active, SIGINT and SIGTERM are remembered instead of obeyed; a second one is obeyed at once.
+
+    ``received`` is the signal's number or None. The exit status of a program that stops for signal n is ``128 + n``.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._previous[number])
+
+
+# --- trees <-> JSON with tensors beside it ---
+
+
+def _write_part(folder: Path, name: str, tree: Any) -> None:
+    tensors: dict[str, Tensor] = {}
+    document = _encode(tree, name, tensors)
+    if tensors:
+        save_file(tensors, folder / f"{name}.safetensors")
+        with (folder / f"{name}.safetensors").open("rb+") as file:
+            os.fsync(file.fileno())
+    _write_synced(folder / f"{name}.json", json.dumps(document).encode())
+
+
+def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for ``tree``; what JSON lacks becomes a tagged object, tensors go to ``tensors`` under their path in the tree."""
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": path}
+    if isinstance(tree, Mapping):
+        return {"dict": [[key, _encode(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, tuple):
+        return {"tuple": [_encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
+    if isinstance(tree, list):
+        return [_encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"A checkpoint cannot hold {type(tree).__name__} (at {path}).")
+
+
+def _decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(document, list):
+        return [_decode(value, tensors) for value in document]
+    if not isinstance(document, dict):
+        return document
+    ((tag, content),) = document.items()
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "tuple":
+        return tuple(_decode(value, tensors) for value in content)
+    return {key: _decode(value, tensors) for key, value in content}
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

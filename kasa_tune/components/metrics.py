@@ -1,0 +1,62 @@
+"""The default metric logger: one JSON object a step, floats in full precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+
+class JSONLLogger:
+    """Appends ``{"step": …, name: value, …}`` lines to ``<log_dir>/<filename>`` (torchtune's metric-logger interface).
+
+    Floats are written so that reading them back gives the same float. A line is on disk when :meth:`log_dict` returns.
+
+    Args:
+        log_dir: folder, made if missing; the resolved config is written beside the metrics as ``config.yaml``.
+        filename: name of the metrics file.
+    """
+
+    def __init__(self, log_dir: str, filename: str = "metrics.jsonl") -> None:
+        self.path = Path(log_dir) / filename
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after ``step``, and a torn last line: a resumed run writes them again."""
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        self._file.close()
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log_config(self, config: DictConfig) -> None:
+        """Write the config beside the metrics."""
+        OmegaConf.save(config, self.path.parent / "config.yaml", resolve=True)
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Write one value."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Write the values of one step as one line."""
+        values = {name: value.item() if hasattr(value, "item") else value for name, value in payload.items()}
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

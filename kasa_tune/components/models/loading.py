@@ -1,0 +1,71 @@
+"""From nothing to a model with base weights: built on the meta device, filled tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kasa_tune.components.linear import adapter_linears
+
+
+def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype) -> nn.Module:
+    """The model with shapes and dtypes but no storage, in milliseconds whatever its size.
+
+    Args:
+        build: a builder without arguments.
+        dtype: of the base weights.
+    """
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return build()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@torch.no_grad()
+def load_base_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, adapter_dtype: torch.dtype
+) -> None:
+    """Fill a model built on meta: base weights cast and moved one by one, adapters started without a look at the weights.
+
+    Args:
+        model: from :func:`build_on_meta`, in place.
+        weights: torchtune's names to tensors of any floating dtype.
+        device: where the model shall live.
+        adapter_dtype: of the trained parameters.
+
+    Raises:
+        ValueError: names or shapes differ from the model's; the first differences are listed.
+    """
+    expected = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
+    _check_same_shapes(expected, weights)
+    cast = {name: weights[name].to(device=device, dtype=value.dtype) for name, value in expected.items()}
+    model.load_state_dict(cast, strict=False, assign=True)
+    for module in model.modules():
+        if hasattr(module, "rope_init"):
+            with device:
+                module.rope_init()
+    for _, linear in adapter_linears(model):
+        linear.materialize(device, adapter_dtype)
+
+
+def _check_same_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{name}: the model has {_shape(expected, name)}, the checkpoint {_shape(given, name)}"
+        for name in sorted(expected.keys() | given.keys())
+        if _shape(expected, name) != _shape(given, name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"The checkpoint is not one of this model: {len(wrong)} of {len(expected)} tensors differ ("
+            + "; ".join(wrong[:3])
+            + "). Check model._component_ and checkpointer.checkpoint_dir."
+        )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(tensors[name].shape) if name in tensors else "none"

@@ -1,0 +1,8 @@
+"""Mistral with KaSA or LoRA linears; see :func:`~kasa_tune.components.models.attach.builders`."""
+
+from torchtune.models.mistral import mistral, mistral_7b
+
+from kasa_tune.components.models.attach import builders
+
+kasa_mistral, lora_mistral = builders(mistral)
+kasa_mistral_7b, lora_mistral_7b = builders(mistral_7b)
