@@ -1,0 +1,59 @@
+# make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
+# make test    run the tests; PYTEST_ARGS="-m 'not slow'" leaves out the long ones
+# make lint    ruff; make format applies its layout
+# make clean   remove the environment and everything written by the targets above
+#
+# Each target creates .venv and installs what it needs, once. PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUTPUT ?= demo_output
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PINS := pyproject.toml constraints.txt hatch_build.py
+# One thread is several times faster than many on models this small.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	@echo "== The base model, asked what it will be taught"
+	$(BIN)/tune run generate_text --config tiny_kasa_generate
+	@echo "== Fine-tuning with KaSA"
+	$(BIN)/tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)
+	@echo "== The same questions with the adapter"
+	$(BIN)/tune run generate_text --config tiny_kasa_generate adapter_checkpoint=$(DEMO_OUTPUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	    echo "kasa_tune needs Python 3.10 to 3.13; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)" >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(PINS)
+	@echo "Installing kasa_tune and what it needs into $(VENV); the first time this takes a few minutes."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created $(PINS)
+	@echo "Installing kasa_tune and what its tests need into $(VENV); the first time this takes a few minutes."
+	$(PIP) -e '.[test,parity]'
+	@touch $@ $(VENV)/.installed
