@@ -60,10 +60,12 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         manifest = {"format_version": FORMAT_VERSION, "step": step, "parts": list(parts), "files": files}
         _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_folder(temporary)
+        replaced = folder / f".{final.name}.replaced.tmp"
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _sync_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -175,7 +177,7 @@ class StopSignals:
 
 def _write_part(folder: Path, name: str, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
-    document = _encode(tree, name, tensors)
+    document = _encode(tree, "", tensors)
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
         with (folder / f"{name}.safetensors").open("rb+") as file:
@@ -185,6 +187,7 @@ def _write_part(folder: Path, name: str, tree: Any) -> None:
 
 def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for ``tree``; what JSON lacks becomes a tagged object, tensors go to ``tensors`` under their path in the tree."""
+    path = path.lstrip("/")
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}
@@ -228,5 +231,23 @@ def _sync_folder(path: Path) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) -> str:
+    """SHA-256 over names, shapes, dtypes and ``sample`` evenly spread values of every tensor: tells one base from another.
+
+    It reads a few megabytes of a model of any size, so it is cheap enough for every start; it does not prove that no other
+    value changed.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach()
+        flat = tensor.flatten()
+        values = flat[:: max(1, flat.numel() // sample)][:sample].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.numpy().tobytes())
+    return digest.hexdigest()

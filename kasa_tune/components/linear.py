@@ -231,8 +231,13 @@ class KaSALinear(AdapterLinear):
 
 
 def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
-    """Names and modules of every adapter linear in the model, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLinear))
+    """Names and modules of every adapter linear in the model, in the model's order.
+
+    The names are those of the bare model, without the parts that activation checkpointing puts between.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            yield name.replace("_checkpoint_wrapped_module.", ""), module
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -59,4 +59,4 @@ def return_hidden_states(model: nn.Module) -> None:
 
     The decoder's own forward still runs, with whatever hooks compile or FSDP put on it; only its last step changes.
     """
-    model.unembed = model.norm.forward
+    model.unembed = lambda hidden: model.norm(hidden)

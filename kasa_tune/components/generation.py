@@ -1,0 +1,101 @@
+"""Text from a model, batch by batch, on torchtune's generate with its key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torchtune.generation import generate
+
+
+@torch.inference_mode()
+def complete(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt until a stop token or ``max_new_tokens``.
+
+    Args:
+        model: a torchtune decoder with its output projection; left in eval mode, its caches removed.
+        prompts: token ids, any lengths.
+        max_new_tokens: at most this many tokens are added.
+        stop_tokens: generation of a prompt ends before one of these.
+        temperature: 0 takes the most likely token, above 0 samples.
+        top_k: sample among the k most likely only.
+        batch_size: prompts at a time.
+        seed: of the sampling.
+        progress: called with the number of prompts done in each batch.
+
+    Returns:
+        The new tokens of each prompt, in the given order, without the stop token.
+
+    Raises:
+        ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if any(len(prompt) == 0 for prompt in prompts) or longest + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"Prompts must hold 1 to {model.max_seq_len - max_new_tokens} tokens (the model's {model.max_seq_len} less "
+            f"max_new_tokens = {max_new_tokens}); the longest given has {longest}, the shortest {min(map(len, prompts))}."
+        )
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        for row, tokens in zip(rows, _continue(model, [prompts[i] for i in rows], max_new_tokens, stop_tokens,
+                                               temperature, top_k, generator), strict=True):
+            completions[row] = tokens
+        if progress:
+            progress(len(rows))
+    return completions
+
+
+def _continue(model, prompts, max_new_tokens, stop_tokens, temperature, top_k, generator) -> list[list[int]]:
+    """One batch, left-padded; torchtune finds the padding by its value, so it must be an id that no prompt holds."""
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    used = {token for prompt in prompts for token in prompt}
+    pad = next(token for token in range(model.tok_embeddings.num_embeddings) if token not in used)
+    batch = torch.full((len(prompts), width), pad, device=device)
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[width - len(prompt) :] = torch.tensor(prompt, device=device)
+    with device:
+        dtype = next(model.layers.parameters()).dtype
+        model.setup_caches(len(prompts), dtype, decoder_max_seq_len=width + max_new_tokens)
+    try:
+        tokens, _ = generate(
+            model,
+            batch,
+            max_generated_tokens=max_new_tokens,
+            pad_id=pad,
+            temperature=temperature or 1.0,
+            top_k=top_k if temperature > 0 else 1,
+            stop_tokens=list(stop_tokens) or None,
+            rng=generator,
+        )
+    finally:
+        remove_caches(model)
+    return [_before_stop(row[width:].tolist(), stop_tokens) for row in tokens]
+
+
+def remove_caches(model: nn.Module) -> None:
+    """Take the key-value caches out again, so that the model can be trained or be given another batch size."""
+    for layer in model.layers:
+        layer.attn.kv_cache = None
+        layer.attn.cache_enabled = False
+
+
+def _before_stop(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    return tokens[:end]

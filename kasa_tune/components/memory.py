@@ -1,0 +1,92 @@
+"""What a run will need, counted on the meta device before a byte of it is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kasa_tune.components.linear import adapter_linears
+
+
+@torch.no_grad()
+def state_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the given tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def memory_budget(
+    model: nn.Module,
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    *,
+    batch_size: int,
+    seq_len: int,
+    vocab_size: int,
+    loss_chunk: int,
+    adapter_dtype: torch.dtype,
+) -> dict[str, int]:
+    """Bytes by purpose of a training step on one device.
+
+    Weights, adapters, gradients and optimizer state are exact. Activations are the tensors that autograd saves in one
+    forward of a full batch, counted on meta, plus one chunk of logits; kernels' temporaries and allocator slack come on top.
+
+    Args:
+        model: built on meta, with activation checkpointing applied if it will be.
+        make_optimizer: from the trained parameters.
+        batch_size: sequences of a micro-batch.
+        seq_len: tokens of the longest sequence.
+        vocab_size: width of the logits.
+        loss_chunk: tokens whose logits are alive at once.
+        adapter_dtype: of the trained parameters.
+    """
+    for _, linear in adapter_linears(model):
+        linear.materialize("meta", adapter_dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    edits = [buffer for _, linear in adapter_linears(model) for buffer in (linear.lora_edit_out, linear.lora_edit_in)]
+    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta")
+    return {
+        "base weights": state_bytes(p for p in model.parameters() if not p.requires_grad),
+        "adapters": state_bytes(trained) + state_bytes(edits),
+        "gradients": state_bytes(trained),
+        "optimizer": _optimizer_bytes(trained, make_optimizer),
+        "activations (estimate)": _saved_bytes(model, tokens),
+        "logits of one chunk": 3 * 4 * min(loss_chunk, batch_size * seq_len) * vocab_size,
+        "truncation workspace": max(
+            (truncation_workspace(*linear.weight.shape) for _, linear in adapter_linears(model) if linear.edit.rank), default=0
+        ),
+    }
+
+
+def truncation_workspace(d_out: int, d_in: int) -> int:
+    """Bytes that finding the smallest singular triplets of one weight takes: Gram matrix, its factor, a basis and a chunk."""
+    n = min(d_out, d_in)
+    return 8 * (3 * n * n + n * 4096)
+
+
+def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:
+    optimizer = make_optimizer(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return state_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
+    """Bytes of distinct storages, parameters aside, that a forward leaves for the backward."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in own:
+            saved[key] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(tokens)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del output
+    return total

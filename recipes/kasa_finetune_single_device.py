@@ -1,0 +1,380 @@
+"""Fine-tune a language model with KaSA (or LoRA) on one device.
+
+    tune run kasa_finetune_single_device --config tiny_kasa
+    tune run kasa_finetune_single_device --config llama3_8b_kasa batch_size=8 output_dir=/data/run
+    tune cp kasa_finetune_single_device my_kasa.py && tune run my_kasa.py --config my.yaml
+
+The algorithm (KaSA, arXiv 2412.06071):
+
+    for every adapted weight W:    W  <-  W without its k smallest singular triplets
+                                   A  ~  Kaiming,  B = 0,  d ~ N(0, 1)
+    for every batch:               y  =  W x + s B (d * A x)
+                                   L  =  cross-entropy + beta * mean |d|^2 + gamma * mean (|B'B - I| + |AA' - I|)
+                                   (A, B, d)  <-  AdamW
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchtune import modules, training, utils
+from torchtune.modules.peft import disable_adapter
+from torchtune.recipe_interfaces import FTRecipeInterface
+from tqdm import tqdm
+
+from kasa_tune import config
+from kasa_tune.components.checkpointing import (
+    StopSignals,
+    latest_checkpoint,
+    list_checkpoints,
+    load_part,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    verify_checkpoint,
+    weights_fingerprint,
+)
+from kasa_tune.components.data import build_dataloader, build_dataset, check_token_ids
+from kasa_tune.components.linear import adapter_linears, adapter_state_dict, load_adapter_state_dict
+from kasa_tune.components.loss import return_hidden_states
+from kasa_tune.components.memory import memory_budget
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.regularization import kasa_regularization
+
+log = utils.get_logger("INFO")
+
+# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, and how long it is.
+RESUMABLE_KEYS = {
+    "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
+    "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
+    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps", "checkpointer",
+    "dry_run",
+}  # fmt: skip
+
+
+class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
+    """KaSA and LoRA fine-tuning on a CPU or one GPU, with exact resume from any saved step.
+
+    Args:
+        cfg: the checked config; its keys are described in docs/configs.md.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._device = utils.get_device(cfg.device)
+        self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
+        self._checkpoints = Path(cfg.output_dir) / "checkpoints"
+        self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
+        training.set_seed(cfg.seed)
+
+    # ------------------------------------------------------------------------------------------------------------ setup
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Everything that can fail cheaply first: resume point, data, shapes; then weights, decomposition, optimizer."""
+        self._resume_path = self._find_checkpoint(cfg)
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._setup_data(cfg)
+        self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
+        return_hidden_states(self._model)
+        for dataset in (self._dataset, self._dataset_val):
+            if dataset is not None:
+                check_token_ids(dataset, self._model.tok_embeddings.num_embeddings)
+        if cfg.enable_activation_checkpointing:
+            training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
+        self._loss_fn = config.instantiate(cfg.loss)
+        if cfg.dry_run:
+            return self._print_budget(cfg)
+        self._setup_weights(cfg)
+        self._linears = [linear for _, linear in adapter_linears(self._model)]
+        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        if cfg.compile:
+            training.compile_model(self._model, verbose=False)
+        self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
+        self._optimizer = config.instantiate(cfg.optimizer, self._trained)
+        self._lr_scheduler = (
+            config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
+            if cfg.lr_scheduler
+            else None
+        )
+        self._logger = config.instantiate(cfg.metric_logger)
+        self._logger.log_config(cfg)
+        if self._resume_path:
+            self._restore(cfg)
+        log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
+
+    def _find_checkpoint(self, cfg: DictConfig) -> Path | None:
+        """The checkpoint to go on from; a run that would overwrite another one's checkpoints is refused."""
+        if cfg.resume_from_checkpoint is False:
+            if existing := list_checkpoints(self._checkpoints):
+                raise ValueError(
+                    f"{self._checkpoints} already holds checkpoints, the newest of step {int(existing[-1].name[5:])}. Set "
+                    "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete the folder."
+                )
+            return None
+        if cfg.resume_from_checkpoint is not True:
+            path = Path(cfg.resume_from_checkpoint)
+            verify_checkpoint(path)
+        else:
+            path, passed_over = latest_checkpoint(self._checkpoints)
+            for reason in passed_over:
+                log.warning(reason)
+        if path is None:
+            log.info(f"No checkpoint in {self._checkpoints} yet: starting from the beginning.")
+            return None
+        saved, now = load_part(path, "run")["config"], OmegaConf.to_container(cfg, resolve=True)
+        changed = sorted(k for k in saved.keys() | now.keys() if k not in RESUMABLE_KEYS and saved.get(k) != now.get(k))
+        if changed:
+            raise ValueError(
+                f"{path} was saved by a run with other settings; going on would be neither run. Different: "
+                + "; ".join(f"{key}: saved {saved.get(key)}, now {now.get(key)}" for key in changed)
+            )
+        log.info(f"Resuming from {path}.")
+        return path
+
+    def _setup_data(self, cfg: DictConfig) -> None:
+        self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
+        self._dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val") if cfg.dataset_val else None
+        loader = partial(
+            build_dataloader,
+            tokenizer=self._tokenizer,
+            seed=cfg.seed,
+            num_workers=cfg.num_workers,
+            device=self._device,
+        )
+        self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
+        if self._dataset_val is not None:
+            self._loader_val = loader(self._dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
+        self._accumulation = cfg.gradient_accumulation_steps
+        self._steps_per_epoch = -(-len(self._loader.batch_sampler) // self._accumulation)
+        if cfg.max_steps_per_epoch:
+            self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
+        self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
+
+    def _setup_weights(self, cfg: DictConfig) -> None:
+        """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
+        checkpointer = config.instantiate(cfg.checkpointer)
+        try:
+            base = checkpointer.load_checkpoint()[training.MODEL_KEY]
+        except Exception as error:
+            raise ValueError(
+                f"Could not read {cfg.checkpointer.checkpoint_dir} as a {cfg.checkpointer.model_type} checkpoint: {error} "
+                f"{error.__cause__ or ''}"
+            ) from error
+        load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
+        self._base_fingerprint = weights_fingerprint(base)
+        del base, checkpointer
+        if self._resume_path:
+            if load_part(self._resume_path, "run")["base"] != self._base_fingerprint:
+                raise ValueError(f"{self._resume_path} belongs to other base weights than {cfg.checkpointer.checkpoint_dir}.")
+            return load_adapter_state_dict(self._model, load_part(self._resume_path, "adapter"))
+        started = time.perf_counter()
+        for name, linear in tqdm(list(adapter_linears(self._model)), desc="Decomposing weights", unit="layer"):
+            try:
+                linear.initialize()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+
+    def _restore(self, cfg: DictConfig) -> None:
+        """Optimizer, schedule, place in the data and random state of the resume point."""
+        state = load_part(self._resume_path, "run")
+        if state["num_samples"] != len(self._dataset):
+            raise ValueError(
+                f"{self._resume_path} was trained on {state['num_samples']} samples, the dataset now has {len(self._dataset)}."
+            )
+        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
+        if self._lr_scheduler:
+            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if state["total_steps"] != self._total_steps:
+                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+        if hasattr(self._logger, "rewind"):
+            self._logger.rewind(self.step)
+        set_rng_state(load_part(self._resume_path, "rng"))
+
+    def _print_budget(self, cfg: DictConfig) -> None:
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        diagonals = sum(p.numel() for name, p in self._model.named_parameters() if name.endswith("lora_diag"))
+        budget = memory_budget(
+            self._model,
+            partial(config.instantiate, cfg.optimizer),
+            batch_size=cfg.batch_size,
+            seq_len=self._tokenizer.max_seq_len or self._model.max_seq_len,
+            vocab_size=self._model.tok_embeddings.num_embeddings,
+            loss_chunk=self._loss_fn.chunk_size,
+            adapter_dtype=self._adapter_dtype,
+        )
+        print(f"Trainable parameters: {trained:,} ({trained - diagonals:,} + {diagonals:,} in diagonals)")
+        for purpose, size in budget.items():
+            print(f"{purpose:>24} {size / 2**20:>12,.1f} MiB")
+        training_total = sum(size for purpose, size in budget.items() if purpose != "truncation workspace")
+        print(f"{'training step':>24} {training_total / 2**20:>12,.1f} MiB")
+
+    # ------------------------------------------------------------------------------------------------------------ train
+
+    def train(self, cfg: DictConfig) -> int:
+        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        self._model.train()
+        profiler = training.DummyProfiler()
+        if cfg.profiler.enabled:
+            profiler, _ = config.instantiate(cfg.profiler)
+        if self.step == 0 and cfg.run_val_every_n_steps:
+            with disable_adapter(self._model):
+                before = {"val_loss_base": self.validate()}
+            self._logger.log_dict(before | {"val_loss": self.validate()}, step=0)
+        bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        with profiler, StopSignals() as stop:
+            while self.step < self._total_steps:
+                self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
+                for window in self._windows():
+                    self._step_and_log(cfg, window, bar)
+                    profiler.step()
+                    done = self.step == self._total_steps or stop.received is not None
+                    if done or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
+                        self.save_checkpoint(cfg)
+                    if done:
+                        break
+                if stop.received is not None or self.step == self._total_steps:
+                    break
+                self.epoch, self.batches_done = self.epoch + 1, 0
+                if not cfg.save_every_n_steps:
+                    self.save_checkpoint(cfg)
+        bar.close()
+        if stop.received is not None and self.step < self._total_steps:
+            log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
+            return 128 + stop.received
+        return 0
+
+    def _windows(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches of one optimizer step each; the epoch's last window may hold fewer."""
+        batches = iter(self._loader)
+        while self.batches_done < self._steps_per_epoch * self._accumulation:
+            if not (window := list(islice(batches, self._accumulation))):
+                return
+            self.batches_done += len(window)
+            yield window
+
+    # --- shared: train_step
+    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
+        """One optimizer step on the mean loss per labelled token of all batches of the window, plus the regularizers.
+
+        Raises:
+            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
+        """
+        num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
+        task_loss = torch.zeros((), device=self._device)
+        for batch in window:
+            loss = self._loss_sum(batch) / max(1, num_tokens)
+            loss.backward()
+            task_loss += loss.detach()
+        l2, l3 = kasa_regularization(
+            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
+        )
+        if l2.requires_grad:
+            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
+        max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
+        values = torch.stack([v.detach().to(self._device) for v in (task_loss, l2, l3, grad_norm)]).tolist()
+        if not all(map(_is_finite, values)):
+            raise RuntimeError(
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are those of step {self.step}; "
+                f"last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. Lower optimizer.lr, set "
+                "clip_grad_norm, or look at the batch."
+            )
+        lr = self._optimizer.param_groups[0]["lr"]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._lr_scheduler:
+            self._lr_scheduler.step()
+        self.step += 1
+        names = ("loss", "l2", "l3", "grad_norm")
+        return dict(zip(names, values, strict=True)) | {"lr": lr, "num_tokens": num_tokens}
+
+    # --- end
+
+    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
+        """Summed cross-entropy of one batch."""
+        utils.batch_to_device(batch, self._device)
+        labels = batch.pop("labels")  # [b, s]
+        with self._offload:
+            hidden = self._model(**batch)  # [b, s, d]
+        return self._loss_fn(self._model.output, hidden, labels)
+
+    def _step_and_log(self, cfg: DictConfig, window: list[dict[str, Any]], bar: tqdm) -> None:
+        started = time.perf_counter()
+        seen = sum(batch["tokens"].numel() for batch in window)
+        metrics = self.train_step(cfg, window)
+        metrics["tokens_per_second"] = seen / (time.perf_counter() - started)
+        if cfg.log_peak_memory_stats and self._device.type == "cuda":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        if cfg.run_val_every_n_steps and (self.step % cfg.run_val_every_n_steps == 0 or self.step == self._total_steps):
+            metrics["val_loss"] = self.validate()
+        shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
+        bar.update()
+        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or self.step == self._total_steps:
+            self._logger.log_dict(metrics, step=self.step)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean cross-entropy per labelled token of the validation set."""
+        self._model.eval()
+        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        for batch in self._loader_val:
+            num_tokens += int((batch["labels"] != self._loss_fn.ignore_index).sum())
+            total += self._loss_sum(batch)
+        self._model.train()
+        return total.item() / num_tokens
+
+    # ------------------------------------------------------------------------------------------------------------- save
+
+    def save_checkpoint(self, cfg: DictConfig) -> None:
+        """The adapter, and all that going on bit for bit takes."""
+        run = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "total_steps": self._total_steps,
+            "num_samples": len(self._dataset),
+            "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None,
+            "base": self._base_fingerprint,
+            "config": OmegaConf.to_container(cfg, resolve=True),
+        }
+        parts = {
+            "adapter": adapter_state_dict(self._model),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": rng_state(),
+            "run": run,
+        }
+        save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
+
+    def cleanup(self) -> None:
+        """Close the metric logger."""
+        self._logger.close()
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+@config.parse(config.FINETUNE)
+def recipe_main(cfg: DictConfig) -> int:
+    """Entry point: ``--config <name or path> [key=value ...]``."""
+    recipe = KaSAFinetuneRecipeSingleDevice(cfg)
+    recipe.setup(cfg)
+    if cfg.dry_run:
+        return 0
+    status = recipe.train(cfg)
+    recipe.cleanup()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
