@@ -1,0 +1,145 @@
+"""Print what a model completes before and after fine-tuning.
+
+    tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run
+    tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]' dataset=null
+
+With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) every prompt is completed by the base model and
+by the tuned one; without it, by the base alone. ``prompts`` are completed as they are; of a ``dataset``, the first
+``num_samples`` different prompts, each shown with its reference. ``output_dir`` also gets them as completions.jsonl.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+from torchtune import training, utils
+from torchtune.modules.peft import disable_adapter
+from tqdm import tqdm
+
+from kasa_tune import config
+from kasa_tune.components.checkpointing import latest_checkpoint, load_part, verify_checkpoint
+from kasa_tune.components.data import build_dataset
+from kasa_tune.components.datasets import prompt_tokens
+from kasa_tune.components.generation import complete
+from kasa_tune.components.linear import load_adapter_state_dict
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+
+log = utils.get_logger("INFO")
+
+
+class GenerateTextRecipe:
+    """Completions of prompts by a base model and by its fine-tuned version.
+
+    Args:
+        cfg: the checked config.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._device = utils.get_device(cfg.device)
+        self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        training.set_seed(cfg.seed)
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Find the adapter, collect the prompts, load the model."""
+        self._adapter = self._find_adapter(cfg.adapter_checkpoint) if cfg.adapter_checkpoint else None
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._prompts = [{"prompt": text, "tokens": prompt_tokens(self._tokenizer, text)} for text in cfg.prompts]
+        if cfg.dataset:
+            dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
+            self._prompts += self._prompts_of(dataset, cfg.num_samples)
+        if not self._prompts:
+            raise ValueError("Nothing to complete: set prompts to a list of texts, or dataset.")
+        self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
+        base = config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY]
+        load_base_weights(
+            self._model, base, device=self._device, adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=self._device)
+        )
+        if self._adapter:
+            load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
+
+    @staticmethod
+    def _find_adapter(path: str) -> Path:
+        """A run's newest good checkpoint, or the checkpoint itself."""
+        if (Path(path) / "checkpoints").is_dir():
+            newest, passed_over = latest_checkpoint(Path(path) / "checkpoints")
+            if newest is None:
+                raise FileNotFoundError(f"{path} holds no finished checkpoint. {' '.join(passed_over)}")
+            return newest
+        verify_checkpoint(Path(path))
+        return Path(path)
+
+    def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:
+        """The first ``num_samples`` different prompts of a dataset (E2E, for one, has several references a prompt)."""
+        found: dict[str, dict[str, Any]] = {}
+        for i in range(len(dataset)):
+            row = self._prompt_of(dataset[i])
+            found.setdefault(row["prompt"], row)
+            if len(found) == num_samples:
+                break
+        return list(found.values())
+
+    def _prompt_of(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Split a training sample where its response begins."""
+        learned = sample["labels"] != -100
+        begin = int(learned.argmax()) + 1
+        response = [token for token in sample["labels"][learned].tolist() if token not in self._tokenizer.stop_tokens]
+        tokens = sample["tokens"][:begin].tolist()
+        return {
+            "prompt": self._tokenizer.decode(tokens),
+            "tokens": tokens,
+            "reference": self._tokenizer.decode(response),
+        }
+
+    def generate(self, cfg: DictConfig) -> list[dict[str, str]]:
+        """Complete every prompt; returns one record each."""
+        records = [{key: row[key] for key in ("prompt", "reference") if key in row} for row in self._prompts]
+        for label in ("base", "tuned") if self._adapter else ("base",):
+            with (
+                disable_adapter(self._model) if label == "base" else nullcontext(),
+                tqdm(total=len(records), desc=f"Completing ({label})", unit="prompt") as bar,
+            ):
+                completions = complete(
+                    self._model,
+                    [row["tokens"] for row in self._prompts],
+                    max_new_tokens=cfg.max_new_tokens,
+                    stop_tokens=self._tokenizer.stop_tokens,
+                    temperature=cfg.temperature,
+                    top_k=cfg.top_k,
+                    batch_size=cfg.batch_size,
+                    seed=cfg.seed,
+                    progress=bar.update,
+                )
+            for record, tokens in zip(records, completions, strict=True):
+                record[label] = self._tokenizer.decode(tokens).strip()
+        return records
+
+
+def print_records(records: list[dict[str, str]]) -> None:
+    """One block a prompt."""
+    for record in records:
+        print()
+        for name, text in record.items():
+            print(f"{name:>9}: {text.strip()}")
+
+
+@config.parse(config.GENERATE)
+def recipe_main(cfg: DictConfig) -> int:
+    """Entry point: ``--config <name or path> [key=value ...]``."""
+    recipe = GenerateTextRecipe(cfg)
+    recipe.setup(cfg)
+    records = recipe.generate(cfg)
+    print_records(records)
+    if cfg.output_dir:
+        path = Path(cfg.output_dir) / "completions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
