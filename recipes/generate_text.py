@@ -1,10 +1,11 @@
 """Print what a model completes before and after fine-tuning.
 
     tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run
-    tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]' dataset=null
+    tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]'
+    dataset=null
 
-With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) every prompt is completed by the base model and
-by the tuned one; without it, by the base alone. ``prompts`` are completed as they are; of a ``dataset``, the first
+With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) every prompt is completed by the base model
+and by the tuned one; without it, by the base alone. ``prompts`` are completed as they are; of a ``dataset``, the first
 ``num_samples`` different prompts, each shown with its reference. ``output_dir`` also gets them as completions.jsonl.
 """
 
@@ -57,7 +58,10 @@ class GenerateTextRecipe:
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         base = config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY]
         load_base_weights(
-            self._model, base, device=self._device, adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=self._device)
+            self._model,
+            base,
+            device=self._device,
+            adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=self._device),
         )
         if self._adapter:
             load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))

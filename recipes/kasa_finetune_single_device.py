@@ -50,12 +50,13 @@ from kasa_tune.components.regularization import kasa_regularization
 
 log = utils.get_logger("INFO")
 
-# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, and how long it is.
+# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, and how long
+# it is.
 RESUMABLE_KEYS = {
     "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
     "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
-    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps", "checkpointer",
-    "dry_run",
+    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
+    "checkpointer", "dry_run",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     # ------------------------------------------------------------------------------------------------------------ setup
 
     def setup(self, cfg: DictConfig) -> None:
-        """Everything that can fail cheaply first: resume point, data, shapes; then weights, decomposition, optimizer."""
+        """What can fail cheaply first: resume point, data, shapes. Then weights, decomposition, optimizer."""
         self._resume_path = self._find_checkpoint(cfg)
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._setup_data(cfg)
@@ -114,7 +115,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.resume_from_checkpoint is False:
             if existing := list_checkpoints(self._checkpoints):
                 raise ValueError(
-                    f"{self._checkpoints} already holds checkpoints, the newest of step {int(existing[-1].name[5:])}. Set "
+                    f"{self._checkpoints} already holds checkpoints, the newest {existing[-1].name}. Set "
                     "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete the folder."
                 )
             return None
@@ -140,7 +141,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_data(self, cfg: DictConfig) -> None:
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val") if cfg.dataset_val else None
+        self._dataset_val = (
+            build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val") if cfg.dataset_val else None
+        )
         loader = partial(
             build_dataloader,
             tokenizer=self._tokenizer,
@@ -164,15 +167,17 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             base = checkpointer.load_checkpoint()[training.MODEL_KEY]
         except Exception as error:
             raise ValueError(
-                f"Could not read {cfg.checkpointer.checkpoint_dir} as a {cfg.checkpointer.model_type} checkpoint: {error} "
-                f"{error.__cause__ or ''}"
+                f"Could not read {cfg.checkpointer.checkpoint_dir} as a {cfg.checkpointer.model_type} checkpoint: "
+                f"{error} {error.__cause__ or ''}"
             ) from error
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         self._base_fingerprint = weights_fingerprint(base)
         del base, checkpointer
         if self._resume_path:
             if load_part(self._resume_path, "run")["base"] != self._base_fingerprint:
-                raise ValueError(f"{self._resume_path} belongs to other base weights than {cfg.checkpointer.checkpoint_dir}.")
+                raise ValueError(
+                    f"{self._resume_path} belongs to other base weights than {cfg.checkpointer.checkpoint_dir}."
+                )
             return load_adapter_state_dict(self._model, load_part(self._resume_path, "adapter"))
         started = time.perf_counter()
         for name, linear in tqdm(list(adapter_linears(self._model)), desc="Decomposing weights", unit="layer"):
@@ -187,7 +192,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         state = load_part(self._resume_path, "run")
         if state["num_samples"] != len(self._dataset):
             raise ValueError(
-                f"{self._resume_path} was trained on {state['num_samples']} samples, the dataset now has {len(self._dataset)}."
+                f"{self._resume_path} was trained on {state['num_samples']} samples, "
+                f"the dataset now has {len(self._dataset)}."
             )
         self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
         self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
@@ -284,9 +290,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         values = torch.stack([v.detach().to(self._device) for v in (task_loss, l2, l3, grad_norm)]).tolist()
         if not all(map(_is_finite, values)):
             raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are those of step {self.step}; "
-                f"last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. Lower optimizer.lr, set "
-                "clip_grad_norm, or look at the batch."
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are still those of step "
+                f"{self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. Lower optimizer.lr, "
+                "set clip_grad_norm, or look at the data."
             )
         lr = self._optimizer.param_groups[0]["lr"]
         self._optimizer.step()

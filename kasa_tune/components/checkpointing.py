@@ -1,7 +1,8 @@
 """Step checkpoints that are whole or absent, and carry everything a run needs to go on bit for bit.
 
-A checkpoint is a folder ``step_<n>`` of safetensors and JSON files. It is written under a temporary name, flushed to the
-disk, sealed with a manifest of sizes and SHA-256 sums, and only then renamed; what does not match its manifest is never read.
+A checkpoint is a folder ``step_<n>`` of safetensors and JSON files. It is written under a temporary name, flushed to
+the disk, sealed with a manifest of sizes and SHA-256 sums, and only then renamed; what does not match its manifest is
+never read.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         The checkpoint's path.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched and no partial one is left.
+        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched and no partial one
+        is left.
     """
     final = folder / f"{PREFIX}{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
@@ -103,12 +105,18 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error}).") from None
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
+        ) from None
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has checkpoint format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}.")
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}."
+        )
     for name, expected in manifest["files"].items():
         if not (path / name).is_file() or _fingerprint(path / name) != expected:
-            raise CheckpointError(f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint.")
+            raise CheckpointError(
+                f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint."
+            )
     return manifest
 
 
@@ -186,7 +194,9 @@ def _write_part(folder: Path, name: str, tree: Any) -> None:
 
 
 def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``tree``; what JSON lacks becomes a tagged object, tensors go to ``tensors`` under their path in the tree."""
+    """JSON for ``tree``; what JSON lacks becomes a tagged object, tensors go to ``tensors`` under their path in the
+    tree.
+    """
     path = path.lstrip("/")
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
@@ -239,10 +249,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) -> str:
-    """SHA-256 over names, shapes, dtypes and ``sample`` evenly spread values of every tensor: tells one base from another.
+    """SHA-256 over names, shapes, dtypes and ``sample`` evenly spread values of every tensor: tells one base from
+    another.
 
-    It reads a few megabytes of a model of any size, so it is cheap enough for every start; it does not prove that no other
-    value changed.
+    It reads a few megabytes of a model of any size, so it is cheap enough for every start; it does not prove that no
+    other value changed.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):

@@ -41,11 +41,12 @@ def complete(
     Raises:
         ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it.
     """
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if any(len(prompt) == 0 for prompt in prompts) or longest + max_new_tokens > model.max_seq_len:
+    lengths = [len(prompt) for prompt in prompts]
+    room = model.max_seq_len - max_new_tokens
+    if prompts and not 1 <= min(lengths) <= max(lengths) <= room:
         raise ValueError(
-            f"Prompts must hold 1 to {model.max_seq_len - max_new_tokens} tokens (the model's {model.max_seq_len} less "
-            f"max_new_tokens = {max_new_tokens}); the longest given has {longest}, the shortest {min(map(len, prompts))}."
+            f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = {max_new_tokens}); "
+            f"given were {min(lengths)} to {max(lengths)}."
         )
     model.eval()
     device = next(model.parameters()).device
@@ -54,8 +55,11 @@ def complete(
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        for row, tokens in zip(rows, _continue(model, [prompts[i] for i in rows], max_new_tokens, stop_tokens,
-                                               temperature, top_k, generator), strict=True):
+        for row, tokens in zip(
+            rows,
+            _continue(model, [prompts[i] for i in rows], max_new_tokens, stop_tokens, temperature, top_k, generator),
+            strict=True,
+        ):
             completions[row] = tokens
         if progress:
             progress(len(rows))

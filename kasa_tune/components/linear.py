@@ -1,6 +1,7 @@
 """Linears with an SVD-based adapter: ``W_eff = W0 - E + s · B diag(d) A``.
 
-``W0`` is frozen, ``E`` is a low-rank edit of it, ``A``, ``B`` and (for KaSA) ``d`` are trained. LoRA is the case E = 0, d = 1.
+``W0`` is frozen, ``E`` is a low-rank edit of it, ``A``, ``B`` and (for KaSA) ``d`` are trained. LoRA is the case of
+E = 0 and d = 1.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kasa_tune.components.decomposition import TRUNCATIONS, num_truncated, smallest_triplets
+from kasa_tune.components.decomposition import num_truncated, smallest_triplets
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.solvers import Subspace
 
@@ -25,10 +26,10 @@ class AdapterLinear(nn.Module):
 
     ``y = W x + bias - E_out (E_in x) + s · B (d ⊙ (A dropout(x)))`` with ``s = alpha / rank``.
 
-    The edit has two storages with the same function. ``folded``: ``weight`` holds ``W0 - E``. ``factored``: ``weight`` keeps
-    ``W0`` and the forward subtracts ``E_out (E_in x)``, exact in every dtype and bit-exactly undone when the adapter is
-    disabled. ``auto`` folds float32 weights and keeps half-precision ones factored, where folding would round most of a small
-    edit away.
+    The edit has two storages with the same function. ``folded``: ``weight`` holds ``W0 - E``. ``factored``: ``weight``
+    keeps ``W0`` and the forward subtracts ``E_out (E_in x)``, exact in every dtype and bit-exactly undone when the
+    adapter is disabled. ``auto`` folds float32 weights and keeps half-precision ones factored, where folding would
+    round most of a small edit away.
 
     Args:
         in_dim: ``d_in``.
@@ -86,7 +87,9 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def materialize(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Give a linear built on the meta device storage for its own tensors: the update in ``dtype``, the edit in float32."""
+        """Give a linear built on the meta device storage for its own tensors: the update in ``dtype``, the edit in
+        float32.
+        """
         for name in self.adapter_params():
             owner, _, leaf = name.rpartition(".")
             storage = torch.empty(self.get_parameter(name).shape, dtype=dtype, device=device)
@@ -174,8 +177,8 @@ class LoRALinear(AdapterLinear):
 
 
 class KaSALinear(AdapterLinear):
-    """Knowledge-aware singular-value adaptation (arXiv 2412.06071): the edit is the weight's smallest singular triplets, the
-    update has a trained diagonal.
+    """Knowledge-aware singular-value adaptation (arXiv 2412.06071): the edit is the weight's smallest singular
+    triplets, the update has a trained diagonal.
 
     Args:
         in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage: as :class:`AdapterLinear`.
@@ -216,7 +219,7 @@ class KaSALinear(AdapterLinear):
         nn.init.normal_(self.lora_diag) if self.diag_init == "normal" else nn.init.ones_(self.lora_diag)
 
     def initialize(self) -> Subspace | None:
-        """Remove the smallest singular triplets of the loaded weight and start the update; returns how they were found."""
+        """Remove the loaded weight's smallest singular triplets and start the update; returns how they were found."""
         edit, subspace = smallest_triplets(self.weight, self.lora_edit_in.shape[0])
         self.set_edit(edit)
         self.reset_update()
@@ -241,7 +244,9 @@ def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become the model."""
+    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
+    the model.
+    """
     return {
         f"{name}.{key}": value
         for name, linear in adapter_linears(model)

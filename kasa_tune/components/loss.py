@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 class ChunkedCrossEntropy(nn.Module):
     """Summed cross-entropy of the labelled positions of a batch.
 
-    Positions whose label is ``ignore_index`` cost nothing: they are dropped before the output projection. The others are
-    projected, upcast to float32 and compared ``chunk_size`` tokens at a time; while training, a chunk's logits are
+    Positions whose label is ``ignore_index`` cost nothing: they are dropped before the output projection. The others
+    are projected, upcast to float32 and compared ``chunk_size`` tokens at a time; while training, a chunk's logits are
     recomputed in the backward, so at most one chunk of them is alive.
 
     Args:
@@ -29,7 +29,9 @@ class ChunkedCrossEntropy(nn.Module):
     def __init__(self, chunk_size: int = 2048, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if chunk_size < 1 or not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"chunk_size must be >= 1 and label_smoothing in [0, 1); got {chunk_size}, {label_smoothing}.")
+            raise ValueError(
+                f"chunk_size must be >= 1 and label_smoothing in [0, 1); got {chunk_size}, {label_smoothing}."
+            )
         self.chunk_size, self.ignore_index, self.label_smoothing = chunk_size, ignore_index, label_smoothing
 
     def forward(self, project: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.out.ndim != 2 or self.into.ndim != 2 or self.out.shape[1] != self.into.shape[0]:
             raise ValueError(
-                f"LowRank needs out (d_out, k) and into (k, d_in); got {tuple(self.out.shape)} and {tuple(self.into.shape)}."
+                f"LowRank needs out (d_out, k) and into (k, d_in); got {tuple(self.out.shape)} and "
+                f"{tuple(self.into.shape)}."
             )
 
     @property

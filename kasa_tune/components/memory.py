@@ -30,7 +30,8 @@ def memory_budget(
     """Bytes by purpose of a training step on one device.
 
     Weights, adapters, gradients and optimizer state are exact. Activations are the tensors that autograd saves in one
-    forward of a full batch, counted on meta, plus one chunk of logits; kernels' temporaries and allocator slack come on top.
+    forward of a full batch, counted on meta, plus one chunk of logits; kernels' temporaries and allocator slack come on
+    top.
 
     Args:
         model: built on meta, with activation checkpointing applied if it will be.
@@ -54,13 +55,16 @@ def memory_budget(
         "activations (estimate)": _saved_bytes(model, tokens),
         "logits of one chunk": 3 * 4 * min(loss_chunk, batch_size * seq_len) * vocab_size,
         "truncation workspace": max(
-            (truncation_workspace(*linear.weight.shape) for _, linear in adapter_linears(model) if linear.edit.rank), default=0
+            (truncation_workspace(*linear.weight.shape) for _, linear in adapter_linears(model) if linear.edit.rank),
+            default=0,
         ),
     }
 
 
 def truncation_workspace(d_out: int, d_in: int) -> int:
-    """Bytes that finding the smallest singular triplets of one weight takes: Gram matrix, its factor, a basis and a chunk."""
+    """Bytes that finding the smallest singular triplets of one weight takes: Gram matrix, its factor, a basis and a
+    chunk.
+    """
     n = min(d_out, d_in)
     return 8 * (3 * n * n + n * 4096)
 

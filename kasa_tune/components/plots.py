@@ -42,7 +42,9 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], path: Path, *, title: str
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
     axes.plot(*zip(*_smoothed(train), strict=True), color="tab:blue", linewidth=2, label="training, running mean")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label=f"validation, last {validation[-1][1]:.3f}")
+        axes.plot(
+            *zip(*validation, strict=True), "o-", color="tab:orange", label=f"validation, last {validation[-1][1]:.3f}"
+        )
     if base:
         axes.axhline(base[0], color="gray", linestyle="--", linewidth=1, label=f"base model, validation {base[0]:.3f}")
     axes.set(xlabel="step", ylabel="cross-entropy per token [nats]", title=title)

@@ -51,8 +51,8 @@ def kasa_regularization(
 def orthogonality_defect(factors: Sequence[Tensor], *, full: bool) -> Tensor:
     """``‖X Xᵀ − I_r‖_F`` of each ``X (r, n)``, or ``‖XᵀX − I_n‖_F`` when ``full``; float32, in no particular order.
 
-    ``‖XᵀX − I_n‖² = ‖X Xᵀ − I_r‖² + n − r``, because both Grams share their non-zero eigenvalues. The gradient is finite
-    everywhere, zero where the norm is.
+    ``‖XᵀX − I_n‖² = ‖X Xᵀ − I_r‖² + n − r``, because both Grams share their non-zero eigenvalues. The gradient is
+    finite everywhere, zero where the norm is.
     """
     by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for factor in factors:

@@ -22,7 +22,8 @@ def attach(
     apply_to_output: bool = False,
     **options,
 ) -> nn.Module:
-    """Replace the chosen linears of a model by adapter linears on the same weights and freeze everything else, in place.
+    """Replace the chosen linears of a model by adapter linears on the same weights and freeze everything else, in
+    place.
 
     Args:
         model: any torchtune model, on any device (meta included).
@@ -36,7 +37,8 @@ def attach(
         The same model.
 
     Raises:
-        ValueError: an unknown module name, nothing to adapt, a tied output, or an option a layer cannot take (rank above its
+        ValueError: an unknown module name, nothing to adapt, a tied output, or an option a layer cannot take (rank
+        above its
             smaller dimension, …); the message names the layer.
     """
     mlp_modules = (MLP_MODULES if apply_to_mlp else ()) if isinstance(apply_to_mlp, bool) else tuple(apply_to_mlp)

@@ -1,7 +1,7 @@
 """Llama 2 and Code Llama with KaSA or LoRA linears; see :func:`~kasa_tune.components.models.attach.builders`."""
 
-from torchtune.models.llama2 import llama2, llama2_7b, llama2_13b, llama2_70b
 from torchtune.models.code_llama2 import code_llama2_7b, code_llama2_13b, code_llama2_70b
+from torchtune.models.llama2 import llama2, llama2_7b, llama2_13b, llama2_70b
 
 from kasa_tune.components.models.attach import builders
 

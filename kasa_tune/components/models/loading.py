@@ -30,7 +30,8 @@ def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype) -> nn.M
 def load_base_weights(
     model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, adapter_dtype: torch.dtype
 ) -> None:
-    """Fill a model built on meta: base weights cast and moved one by one, adapters started without a look at the weights.
+    """Fill a model built on meta: base weights cast and moved one by one, adapters started without a look at the
+    weights.
 
     Args:
         model: from :func:`build_on_meta`, in place.

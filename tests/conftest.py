@@ -1,0 +1,35 @@
+"""What many tests share: real data, recipes loaded by file path, a small real run."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that KASA_TUNE_DATA names; tests that need it are skipped without it."""
+    if not (folder := os.environ.get("KASA_TUNE_DATA")):
+        pytest.skip("KASA_TUNE_DATA does not name the folder with real models and datasets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def load_recipe():
+    """Load a recipe's module by name, as `tune` does: by its file, since torchtune owns a package called recipes."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
