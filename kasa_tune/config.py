@@ -1,4 +1,4 @@
-"""Strict loading of configs: YAML, overrides from the command line, defaults, and every check that can be made before a model loads.
+"""Strict configs: YAML, overrides, defaults, and every check that can be made before a model loads.
 
     @config.parse(config.FINETUNE)
     def recipe_main(cfg: DictConfig) -> int: ...
@@ -9,17 +9,15 @@ All problems are reported at once, each with its key, the value given, what is a
 import copy
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kasa_tune import registry, rules
+from kasa_tune import reading, registry, rules
 from kasa_tune.schema import (
     FINETUNE,
     GENERATE,
@@ -35,7 +33,6 @@ from kasa_tune.schema import (
     Section,
     above,
     at_least,
-    show,
 )
 from kasa_tune.validation import Checker
 
@@ -47,10 +44,11 @@ _USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nK
 
 
 def parse(schema: Schema) -> Callable[[Recipe], Callable[[], Any]]:
-    """Decorator of a recipe's main function: called without arguments, it reads `--config NAME_OR_PATH key=value ~key` from sys.argv.
+    """Decorator of a recipe's main function, which is then called without arguments and reads the command line.
 
-    The function gets the checked config, with interpolations resolved and defaults filled in, and its result is returned. A config
-    error is printed to stderr (by rank 0 alone) and ends the process with status 2.
+    The command line is `--config NAME_OR_PATH key=value ... ~key ...`. The function gets the checked config, overrides
+    applied, interpolations resolved and defaults filled in, and its result is returned. A config error is printed to
+    stderr (by rank 0 alone) and ends the process with status 2.
     """
     if not isinstance(schema, Mapping):
         raise TypeError("config.parse takes the recipe's schema: write @config.parse(config.FINETUNE)")
@@ -78,9 +76,7 @@ def parse(schema: Schema) -> Callable[[Recipe], Callable[[], Any]]:
 def validate_file(
     path: str | Path, overrides: Iterable[str] = (), schema: Schema | None = None, *, check_files: bool = True
 ) -> None:
-    """Check the config at `path` (or of that name) without importing torch. `schema` follows from the file's name when not given.
-
-    `check_files=False` leaves out files and folders, for a config whose model is not on this machine.
+    """Check the config at `path` without importing torch; arguments as those of `load`.
 
     Raises:
         ConfigError: with all problems.
@@ -96,36 +92,45 @@ def load(
     check_files: bool = True,
     about_to_run: bool = False,
 ) -> DictConfig:
-    """The checked config at `path` (or of that name), overrides applied, interpolations resolved, defaults filled in.
+    """Read and check a config.
 
-    `about_to_run` allows what needs torch: components that only an import can tell about, and whether the device is there.
+    Args:
+        path: a YAML file, or the name of a shipped config.
+        overrides: as on the command line: `key=value`, `section.key=value`, `list.0.key=value`, `~key`.
+        schema: what it may contain; None: what the end of the file's name stands for.
+        check_files: look for the files and folders it names.
+        about_to_run: also check what needs torch: components that only an import tells about, and the device.
+
+    Returns:
+        The config with interpolations resolved and defaults filled in, in the schema's order.
 
     Raises:
         ConfigError: with all problems.
     """
     try:
         file = registry.find_config(path)
-    except LookupError as error:
-        raise ConfigError("--config", [Problem("", str(error.args[0]))]) from None
     except OSError as error:
         raise ConfigError("--config", [Problem("", str(error))]) from None
-    if schema is None:
-        schema = next(schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
-    tree, problems = _read(file), []
+    schema = schema or next(schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
+    try:
+        given = reading.read(file)
+    except ValueError as error:
+        raise ConfigError(str(file), [Problem("", str(error))]) from None
+    problems: list[Problem] = []
     for override in overrides:
         try:
-            _override(tree, override, schema)
+            reading.override(given, override, schema)
         except ValueError as error:
             problems.append(Problem(override, str(error)))
     check = Checker(problems, may_import=about_to_run)
-    tree = check.resolve(_create(file, _fill(tree, schema)))
-    good = check.mapping(tree, schema)
-    applied = [rules.KEY_RULES, rules.FILE_RULES * check_files, rules.MACHINE_RULES * about_to_run]
-    for rule in sum(applied, ()):
+    good = check.mapping(check.resolve(_create(file, _fill(given, schema))), schema)
+    for rule in rules.BETWEEN_KEYS + rules.FILES * check_files + rules.MACHINE * about_to_run:
         problems += rule(good)
+    copies = {name for name, spec in schema.items() if name not in given and "${" in str(getattr(spec, "default", ""))}
+    problems = [problem for problem in problems if problem.key not in copies]  # reported where they come from
     if problems:
         raise ConfigError(str(file), problems)
-    return OmegaConf.create(_each_string(good, lambda text: text.replace("${", "\\${")))
+    return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))
 
 
 def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
@@ -135,65 +140,7 @@ def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
     return instantiate(node, *args, **kwargs)
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and truth values of YAML 1.2, None for null, and no key twice.
-
-    PyYAML's 1.1 reads 2e-4 as a string, `no` as False, 010 as eight and 1:30 as ninety.
-    """
-
-    yaml_implicit_resolvers: dict = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_TAG = "tag:yaml.org,2002:"
-_KEY_TAGS = (f"{_TAG}str", f"{_TAG}int", f"{_TAG}merge")
-for _name, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+|[-+]?([0-9]+\.[0-9]*|\.[0-9]+)|[-+]?\.(inf|Inf)|\.(nan|NaN)",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})$"), list(_first))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The YAML mapping in `file`."""
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(str(file), [Problem("", f"not valid YAML, {where}{error.problem}")]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(file), [Problem("", f"not valid YAML: {error}")]) from None
-    except OSError as error:
-        raise ConfigError(str(file), [Problem("", f"cannot be read: {error.strerror}")]) from None
-    if tree is None:
-        raise ConfigError(str(file), [Problem("", "the file is empty")])
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            str(file), [Problem("", f"expected a mapping of keys to values, the file holds {show(tree)}")]
-        )
-    return tree
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
@@ -222,85 +169,29 @@ def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
     return name, overrides
 
 
-def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
-    """Apply `a.b=value`, `a.0.b=value` or `~a.b` to `tree`; ValueError saying what is wrong with it."""
-    remove = override.startswith("~")
-    path, equals, text = override.removeprefix("~").partition("=")
-    if not path or not (remove or equals):
-        raise ValueError("expected key=value to set a key, or ~key to remove one")
-    if not (remove or text):
-        raise ValueError("no value given; write null for none, '' for an empty string")
-    *parents, last = path.split(".")
-    node: Any = tree
-    for depth, name in enumerate(parents):
-        node = _child(node, name, path.split(".")[:depth], create=not remove)
-    last = _index(node, last, parents)
-    present = last < len(node) if isinstance(node, list) else last in node
-    if not present and (remove or isinstance(node, list)):
-        raise ValueError(f"there is no {path}. {registry.did_you_mean(str(last), map(str, node))}".strip())
-    if remove:
-        del node[last]
-        return
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value is not valid YAML ({getattr(error, 'problem', error)}); quote it") from None
-    old = node[last] if present else None
-    is_component = (isinstance(old, dict) and "_component_" in old) or (
-        not parents and isinstance(schema.get(last), (Component, OneOrMany)) and not isinstance(old, list)
-    )
-    if is_component and isinstance(value, str):
-        value = (old or {}) | {"_component_": value}
-    node[last] = value
-
-
-def _child(node: Any, name: str, above: list[str], *, create: bool) -> Any:
-    """The mapping or list under `name`; an absent or null one is created."""
-    key = _index(node, name, above)
-    if isinstance(node, dict) and node.get(key) is None and create:
-        node[key] = {}
-    if key not in (range(len(node)) if isinstance(node, list) else node):
-        raise ValueError(
-            f"there is no {'.'.join([*above, name])}. {registry.did_you_mean(name, map(str, node))}".strip()
-        )
-    if not isinstance(node[key], (dict, list)):
-        raise ValueError(f"{'.'.join([*above, name])} is {show(node[key])}, which has no keys")
-    return node[key]
-
-
-def _index(node: Any, name: str, above: list[str]) -> Any:
-    if isinstance(node, list) and not name.isdigit():
-        raise ValueError(
-            f"{'.'.join(above)} is a list; name one of its entries, 0 to {len(node) - 1}, as in {'.'.join([*above, '0'])}"
-        )
-    return int(name) if isinstance(node, list) else name
-
-
 def _fill(tree: dict[str, Any], schema: Schema) -> dict[str, Any]:
-    """`tree` in the order of the schema, with defaults for what is absent; unknown keys stay, last."""
+    """`tree` in the schema's order, with defaults for what is absent; unknown keys stay, last."""
     filled = {}
     for name, spec in schema.items():
         given = tree.get(name)
         if isinstance(spec, Section):
             given = {} if given is None else given
             filled[name] = _fill(given, spec.keys) if isinstance(given, dict) else given
-        elif name not in tree:
-            if spec.default is not REQUIRED:
-                filled[name] = copy.deepcopy(spec.default)
-        elif isinstance(given, dict) and "_component_" not in given and isinstance(spec.default, dict):
-            filled[name] = spec.default | given
-        else:
-            filled[name] = given
+        elif name in tree:
+            completes = isinstance(spec.default, dict) and isinstance(given, dict)
+            completes = completes and given.get("_component_") in (None, spec.default["_component_"])
+            filled[name] = spec.default | given if completes else given
+        elif spec.default is not REQUIRED:
+            filled[name] = copy.deepcopy(spec.default)
     return filled | {name: value for name, value in tree.items() if name not in schema}
 
 
 def _create(file: Path, tree: dict[str, Any]) -> DictConfig:
     try:
         return OmegaConf.create(tree)
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            str(file), [Problem(str(error.full_key or error.key or ""), str(error.msg or error).split("\n")[0])]
-        ) from None
+    except OmegaConfBaseException as error:  # an interpolation that is none
+        key, reason = str(error.full_key or ""), str(error.msg or error).splitlines()[0]
+        raise ConfigError(str(file), [Problem(key, reason)]) from None
 
 
 def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
@@ -312,14 +203,14 @@ def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
 
 
 def _help(schema: Schema, indent: str = "  ") -> Iterator[str]:
+    """A line for each key: what it takes, the default, what it is for."""
     for name, spec in schema.items():
-        kind = (
-            spec.allowed
-            if isinstance(spec, Key)
-            else {Component: "a component", OneOrMany: "one component or a list"}.get(type(spec), "")
-        )
-        default = getattr(spec, "default", {})
+        if isinstance(spec, Section):
+            yield f"{indent}{name}: {spec.help}"
+            yield from _help(spec.keys, indent + "  ")
+            continue
+        kinds = {Component: "a component", OneOrMany: "a component or a list of them"}
+        kind = spec.allowed if isinstance(spec, Key) else kinds[type(spec)]
+        default = spec.default.get("_component_") if isinstance(spec.default, dict) else spec.default
         shown = "required" if default is REQUIRED else f"default {'null' if default is None else default}"
         yield f"{indent}{name}: {kind} ({shown})" + (f"; {spec.help}" if spec.help else "")
-        if isinstance(spec, Section):
-            yield from _help(spec.keys, indent + "  ")
