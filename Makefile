@@ -20,12 +20,10 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.installed
-	@echo "== The base model, asked what it will be taught"
-	$(BIN)/tune run generate_text --config tiny_kasa_generate
-	@echo "== Fine-tuning with KaSA"
 	$(BIN)/tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)
-	@echo "== The same questions with the adapter"
+	$(BIN)/tune run report_run --config $(DEMO_OUTPUT)/config.yaml
 	$(BIN)/tune run generate_text --config tiny_kasa_generate adapter_checkpoint=$(DEMO_OUTPUT)
+	@echo "The adapter and both pictures are in $(DEMO_OUTPUT)."
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

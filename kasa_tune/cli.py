@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check a config without running it")
     validate.add_argument("config", help="name or path of a config")
     validate.add_argument("overrides", nargs="*", metavar="key=value", help="changes to check it with")
+    validate.add_argument("--skip-files", action="store_true", help="do not look for the model and data files it names")
     validate.set_defaults(func=_validate)
     return parser
 
@@ -123,7 +124,7 @@ def _validate(args: argparse.Namespace) -> int:
     path = registry.find_config(args.config)
     from kasa_tune import config  # here, so that the other commands do not pay for omegaconf
 
-    config.validate_file(path, args.overrides)
+    config.validate_file(path, args.overrides, check_files=not args.skip_files)
     print(f"{args.config}: the config is valid.")
     return 0
 

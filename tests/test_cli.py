@@ -222,3 +222,12 @@ def test_validate_refuses_without_torch(tmp_path, override, said):
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_validate_before_the_model_is_downloaded(tmp_path):
+    args = ["validate", "tiny_kasa", "checkpointer.checkpoint_dir=/not/yet/here"]
+    refused = kasa_tune(*args, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "/not/yet/here" in refused.stderr
+    done = kasa_tune(*args, "--skip-files", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
