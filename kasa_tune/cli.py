@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["run"]:  # torchrun's options stand before the recipe, so its parser reads the rest
         return _run(argv[1:])
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "validate":  # argparse gives up on overrides that follow an option
+        args.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.func(args)
     except (ValueError, OSError) as error:

@@ -229,5 +229,15 @@ def test_validate_before_the_model_is_downloaded(tmp_path):
     refused = kasa_tune(*args, cwd=tmp_path)
     assert refused.returncode == 2
     assert "/not/yet/here" in refused.stderr
-    done = kasa_tune(*args, "--skip-files", cwd=tmp_path)
+    done = kasa_tune(*args, "--skip-files", "batch_size=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    refused = kasa_tune(*args, "--skip-files", "batch_size=0", cwd=tmp_path)
+    assert "batch_size" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["ls", "x"], ["validate", "toy_kasa", "--no-such-option"], ["cat", "toy_kasa", "--sorted"], []]
+)
+def test_unknown_arguments_exit_with_2(package, args):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(args)
