@@ -33,7 +33,8 @@ class EpochBatches(Sampler[list[int]]):
     """Batches of sample indices, the same on every machine for the same (seed, epoch, lengths, weights).
 
     An epoch holds ``round(weight * length)`` samples of each dataset: every sample ``floor(weight)`` times, and a
-    random selection, new in every epoch, once more. Nothing is dropped: the last batch may be smaller.
+    random selection once more, another one in every epoch (at weight 0.5 the two halves of a random split take turns,
+    then those of a new split). Nothing is dropped: the last batch may be smaller.
 
     On ``world_size`` ranks the epoch is cut into global batches of ``world_size * batch_size`` samples of which rank r
     takes the r-th slice. When the last global batch does not divide by ``world_size`` it is filled up with samples
@@ -99,11 +100,18 @@ class EpochBatches(Sampler[list[int]]):
         picked, offset = [], 0
         for part, (length, count) in enumerate(zip(self.lengths, self.counts, strict=True)):
             times, rest = divmod(count, length) if length else (0, 0)
-            extra = np.sort(permutation(length, self.seed, epoch, part)[:rest])
+            extra = np.sort(self._selection(part, length, rest, epoch))
             picked.append(offset + np.concatenate([np.tile(np.arange(length), times), extra]))
             offset += length
         order = np.concatenate(picked).astype(np.int64)
         return order[permutation(len(order), self.seed, epoch, len(self.lengths))] if self.shuffle else order
+
+    def _selection(self, part: int, length: int, count: int, epoch: int) -> np.ndarray:
+        """``count`` < ``length`` indices; successive epochs go through one permutation before the next is begun."""
+        if count == 0:
+            return np.zeros(0, dtype=np.int64)
+        cycle, turn = divmod(epoch, length // count)
+        return permutation(length, self.seed, cycle, part)[turn * count : (turn + 1) * count]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.epoch)

@@ -24,6 +24,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
+from kasa_tune.components.batches import permutation
+
 PACKING_VERSION = 1  # raise it when the same input gives other rows or another file layout
 _OPEN_ROWS = 64  # rows that still wait for a sample that fits; more of them waste less room and shuffle samples further
 _CHUNK = 512  # samples a process tokenizes at a time
@@ -91,8 +93,9 @@ def pack(
 ) -> PackedRows:
     """Pack a dataset's samples into rows of at most ``max_seq_len`` tokens.
 
-    Greedy: each sample goes, in the dataset's order, into the fullest of the open rows that has room for it. Every
-    sample is in exactly one row (or, split, in consecutive rows); samples without tokens are left out.
+    Greedy: samples are taken in a fixed random order (split ones in the dataset's order), and each goes into the
+    fullest of the open rows that has room for it. Every sample is in exactly one row (or, split, in consecutive rows);
+    samples without tokens are left out.
 
     Args:
         dataset: gives ``tokens`` and shifted ``labels`` (last label -100), both int [n].
@@ -193,7 +196,9 @@ _Piece = tuple[int, int, int]  # sample, first token, number of tokens
 def _whole_rows(lengths: np.ndarray, max_seq_len: int) -> list[list[_Piece]]:
     rows: list[list[_Piece]] = []
     waiting: list[tuple[int, int]] = []  # (room left, row), sorted, so the fullest row that fits is one bisection away
-    for sample, length in enumerate(lengths.tolist()):
+    # In files sorted by length or topic neighbours do not complement each other; a fixed random order wastes less room.
+    for sample in permutation(len(lengths), PACKING_VERSION).tolist():
+        length = int(lengths[sample])
         if length > max_seq_len:
             raise ValueError(
                 f"Sample {sample} has {length} tokens and a packed row {max_seq_len}. "
