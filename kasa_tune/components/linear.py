@@ -72,7 +72,7 @@ class AdapterLinear(nn.Module):
         self.folded = False
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim), requires_grad=False) if use_bias else None
-        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_a = nn.Linear(in_dim, rank, bias=False)
         self.lora_b = nn.Linear(rank, out_dim, bias=False)
         self.register_buffer("lora_edit_out", torch.zeros(out_dim, edit_rank))
@@ -127,9 +127,10 @@ class AdapterLinear(nn.Module):
         self.lora_edit_in = edit.into.to(self.weight.device)
         full_precision = self.weight.dtype in (torch.float32, torch.float64)
         if edit.rank and (self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)):
-            self.weight.copy_(
-                self.weight.float() - self.edit.dense() if not full_precision else self.weight - self.edit.dense()
-            )
+            weight = self.weight if full_precision else self.weight.float()
+            # A new tensor: the old one may be shared with the checkpoint it was loaded from.
+            folded = (weight - self.edit.dense()).to(self.weight.dtype)
+            self.weight = nn.Parameter(folded, requires_grad=False)
             self.folded = True
 
     def adapter_params(self) -> list[str]:
@@ -279,7 +280,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
 def _add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:
     """``y + h factorᵀ`` in one kernel, writing into y: ``y [..., n]``, ``h [..., k]``, ``factor (n, k)``."""
-    return y.flatten(0, -2).addmm_(h.to(y.dtype).flatten(0, -2), factor.to(y.dtype).T).view_as(y)
+    n, k = factor.shape
+    return y.reshape(-1, n).addmm_(h.to(y.dtype).reshape(-1, k), factor.to(y.dtype).T).view_as(y)
 
 
 def _column(scale: Tensor | float) -> Tensor | float:
