@@ -53,8 +53,6 @@ class GenerateTextRecipe:
         if cfg.dataset:
             dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
             self._prompts += self._prompts_of(dataset, cfg.num_samples)
-        if not self._prompts:
-            raise ValueError("Nothing to complete: set prompts to a list of texts, or dataset.")
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         base = config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY]
         load_base_weights(

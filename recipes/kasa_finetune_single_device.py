@@ -290,9 +290,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         values = torch.stack([v.detach().to(self._device) for v in (task_loss, l2, l3, grad_norm)]).tolist()
         if not all(map(_is_finite, values)):
             raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are still those of step "
-                f"{self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. Lower optimizer.lr, "
-                "set clip_grad_norm, or look at the data."
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are still those of "
+                f"step {self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. "
+                "Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
         lr = self._optimizer.param_groups[0]["lr"]
         self._optimizer.step()

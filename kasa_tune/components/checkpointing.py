@@ -68,8 +68,12 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         temporary.rename(final)
         _sync_folder(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno, f"Could not write {final}: {error.strerror or error}. Earlier checkpoints are untouched."
+            ) from error
         raise
     if keep_last is not None:
         for old in list_checkpoints(folder)[:-keep_last]:

@@ -1,0 +1,156 @@
+"""A run that is stopped anywhere and resumed is, bit for bit, the run that was never stopped."""
+
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+
+from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
+
+from .conftest import Run, run_recipe, wait_for_steps
+
+
+@pytest.fixture(scope="module")
+def whole(load_recipe, tmp_path_factory) -> Run:
+    """The run that nothing interrupts."""
+    return run_recipe(load_recipe("kasa_finetune_single_device"), tmp_path_factory.mktemp("whole") / "run")
+
+
+def assert_same_tree(a, b, where="") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_tree(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tree(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(resumed: Run, whole: Run) -> None:
+    assert resumed.curve == whole.curve
+    for name in ("adapter", "optimizer", "rng"):
+        assert_same_tree(resumed.part(name), whole.part(name), name)
+    ignored = ("config",)
+    assert {k: v for k, v in resumed.part("run").items() if k not in ignored} == {
+        k: v for k, v in whole.part("run").items() if k not in ignored
+    }
+
+
+def copy_run(run: Run, folder, *, until_step: int) -> None:
+    """The folder as it was when the checkpoint of ``until_step`` was the newest, metrics of later steps included."""
+    shutil.copytree(run.folder, folder)
+    for path in list_checkpoints(folder / "checkpoints"):
+        if verify_checkpoint(path)["step"] > until_step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])  # an epoch has 5 steps: before, after and across its border
+def test_resume_is_bitwise_the_uninterrupted_run(finetune, whole, tmp_path, step):
+    copy_run(whole, tmp_path / "resumed", until_step=step)
+    resumed = finetune("resume_from_checkpoint=True", name="resumed")
+    assert len(whole.metrics) == 12
+    assert_same_run(resumed, whole)
+
+
+def test_resume_from_a_named_checkpoint_into_another_folder(finetune, whole):
+    resumed = finetune(f"resume_from_checkpoint={whole.checkpoints[1]}", name="elsewhere")
+    assert resumed.curve == whole.curve[6:]
+    assert_same_tree(resumed.part("adapter"), whole.part("adapter"))
+
+
+def test_learning_rate_goes_on_where_it_was(finetune, whole, tmp_path):
+    """A cosine of 12 steps after 2 of warm-up, which a schedule that restarts on resume would not give."""
+    copy_run(whole, tmp_path / "resumed", until_step=3)
+    resumed = finetune("resume_from_checkpoint=True", name="resumed")
+    expected = [2e-3 * (i / 2 if i < 2 else 0.5 * (1 + math.cos(math.pi * (i - 2) / 10))) for i in range(12)]
+    assert [line["lr"] for line in resumed.metrics] == pytest.approx(expected)
+
+
+def test_resume_does_not_decompose_again(finetune, monkeypatch):
+    finetune("max_steps=3")
+    monkeypatch.setattr("torch.linalg.eigh", lambda *_: pytest.fail("the SVD was repeated"))
+    resumed = finetune("max_steps=6", "resume_from_checkpoint=True")
+    assert resumed.recipe.step == 6
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(finetune, whole, tmp_path):
+    copy_run(whole, tmp_path / "resumed", until_step=6)
+    newest = list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1]
+    with (newest / "adapter.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    resumed = finetune("resume_from_checkpoint=True", name="resumed")
+    assert_same_run(resumed, whole)
+
+
+def test_resume_without_checkpoint_starts_from_the_beginning(finetune):
+    run = finetune("max_steps=2", "resume_from_checkpoint=True")
+    assert [line["step"] for line in run.metrics] == [1, 2]
+
+
+def test_a_finished_run_is_not_overwritten(finetune):
+    finetune("max_steps=2")
+    with pytest.raises(ValueError, match=r"already holds checkpoints.*resume_from_checkpoint=True"):
+        finetune("max_steps=2")
+
+
+def test_resume_under_other_settings_is_refused(finetune):
+    finetune("max_steps=3")
+    with pytest.raises(ValueError, match=r"other settings.*optimizer"):
+        finetune("max_steps=6", "resume_from_checkpoint=True", "optimizer.lr=1e-4")
+
+
+def test_resume_on_other_base_weights_is_refused(finetune, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from kasa_tune.registry import PACKAGE_ROOT
+
+    other = shutil.copytree(PACKAGE_ROOT / "tiny_world" / "model", tmp_path / "other_base")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    save_file(weights, other / "model.safetensors")
+    finetune("max_steps=3")
+    with pytest.raises(ValueError, match="other base weights"):
+        finetune("max_steps=6", "resume_from_checkpoint=True", f"checkpointer.checkpoint_dir={other}")
+
+
+def test_the_checkpoint_holds_no_pickle(finetune):
+    run = finetune("max_steps=2")
+    assert {path.suffix for path in run.checkpoints[-1].iterdir()} == {".json", ".safetensors"}
+    run.part("optimizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status(finetune, whole, start_process, tmp_path, number, status):
+    folder = tmp_path / "stopped"
+    slow = "save_every_n_steps=1000"
+    process = start_process(folder, slow)
+    wait_for_steps(process, folder, 2)
+    process.send_signal(number)
+    assert process.wait(60) == status
+    run = Run(process.returncode, folder, None)
+    assert run.part("run")["step"] == len(run.metrics) < 12
+    resumed = finetune("resume_from_checkpoint=True", name="stopped")
+    assert resumed.curve == whole.curve
+    assert_same_tree(resumed.part("adapter"), whole.part("adapter"))
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_resumes_to_the_same_curve(finetune, whole, start_process, tmp_path):
+    folder = tmp_path / "killed"
+    process = start_process(folder)
+    wait_for_steps(process, folder, 5)
+    process.kill()
+    process.wait(60)
+    resumed = finetune("resume_from_checkpoint=True", name="killed")
+    assert_same_run(resumed, whole)
+    assert load_part(resumed.checkpoints[-1], "run")["step"] == 12
