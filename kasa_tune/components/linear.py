@@ -61,8 +61,7 @@ class AdapterLinear(nn.Module):
         edit_storage: str = "auto",
     ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_dim, out_dim):
-            raise ValueError(f"rank must be between 1 and min(in_dim, out_dim) = {min(in_dim, out_dim)}; got {rank}.")
+        _check_rank(rank, in_dim, out_dim)
         if edit_storage not in EDIT_STORAGES:
             raise ValueError(f"Unknown edit_storage {edit_storage!r}: use one of {', '.join(EDIT_STORAGES)}.")
         self.in_dim, self.out_dim, self.rank, self.alpha = in_dim, out_dim, rank, alpha
@@ -207,6 +206,7 @@ class KaSALinear(AdapterLinear):
     ) -> None:
         if diag_init not in DIAG_INITS:
             raise ValueError(f"Unknown diag_init {diag_init!r}: use one of {', '.join(DIAG_INITS)}.")
+        _check_rank(rank, in_dim, out_dim)
         k = num_truncated(out_dim, in_dim, rank if truncation_rank is None else truncation_rank, truncation)
         self.diag_init = diag_init
         super().__init__(in_dim, out_dim, rank, alpha, dropout, use_bias, edit_rank=k, edit_storage=edit_storage)
@@ -276,6 +276,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         for parameter in linear.adapter_params():
             linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
         linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))
+
+
+def _check_rank(rank: int, in_dim: int, out_dim: int) -> None:
+    if not 1 <= rank <= min(in_dim, out_dim):
+        raise ValueError(f"rank must be between 1 and min(in_dim, out_dim) = {min(in_dim, out_dim)}; got {rank}.")
 
 
 def _add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from kasa_tune.components.linear import AdapterLinear, KaSALinear, LoRALinear
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_MODULES = ("w1", "w2", "w3")  # torchtune's names of gate, down and up projection
+OUTPUTS = ("output", "decoder.output")  # of a decoder, and of one fused with an encoder
 
 
 def attach(
@@ -44,23 +45,20 @@ def attach(
     mlp_modules = (MLP_MODULES if apply_to_mlp else ()) if isinstance(apply_to_mlp, bool) else tuple(apply_to_mlp)
     _check_names(attn_modules, ATTN_MODULES, "attn_modules")
     _check_names(mlp_modules, MLP_MODULES, "apply_to_mlp")
-    if apply_to_output and not isinstance(getattr(model, "output", None), nn.Linear):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    outputs = linears.keys() & set(OUTPUTS) if apply_to_output else set()
+    if apply_to_output and not outputs:
         raise ValueError(
             "apply_to_output: this model's output projection is tied to its embedding and takes no adapter."
         )
     leaves = {*attn_modules, *mlp_modules}
-    chosen = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (name.rpartition(".")[2] in leaves or (apply_to_output and name == "output"))
-    ]
+    chosen = [name for name in linears if name.rpartition(".")[2] in leaves or name in outputs]
     if not chosen:
         raise ValueError("Nothing to adapt: set attn_modules, apply_to_mlp or apply_to_output to at least one linear.")
     model.requires_grad_(False)
-    for name, module in chosen:
+    for name in chosen:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _adapter_on(module, name, linear, options))
+        setattr(model.get_submodule(parent), leaf, _adapter_on(linears[name], name, linear, options))
     return model
 
 
@@ -71,7 +69,7 @@ def _adapter_on(module: nn.Linear, name: str, linear: type[AdapterLinear], optio
     except ValueError as error:
         raise ValueError(f"{name} ({module.out_features} x {module.in_features}): {error}") from None
     adapter.weight, adapter.bias = module.weight, module.bias
-    return adapter
+    return adapter.train(module.training)
 
 
 def _check_names(given: Sequence[str], known: Sequence[str], key: str) -> None:
