@@ -1,8 +1,8 @@
 """How far from an exact value the tests let a computed one be, in one place, with the reasons.
 
-A sum of n products computed in a dtype with machine epsilon ``eps`` is off by about ``eps`` times the sum of the products'
-magnitudes (the worst case is n times that; kernels that add in blocks and errors that cancel keep it near one). So every
-comparison is made against ``ROUNDINGS * eps(dtype) * magnitude``, where the magnitude is the same formula on absolute values.
+A sum of n products computed in a dtype with machine epsilon ``eps`` is off by about ``eps`` times the sum of the
+products' magnitudes: the worst case is n times that, kernels that add in blocks and errors that cancel keep it near 1.
+So a comparison is made against ``ROUNDINGS * eps(dtype) * magnitude``: the magnitude is the formula on absolute values.
 """
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 # A forward rounds the input of each of its three products, the product and the sum: under eight roundings that add up.
 ROUNDINGS = 8
 
-# Factors of an edit are float32 whatever the dtype of the weight, so a float64 layer is only that accurate where it has one.
+# An edit's factors are float32 whatever the weight's dtype, so a float64 layer with an edit is only that accurate.
 EDIT_DTYPE = torch.float32
 
 # Central differences with torch's default step of 1e-6 in float64 lose half of the 16 digits.
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-4}
 
-# Two float32 models of a few layers that add the same numbers in another order: sums of up to some hundred terms, several
-# layers, normalizations that divide by small numbers. Measured differences are below a tenth of it.
+# Two float32 models of a few layers that add the same numbers in another order: sums of up to some hundred terms,
+# several layers, normalizations that divide by small numbers. Measured differences are below a tenth of it.
 MODEL_FP32 = {"rtol": 1e-4, "atol": 1e-5}
 
 # A scalar that float32 accumulates over up to some thousand terms, against float64.
@@ -28,9 +28,7 @@ SCALAR_FP32 = {"rtol": 1e-5, "atol": 1e-6}
 FP64 = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def assert_rounding_only(
-    actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype, times: float = 1.0
-) -> None:
+def assert_rounding_only(actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype) -> None:
     """``actual`` differs from the float64 value ``expected`` by rounding in ``dtype`` alone.
 
     Args:
@@ -38,10 +36,9 @@ def assert_rounding_only(
         expected: float64, same shape.
         magnitude: float64, the formula of ``expected`` on absolute values.
         dtype: that ``actual`` was computed in.
-        times: allowance for formulas with more roundings than one forward.
     """
     assert actual.shape == expected.shape
     error = (actual.double() - expected).abs()
-    bound = times * ROUNDINGS * torch.finfo(dtype).eps * magnitude + 1e-30
+    bound = ROUNDINGS * torch.finfo(dtype).eps * magnitude + 1e-30
     worst = (error / bound).max().item() if error.numel() else 0.0
     assert worst <= 1.0, f"{worst:.3g} times the rounding error of {dtype}"

@@ -1,0 +1,64 @@
+"""Every decoder family of torchtune at toy size, with its builders of ours and torchtune's LoRA builder next to it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchtune.models import gemma, gemma2, llama2, llama3, llama3_1, llama3_2, mistral, phi3, qwen2
+
+from kasa_tune.components import models
+
+VOCAB, LENGTH = 40, 12
+SIZES = {
+    "vocab_size": VOCAB,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "intermediate_dim": 48,
+    "max_seq_len": 64,
+}
+WIDE_HEADS = SIZES | {"head_dim": 12}
+
+
+class Family(NamedTuple):
+    """One decoder family: torchtune's builders, ours, and the arguments of a toy."""
+
+    base: Callable[..., nn.Module]
+    lora_peer: Callable[..., nn.Module]
+    kasa: Callable[..., nn.Module]
+    lora: Callable[..., nn.Module]
+    sizes: dict
+    tied: bool
+
+
+FAMILIES = {
+    "llama2": Family(llama2.llama2, llama2.lora_llama2, models.kasa_llama2, models.lora_llama2, SIZES, False),
+    "llama3": Family(llama3.llama3, llama3.lora_llama3, models.kasa_llama3, models.lora_llama3, SIZES, False),
+    "llama3_1": Family(
+        llama3_1.llama3_1, llama3_1.lora_llama3_1, models.kasa_llama3_1, models.lora_llama3_1, SIZES, False
+    ),
+    "llama3_2": Family(
+        llama3_2.llama3_2, llama3_2.lora_llama3_2, models.kasa_llama3_2, models.lora_llama3_2, SIZES, True
+    ),
+    "mistral": Family(mistral.mistral, mistral.lora_mistral, models.kasa_mistral, models.lora_mistral, SIZES, False),
+    "gemma": Family(gemma.gemma, gemma.lora_gemma, models.kasa_gemma, models.lora_gemma, WIDE_HEADS, True),
+    "gemma2": Family(gemma2.gemma2, gemma2.lora_gemma2, models.kasa_gemma2, models.lora_gemma2, WIDE_HEADS, True),
+    "qwen2": Family(qwen2.qwen2, qwen2.lora_qwen2, models.kasa_qwen2, models.lora_qwen2, SIZES, False),
+    "phi3": Family(phi3.phi3, phi3.lora_phi3, models.kasa_phi3, models.lora_phi3, SIZES, False),
+}
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with every parameter drawn anew, biases, norms and adapters included, so that none hides at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    """Random token ids ``[batch, length]``."""
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
