@@ -94,7 +94,9 @@ class ShiftedDataset(Dataset):
                 sample = self.inner._prepare_sample(row)
         except KeyError as error:
             raise ValueError(f"{where} lacks {error}.{self._columns_present(index)}") from error
-        except (TypeError, AttributeError, AssertionError, IndexError) as error:
+        except (ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+            if str(error).startswith(where):
+                raise
             raise ValueError(f"{where} cannot be tokenized: {error}.{self._columns_present(index)}") from error
         if not ("tokens" in sample and "labels" in sample) or "encoder_input" in sample:
             raise ValueError(
@@ -292,7 +294,8 @@ def _packed(samples: ShiftedDataset, node: Mapping, name: str, cache_dir: Any, p
 def check_samples(dataset: Dataset, *, name: str, first: int = _NUM_CHECKED) -> None:
     """Tokenize the first samples; raise ValueError if a row is broken or not one label in all of them is learned."""
     count = min(first, len(dataset))
-    if not any((dataset[i]["labels"] != IGNORE).any() for i in range(count)):
+    learned = [(dataset[i]["labels"] != IGNORE).any() for i in range(count)]  # a list: every row is to be read
+    if not any(learned):
         limit = getattr(getattr(dataset, "tokenizer", None), "max_seq_len", None)
         raise ValueError(
             f"{name}: every label of the first {count} samples is ignored, so there is nothing to learn. The response "
@@ -319,10 +322,12 @@ def check_token_ids(dataset: Dataset, vocab_size: int, *, first: int = _NUM_CHEC
 def count_truncated(dataset: Dataset, first: int | None = None) -> int:
     """How many of the first samples (default: of all) are cut to the tokenizer's ``max_seq_len``.
 
-    Tokenizes each of them twice. Packed datasets count 0: they are built from samples that were counted before.
+    Tokenizes each of them twice. For packed rows the samples they are made of are counted.
     """
     if isinstance(dataset, MixedDataset):
         return sum(count_truncated(part, first) for part in dataset.parts)
+    if isinstance(dataset, packing.PackedRows):
+        dataset = dataset.source
     if not isinstance(dataset, ShiftedDataset) or getattr(dataset.tokenizer, "max_seq_len", None) is None:
         return 0
     return sum(dataset.is_truncated(i) for i in range(min(first or len(dataset), len(dataset))))

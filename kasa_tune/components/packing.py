@@ -42,13 +42,21 @@ class PackedRows(Dataset):
             dataset that was packed).
         max_seq_len: the length of a row; shorter ones are padded when collated.
         path: file behind memory-mapped arrays, or None.
+        source: the dataset that was packed.
 
     ``self[i]`` is ``tokens``, ``labels``, ``input_pos`` int64 [n] (restarting at 0 in each sample) and ``seq_lens``,
     the lengths of the samples in the row.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], *, max_seq_len: int, path: Path | None = None) -> None:
-        self.arrays, self.max_seq_len, self.path = dict(arrays), max_seq_len, path
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        max_seq_len: int,
+        path: Path | None = None,
+        source: Dataset | None = None,
+    ) -> None:
+        self.arrays, self.max_seq_len, self.path, self.source = dict(arrays), max_seq_len, path, source
 
     def __len__(self) -> int:
         return len(self.arrays["row_tokens"]) - 1
@@ -72,7 +80,7 @@ class PackedRows(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Send worker processes the path, not a copy of the mapped data."""
-        return {**self.__dict__, "arrays": None} if self.path else self.__dict__
+        return {**self.__dict__, "arrays": None if self.path else self.arrays, "source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -122,7 +130,7 @@ def pack(
         path = _cache_folder(cache_dir) / f"{key}.safetensors"
         arrays = _load(path, key)
         if arrays is not None:
-            return PackedRows(arrays, max_seq_len=max_seq_len, path=path)
+            return PackedRows(arrays, max_seq_len=max_seq_len, path=path, source=dataset)
     tokens, labels, lengths = _tokenize(dataset, num_workers, progress)
     rows = _split_rows(lengths, max_seq_len) if split_across_pack else _whole_rows(lengths, max_seq_len)
     if not rows:
@@ -131,7 +139,7 @@ def pack(
     if path is not None:
         _save(arrays, path, key)
         arrays = _map_file(path)[0]
-    return PackedRows(arrays, max_seq_len=max_seq_len, path=path)
+    return PackedRows(arrays, max_seq_len=max_seq_len, path=path, source=dataset)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizing
@@ -238,17 +246,20 @@ def _lay_out(
     tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, rows: Sequence[Sequence[_Piece]]
 ) -> dict[str, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    samples, offsets, lens = (np.array(column, dtype=np.int64) for column in zip(*(p for row in rows for p in row)))
+    samples, offsets, lens = np.array([piece for row in rows for piece in row], dtype=np.int64).T
+    begins = starts[samples] + offsets
     first = np.cumsum(lens) - lens  # where each piece starts in the new layout
-    source = np.arange(lens.sum()) + np.repeat(starts[samples] + offsets - first, lens)
+    packed = {"tokens": np.empty(lens.sum(), tokens.dtype), "labels": np.empty(lens.sum(), labels.dtype)}
+    for begin, target, length in zip(begins.tolist(), first.tolist(), lens.tolist(), strict=True):
+        packed["tokens"][target : target + length] = tokens[begin : begin + length]
+        packed["labels"][target : target + length] = labels[begin : begin + length]
     row_pieces = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     return {
-        "tokens": tokens[source],
-        "labels": labels[source],
+        **packed,
         "row_tokens": np.append(first, lens.sum())[row_pieces].astype(np.int64),
         "row_pieces": row_pieces.astype(np.int64),
         "piece_lens": lens.astype(np.int32),
-        "piece_samples": samples,
+        "piece_samples": np.ascontiguousarray(samples),
     }
 
 
