@@ -9,6 +9,7 @@ All problems are reported at once, each with its key, the value given, what is a
 import copy
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -123,13 +124,12 @@ def load(
         except ValueError as error:
             problems.append(Problem(override, str(error)))
     check = Checker(problems, may_import=about_to_run)
-    good = check.mapping(check.resolve(_create(file, _fill(given, schema))), schema)
+    filled = _fill(given, schema)
+    good = check.mapping(check.resolve(_create(file, filled)), schema)
     for rule in rules.BETWEEN_KEYS + rules.FILES * check_files + rules.MACHINE * about_to_run:
         problems += rule(good)
-    copies = {name for name, spec in schema.items() if name not in given and "${" in str(getattr(spec, "default", ""))}
-    problems = [problem for problem in problems if problem.key not in copies]  # reported where they come from
     if problems:
-        raise ConfigError(str(file), problems)
+        raise ConfigError(str(file), _without_echoes(problems, filled))
     return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))
 
 
@@ -192,6 +192,22 @@ def _create(file: Path, tree: dict[str, Any]) -> DictConfig:
     except OmegaConfBaseException as error:  # an interpolation that is none
         key, reason = str(error.full_key or ""), str(error.msg or error).splitlines()[0]
         raise ConfigError(str(file), [Problem(key, reason)]) from None
+
+
+def _without_echoes(problems: list[Problem], tree: dict[str, Any]) -> list[Problem]:
+    """The problems without those of values that refer to a key which has a problem itself."""
+    keys = {problem.key for problem in problems}
+    return [p for p in problems if not _references(tree, p.key) & (keys - {p.key})] or problems  # all: in a circle
+
+
+def _references(tree: Any, key: str) -> set[str]:
+    """The keys that the value at dotted `key` refers to."""
+    for name in key.split("."):
+        if isinstance(tree, list):
+            tree = tree[int(name)] if name.isdigit() and int(name) < len(tree) else None
+        else:
+            tree = tree.get(name) if isinstance(tree, dict) else None
+    return set(re.findall(r"\$\{([\w.]+)\}", tree)) if isinstance(tree, str) else set()
 
 
 def _each_string(tree: Any, change: Callable[[str], str]) -> Any:

@@ -90,7 +90,7 @@ def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(folder, str):
         return
     if os.path.isfile(folder):
-        yield Problem(key, f"got {show(folder)}, which is a file; give the folder it lies in")
+        yield Problem(key, f"got {folder!r}, which is a file; give the folder it lies in")
     elif not os.path.isdir(folder):
         yield from _missing(key, folder, "; `tune download <repo> --output-dir <folder>` fetches a model")
     else:
@@ -171,10 +171,10 @@ def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
     folders = {"checkpointer.output_dir": checkpointer.get("output_dir"), "output_dir": cfg.get("output_dir")}
     for folder, key in {folder: key for key, folder in folders.items() if isinstance(folder, str)}.items():
         if isinstance(base, str) and Path(folder).resolve().is_relative_to(Path(base).resolve()):
-            yield Problem(key, f"got {show(folder)}, which lies in checkpoint_dir {base}; choose a folder outside it")
+            yield Problem(key, f"got {folder!r}, which lies in checkpoint_dir {base}; choose a folder outside it")
         reason = _unwritable(Path(folder).absolute())
         if reason:
-            yield Problem(key, f"got {show(folder)}, where nothing can be written: {reason}")
+            yield Problem(key, f"got {folder!r}, where nothing can be written: {reason}")
 
 
 def _unwritable(folder: Path) -> str:
@@ -196,7 +196,7 @@ def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
         return
     folder, name = os.path.split(path)
     beside = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
-    yield Problem(key, f"got {show(path)}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip())
+    yield Problem(key, f"got {path!r}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip())
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import ast
 import importlib.util
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.machinery import PathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Union
@@ -154,7 +155,7 @@ def _package(top: str) -> _Module:
         spec = None
     spec = spec or PathFinder.find_spec(top, [os.getcwd()])
     if spec is None:
-        raise NoSuchNameError("", top, [])
+        raise NoSuchNameError("", top, [module.name for module in pkgutil.iter_modules()])
     folders = list(spec.submodule_search_locations or ())
     if spec.origin and spec.origin.endswith(".py"):
         return _Module(top, Path(spec.origin))
@@ -220,12 +221,13 @@ def _attribute(module: _Module, names: list[str]) -> tuple[_Module, Any]:
 def _submodule(module: _Module, name: str) -> _Module | None:
     if module.folder is None:
         return None
-    for file in (module.folder / name / "__init__.py", module.folder / f"{name}.py", module.folder / name):
-        if file.is_file() or (file.is_dir() and name != "__pycache__"):
-            return _Module(f"{module.name}.{name}", file)
-    if any(module.folder.glob(f"{name}.*")):
-        raise UnreadableError(f"{module.name}.{name} is compiled")
-    return None
+    full, folder = f"{module.name}.{name}", module.folder / name
+    for file in (folder / "__init__.py", module.folder / f"{name}.py"):
+        if file.is_file():
+            return _Module(full, file)
+    if any((module.folder / f"{name}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+        raise UnreadableError(f"{full} is compiled")
+    return _Module(full, folder) if folder.is_dir() and name != "__pycache__" else None
 
 
 def _public(module: _Module) -> list[str]:
@@ -243,11 +245,15 @@ def _follow(module: _Module, name: str, binding: Any) -> tuple[_Module, Any]:
     if not isinstance(binding, _Import):
         return module, binding
     parts = [part for part in (*binding.module.split("."), binding.name) if part]
-    if binding.level == 0:
-        return _find(".".join(parts))
-    packages = module.name.split(".")[: None if module.folder else -1]  # the package that one dot stands for
-    above = packages[: len(packages) - binding.level + 1]
-    return _find(".".join([*above, *parts]))
+    if binding.level:
+        packages = module.name.split(".")[: None if module.folder else -1]  # the package that one dot stands for
+        parts = [*packages[: len(packages) - binding.level + 1], *parts]
+    if parts == [*module.name.split("."), name]:  # `from . import name`: the submodule
+        inner = _submodule(module, name)
+        if inner is None:
+            raise UnreadableError(f"{module.name} computes {name}")
+        return inner, None
+    return _find(".".join(parts))
 
 
 def _expression(module: _Module, node: ast.expr) -> tuple[_Module, Any]:
