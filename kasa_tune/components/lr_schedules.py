@@ -28,6 +28,8 @@ def cosine_schedule(
     Raises:
         ValueError: both forms of warm-up are given, or one is out of range.
     """
+    if not 0.0 <= min_lr_ratio <= 1.0:
+        raise ValueError(f"min_lr_ratio must lie in [0, 1]; got {min_lr_ratio}.")
     warmup = _warmup_steps(num_training_steps, num_warmup_steps, warmup_ratio)
 
     def factor(step: int) -> float:
