@@ -198,7 +198,7 @@ def published_builders():
     for family in families.split():
         package = importlib.import_module(f"torchtune.models.{family}")
         for name in package.__all__:
-            other = any(part in name for part in ("lora", "tokenizer", "classifier", "reward", "plan"))
+            other = any(part in name for part in ("lora", "tokenizer", "classifier", "reward", "plan", "_hf"))
             if inspect.isfunction(getattr(package, name)) and not other:
                 yield name, getattr(package, name)
 

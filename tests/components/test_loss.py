@@ -1,0 +1,139 @@
+"""Chunked cross-entropy against torch's on all logits at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
+from tests.tolerances import FP64, MODEL_FP32
+from tests.toy_models import FAMILIES, randomized, tokens
+
+BATCH, LENGTH, WIDTH, VOCAB = 3, 7, 5, 11
+
+
+def problem(share_labelled=0.6, dtype=torch.float64):
+    """An output projection, hidden states ``[b, s, d]`` and labels ``[b, s]``, some of them ignored."""
+    torch.manual_seed(0)
+    output = nn.Linear(WIDTH, VOCAB, dtype=dtype)
+    hidden = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype, requires_grad=True)
+    labels = torch.randint(VOCAB, (BATCH, LENGTH))
+    labels[torch.rand(BATCH, LENGTH) >= share_labelled] = -100
+    return output, hidden, labels
+
+
+def gradients(loss, output, hidden):
+    return torch.autograd.grad(loss, [hidden, output.weight, output.bias])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunk_size=st.integers(1, BATCH * LENGTH + 2),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    share_labelled=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+)
+def test_any_chunking_is_torchs_cross_entropy_in_value_and_gradient(chunk_size, label_smoothing, share_labelled):
+    output, hidden, labels = problem(share_labelled)
+    logits = output(hidden).float().flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    loss = ChunkedCrossEntropy(chunk_size, label_smoothing=label_smoothing)(output, hidden, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, **MODEL_FP32)
+    for ours, theirs in zip(gradients(loss, output, hidden), gradients(expected, output, hidden), strict=True):
+        torch.testing.assert_close(ours, theirs, **MODEL_FP32)
+
+
+def test_value_is_minus_the_log_probability():
+    output, hidden, labels = problem()
+    probabilities = output(hidden).exp() / output(hidden).exp().sum(-1, keepdim=True)
+    expected = -sum(
+        probabilities[b, t, labels[b, t]].log() for b in range(BATCH) for t in range(LENGTH) if labels[b, t] != -100
+    )
+    torch.testing.assert_close(ChunkedCrossEntropy()(output, hidden, labels).double(), expected, **MODEL_FP32)
+
+
+def test_label_smoothing_spreads_the_target_over_the_vocabulary():
+    output, hidden, labels = problem()
+    logp = output(hidden).log_softmax(-1).flatten(0, 1)[labels.flatten() != -100]
+    target = F.one_hot(labels.flatten()[labels.flatten() != -100], VOCAB) * 0.8 + 0.2 / VOCAB
+    loss = ChunkedCrossEntropy(4, label_smoothing=0.2)(output, hidden, labels)
+    torch.testing.assert_close(loss.double(), -(target * logp).sum(), **MODEL_FP32)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_only_labelled_positions_are_projected_a_chunk_at_a_time(chunk_size):
+    output, hidden, labels = problem()
+    seen = []
+
+    def project(rows):
+        seen.append(rows.detach())
+        return output(rows)
+
+    with torch.no_grad():
+        ChunkedCrossEntropy(chunk_size)(project, hidden, labels)
+    assert max(map(len, seen)) <= chunk_size
+    assert torch.equal(torch.cat(seen), hidden[labels != -100])
+    assert len(torch.cat(seen)) < BATCH * LENGTH
+
+
+def test_ignored_positions_may_hold_anything():
+    output, hidden, labels = problem()
+    expected = ChunkedCrossEntropy()(output, hidden, labels).item()
+    hidden.data[labels == -100] = float("nan")
+    loss = ChunkedCrossEntropy()(output, hidden, labels)
+    assert loss.item() == expected
+    loss.backward()
+    assert output.weight.grad.isfinite().all()
+    assert not hidden.grad[labels == -100].any()
+
+
+def test_another_ignore_index():
+    output, hidden, labels = problem(share_labelled=1.0)
+    expected = ChunkedCrossEntropy()(output, hidden, labels.where(labels != 4, -100))
+    assert (labels == 4).any()
+    torch.testing.assert_close(ChunkedCrossEntropy(ignore_index=4)(output, hidden, labels), expected, **FP64)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100])
+def test_nothing_labelled_costs_nothing_and_pulls_nowhere(chunk_size):
+    output, hidden, labels = problem(share_labelled=0.0)
+    loss = ChunkedCrossEntropy(chunk_size)(output, hidden, labels)
+    assert loss.item() == 0
+    for gradient in gradients(loss, output, hidden):
+        assert not gradient.any()
+
+
+def test_logits_are_compared_in_float32():
+    output, hidden, labels = problem(share_labelled=1.0, dtype=torch.bfloat16)
+    loss = ChunkedCrossEntropy(4)(output, hidden, labels)
+    expected = F.cross_entropy(output(hidden).double().flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, **MODEL_FP32)
+    assert loss.dtype == torch.float32
+
+
+def test_logits_of_one_chunk_are_alive_at_a_time():
+    """What a chunked forward keeps for its backward does not grow with the vocabulary; torch's own keeps all logits."""
+    output, hidden, labels = problem(share_labelled=1.0, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ChunkedCrossEntropy(4)(output, hidden, labels)
+    assert all(tensor.shape[-1:] != (VOCAB,) for tensor in kept)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 0}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}], ids=str)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match="chunk_size must be >= 1 and label_smoothing in"):
+        ChunkedCrossEntropy(**options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_projected_afterwards_are_the_models_logits(name):
+    family = FAMILIES[name]
+    model = randomized(family.base(**family.sizes)).eval()
+    logits = model(tokens())
+    return_hidden_states(model)
+    hidden = model(tokens())
+    assert hidden.shape == (*tokens().shape, family.sizes["embed_dim"])
+    torch.testing.assert_close(model.output(hidden).float(), logits, **MODEL_FP32)
