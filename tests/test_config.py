@@ -393,6 +393,11 @@ def test_huggingface_checkpoints_need_their_config(tree):
     assert "config.json" in only_problem(tree)[1]
 
 
+def test_a_dry_run_needs_no_weights(tree):
+    load(tree, "checkpointer.checkpoint_dir=/not/downloaded/yet", "dry_run=True")
+    assert only_problem(tree, "checkpointer.checkpoint_dir=/not/downloaded/yet")[0] == "checkpointer.checkpoint_dir"
+
+
 def test_data_files_may_be_patterns_lists_mappings_addresses_or_on_the_hub(tree):
     folder = folder_of(tree)
     for good in (f"{folder}/*.jsonl", "https://a.b/c.json", f"[{folder}/rows.jsonl, hf://x/y]"):
