@@ -42,6 +42,7 @@ from kasa_tune.components.checkpointing import (
     weights_fingerprint,
 )
 from kasa_tune.components.data import build_dataloader, build_dataset, check_token_ids
+from kasa_tune.components.fingerprint import samples_fingerprint
 from kasa_tune.components.linear import adapter_linears, adapter_state_dict, load_adapter_state_dict
 from kasa_tune.components.loss import return_hidden_states
 from kasa_tune.components.memory import memory_budget
@@ -50,13 +51,13 @@ from kasa_tune.components.regularization import kasa_regularization
 
 log = utils.get_logger("INFO")
 
-# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, and how long
-# it is.
+# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, how long it
+# is, and where its inputs lie. That weights and data are the same is checked on what they hold.
 RESUMABLE_KEYS = {
     "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
     "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
     "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
-    "checkpointer", "dry_run",
+    "checkpointer", "tokenizer", "dataset", "dry_run",
 }  # fmt: skip
 
 
@@ -190,11 +191,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self, cfg: DictConfig) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = load_part(self._resume_path, "run")
-        if state["num_samples"] != len(self._dataset):
-            raise ValueError(
-                f"{self._resume_path} was trained on {state['num_samples']} samples, "
-                f"the dataset now has {len(self._dataset)}."
-            )
+        if state["data"] != samples_fingerprint(self._dataset):
+            raise ValueError(f"{self._resume_path} was trained on other data than dataset now gives.")
         self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
         self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
@@ -348,7 +346,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             "epoch": self.epoch,
             "batches_done": self.batches_done,
             "total_steps": self._total_steps,
-            "num_samples": len(self._dataset),
+            "data": samples_fingerprint(self._dataset),
             "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None,
             "base": self._base_fingerprint,
             "config": OmegaConf.to_container(cfg, resolve=True),

@@ -48,6 +48,17 @@ def fingerprint(node: Mapping[str, Any], dataset: Dataset, tokenizer: Any, *, pr
     return digest.hexdigest()
 
 
+def samples_fingerprint(dataset: Dataset, *, probes: int = 64) -> str:
+    """Tell one training set from another by what it gives: length, weights, and tokens and labels of samples spread over it.
+
+    Where the files lie and what the config calls them does not matter, so a run can be resumed on another machine.
+    """
+    chosen = np.linspace(0, len(dataset) - 1, min(probes, len(dataset)), dtype=int).tolist()
+    samples = [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in chosen]
+    sizes = (len(dataset), getattr(dataset, "lengths", None), getattr(dataset, "weights", None))
+    return hashlib.sha256(repr((sizes, samples)).encode()).hexdigest()
+
+
 def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

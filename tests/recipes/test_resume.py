@@ -122,6 +122,17 @@ def test_resume_on_other_base_weights_is_refused(finetune, tmp_path):
         finetune("max_steps=6", "resume_from_checkpoint=True", f"checkpointer.checkpoint_dir={other}")
 
 
+def test_resume_on_other_data_is_refused_but_data_may_move(finetune, whole, tmp_path):
+    from kasa_tune.registry import PACKAGE_ROOT
+
+    moved = shutil.copy(PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl", tmp_path / "moved.jsonl")
+    copy_run(whole, tmp_path / "resumed", until_step=9)
+    resumed = finetune("resume_from_checkpoint=True", f"dataset.data_files={moved}", name="resumed")
+    assert resumed.curve == whole.curve
+    with pytest.raises(ValueError, match="other data"):
+        finetune("resume_from_checkpoint=True", "dataset.split=train[1:41]", name="resumed")
+
+
 def test_the_checkpoint_holds_no_pickle(finetune):
     run = finetune("max_steps=2")
     assert {path.suffix for path in run.checkpoints[-1].iterdir()} == {".json", ".safetensors"}
