@@ -1,5 +1,6 @@
 """Packed rows hold every sample exactly once, learn nothing across borders, and come back from disk or not at all."""
 
+import copy
 import json
 import os
 import subprocess
@@ -299,7 +300,7 @@ def e2e(path, tokenizer, **keys):
 
 
 def test_fingerprint_follows_what_the_samples_are_made_of(char_tokenizer, write_rows):
-    rows = [{"mr": f"name[{i}]", "ref": f"it is {i}"} for i in range(50)]
+    rows = [{"mr": f"name[{i}]", "ref": f"it is {i}"} for i in range(500)]
     path = write_rows(rows)
 
     def key(tokenizer=char_tokenizer, **keys):
@@ -350,9 +351,11 @@ def test_fingerprint_is_the_same_in_another_process_and_for_a_used_tokenizer(rea
     command = [sys.executable, "-c", SCRIPT, str(model), str(path), E2E]
     there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
     story_tokenizer.max_seq_len = 256
+    fresh = copy.deepcopy(story_tokenizer)
     cfg, dataset = e2e(path, story_tokenizer)
-    story_tokenizer.encode("x", trim_leading_whitespace=True)
-    assert fingerprint(cfg, dataset, story_tokenizer) == there
+    assert not hasattr(fresh._spm_model, "encoded_prefix")
+    assert hasattr(story_tokenizer._spm_model, "encoded_prefix")
+    assert fingerprint(cfg, dataset, story_tokenizer) == fingerprint(cfg, dataset, fresh) == there
 
 
 def test_local_files(tmp_path):

@@ -186,6 +186,31 @@ def test_a_space_before_the_answer_belongs_to_the_answer(folder):
     assert spaced[0] == tok.encode("there was a dog")
 
 
+def test_a_word_cut_by_the_seam_keeps_no_space(folder):
+    """A prompt that ends inside a word: its tokens stay what they are alone, and the text comes back as it was."""
+    tok = tokenizer(folder)
+    tokens, mask = tok.tokenize_messages(messages([("user", "Once upon a ti"), ("assistant", "me, there was")]))
+    prompt = tok.encode("Once upon a ti", add_eos=False)
+    assert tokens != tok.encode("Once upon a time, there was")
+    assert tokens[: len(prompt)] == prompt
+    assert mask == [True] * len(prompt) + [False] * (len(tokens) - len(prompt))
+    assert tok.decode(tokens) == "Once upon a time, there was"
+
+
+def test_a_generation_prompt_that_ends_in_a_space(folder):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    )
+    tok = tokenizer(folder, template)
+    dialogue = messages(DIALOGUE[1:3])
+    tokens, mask = tok.tokenize_messages(dialogue)
+    start = tok({"messages": [dialogue[0], Message(role="assistant", content="")]}, inference=True)["tokens"]
+    assert tokens == tok.encode("<s>USER: Who was there? ASSISTANT: A little girl named Lily. ", False, False)
+    assert tokens[: len(start)] == start
+    assert mask == [True] * len(start) + [False] * (len(tokens) - len(start))
+
+
 def test_an_open_turn_can_be_continued(folder):
     for template in (CHATML, LLAMA3, INST, None):
         tok = tokenizer(folder, template)
