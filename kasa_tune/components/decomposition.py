@@ -15,8 +15,8 @@ def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str =
     """How many singular triplets KaSA removes from a ``(d_out, d_in)`` weight.
 
     ``paper`` counts from the end of the ``min(d_out, d_in)`` singular values (KaSA, arXiv 2412.06071, equation 5).
-    ``published`` is the authors' code, which keeps the first ``d_in - truncation_rank`` values and so removes fewer, often
-    none, from a weight with ``d_out < d_in`` such as Llama's ``k_proj``, ``v_proj`` and ``down_proj``.
+    ``published`` is the authors' code, which keeps the first ``d_in - truncation_rank`` values and so removes fewer,
+    often none, from a weight with ``d_out < d_in`` such as Llama's ``k_proj``, ``v_proj`` and ``down_proj``.
 
     Raises:
         ValueError: ``truncation_rank`` is negative or not below ``min(d_out, d_in)``, or ``truncation`` is unknown.
@@ -38,8 +38,8 @@ def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str =
 def smallest_triplets(weight: Tensor, k: int, *, solver: str = "auto") -> tuple[LowRank, Subspace | None]:
     """The part of a weight that its ``k`` smallest singular triplets carry: ``E = Σ_{i>R-k} σ_i u_i v_iᵀ``.
 
-    With ``U_k`` the singular vectors of the smaller side, ``E = U_k (U_kᵀ W)`` (or ``(W V_k) V_kᵀ``): the other side's vectors
-    and the singular values are never needed.
+    With ``U_k`` the singular vectors of the smaller side, ``E = U_k (U_kᵀ W)`` (or ``(W V_k) V_kᵀ``): the other side's
+    vectors and the singular values are never needed.
 
     Args:
         weight: ``(d_out, d_in)``, any floating dtype.
@@ -54,7 +54,7 @@ def smallest_triplets(weight: Tensor, k: int, *, solver: str = "auto") -> tuple[
     """
     if k == 0:
         return LowRank.empty(*weight.shape, device=weight.device), None
-    if not torch.isfinite(weight).all():
+    if not weight.sum(dtype=torch.float32).isfinite():  # one pass, and no mask as large as the weight
         raise ValueError("The weight holds NaN or infinity; the checkpoint is damaged.")
     d_out, d_in = weight.shape
     small_side_first = weight if d_out <= d_in else weight.T

@@ -128,7 +128,8 @@ class AdapterLinear(nn.Module):
         if edit.rank and (self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)):
             weight = self.weight if full_precision else self.weight.float()
             # A new tensor: the old one may be shared with the checkpoint it was loaded from.
-            folded = (weight - self.edit.dense()).to(self.weight.dtype)
+            out, into = self.lora_edit_out.to(weight.dtype), self.lora_edit_in.to(weight.dtype)
+            folded = torch.addmm(weight, out, into, alpha=-1.0).to(self.weight.dtype)
             self.weight = nn.Parameter(folded, requires_grad=False)
             self.folded = True
 

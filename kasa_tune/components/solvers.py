@@ -1,7 +1,9 @@
 """Singular subspaces, each by the cheapest way that is accurate for its shape.
 
-Everything runs in float64: the smallest singular values of a trained weight are 1e-3 to 1e-5 of the largest, and squaring
-them into a float32 Gram matrix would leave no correct digit.
+Everything runs in float64: the smallest singular values of a trained weight are 1e-3 to 1e-5 of the largest, and
+squaring them into a float32 Gram matrix would leave no correct digit.
+
+Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b = k + 8 vectors in a block, p in a basis.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Below this size a full eigendecomposition of the Gram matrix costs less than building a Krylov space.
+# Below this size, or for more than a sixteenth of all vectors, a full eigendecomposition of G costs less than a search.
 EXACT_BELOW = 640
-# The Krylov search stops when its slowest wanted direction has this residual relative to the largest eigenvalue's scale.
-RESIDUAL_TOLERANCE = 1e-7
-MAX_BASIS_BLOCKS = 24
+EXACT_ABOVE_SHARE = 1 / 16
+# The search stops when the correction it proposes to every unit vector is below this; E is then good to about 1e-6.
+TOLERANCE = 2e-6
+MAX_STEPS = 40
+# Blocks a basis may hold; beyond, its best two are kept and the others dropped.
+MAX_BLOCKS = 12
+# σ² below this share of ‖W‖_F² is the rounding of float32 weights: any vectors from there are as good as the others.
+NOISE = 1e-15
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Subspace:
         vectors: ``(n, k)`` float64, orthonormal columns, ascending singular value.
         singular_values: ``(k,)`` float64.
         solver: the name of the method that produced them.
-        residual: largest ``‖G v − σ² v‖ / ‖G‖`` over the columns, 0 for the exact method.
+        residual: length of the largest correction one more step would have made to a vector; 0 for the exact method.
     """
 
     vectors: Tensor
@@ -44,8 +51,8 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     Args:
         matrix: ``(n, m)`` with ``n <= m``, any floating dtype and device.
         k: number of vectors, ``1 <= k <= n``.
-        solver: ``auto`` chooses by shape; ``gram_eigh`` (all n eigenvectors of the Gram matrix, exact) or ``inverse_krylov``
-            (block Krylov space of the inverse Gram matrix, for ``k`` much smaller than ``n``).
+        solver: ``auto`` chooses by shape; ``gram_eigh`` (all n eigenvectors of the Gram matrix, exact) or
+            ``inverse_krylov`` (search in the block Krylov space of its inverse, for ``k`` much smaller than ``n``).
 
     Returns:
         The subspace in float64 on the matrix's device.
@@ -53,7 +60,8 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     Raises:
         ValueError: ``n > m``, ``k`` outside ``1..n`` or an unknown solver.
 
-    Out of memory on CUDA and a solver that does not converge are answered by the exact method on the CPU, with a log line.
+    A CUDA device out of memory and a search that does not converge are answered by the exact method on the CPU, with a
+    log line.
     """
     n, m = matrix.shape
     if n > m or not 1 <= k <= n:
@@ -63,92 +71,135 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     if solver not in ("auto", "gram_eigh", "inverse_krylov"):
         raise ValueError(f"Unknown solver {solver!r}: use auto, gram_eigh or inverse_krylov.")
     if solver == "auto":
-        solver = "gram_eigh" if n < EXACT_BELOW or k * 16 > n else "inverse_krylov"
+        solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
     try:
-        gram = gram_matrix(matrix)
-        found = _inverse_krylov(gram, k) if solver == "inverse_krylov" else _gram_eigh(gram, k)
+        return _inverse_krylov(matrix, k) if solver == "inverse_krylov" else _gram_eigh(matrix, k)
     except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        log.warning("%s failed on %s (%s); using the exact method on the CPU.", solver, matrix.device, error)
-        found = None
-    if found is None:
-        found = _gram_eigh(gram_matrix(matrix.cpu()), k)
-    return Subspace(
-        found.vectors.to(matrix.device), found.singular_values.to(matrix.device), found.solver, found.residual
-    )
+        log.warning(
+            "%s failed for a %d x %d matrix on %s (%s); using the exact method on the CPU, which may take minutes.",
+            solver, n, m, matrix.device, error,
+        )  # fmt: skip
+    found = _gram_eigh(matrix.cpu(), k)
+    return Subspace(found.vectors.to(matrix.device), found.singular_values.to(matrix.device), found.solver, 0.0)
 
 
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
     """``W Wᵀ`` in float64 of a ``(n, m)`` matrix, converting ``column_chunk`` columns at a time."""
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(column_chunk, dim=1):
-        columns = columns.double()
-        gram.addmm_(columns, columns.T)
-    return gram
+        _add_lower_gram(gram, columns.double())
+    return gram.tril_().add_(gram.tril(-1).T)
 
 
-def _gram_eigh(gram: Tensor, k: int) -> Subspace:
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+def _add_lower_gram(gram: Tensor, rows: Tensor) -> None:
+    """Add ``X Xᵀ`` to the lower triangle of ``gram``, in place; leaving most of the upper one out halves the work."""
+    half = len(rows) // 2
+    if half < 192:
+        gram.addmm_(rows, rows.T)
+        return
+    _add_lower_gram(gram[:half, :half], rows[:half])
+    _add_lower_gram(gram[half:, half:], rows[half:])
+    gram[half:, :half].addmm_(rows[half:], rows[:half].T)
+
+
+def _gram_eigh(matrix: Tensor, k: int) -> Subspace:
+    eigenvalues, vectors = torch.linalg.eigh(gram_matrix(matrix))
     return Subspace(vectors[:, :k], eigenvalues[:k].clamp_min(0).sqrt(), "gram_eigh", 0.0)
 
 
-def _inverse_krylov(gram: Tensor, k: int) -> Subspace | None:
-    """Rayleigh-Ritz on span{X, G⁻¹X, G⁻²X, …}; None when the residual is still too large with the largest basis.
+def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
+    """Rayleigh-Ritz on a growing basis: a step adds ``G⁻¹ r`` for the residuals ``r = G v − σ² v`` of the best vectors.
 
-    After the first blocks the inverse is taken about a shift just below the smallest Ritz value, which spreads the crowded
-    lower edge of a rectangular matrix's spectrum; a shift that overshoots shows as a failed Cholesky and is halved away.
+    With an exact inverse that is the block Krylov space of ``G⁻¹``; written as a correction, a step also tells how far
+    the vectors still are from their goal, whatever the condition of W.
+
+    Raises:
+        torch.linalg.LinAlgError: no factorization, or no convergence.
     """
-    n, block = gram.shape[0], k + 8
-    scale = torch.linalg.vector_norm(gram.diagonal(), ord=float("inf"))
-    factor = _shifted_cholesky(gram, -1e-14 * scale)
+    n, m = matrix.shape
+    inverse = _SquareInverse(matrix) if n == m else _WideInverse(matrix)
+    block = k + 8
     generator = torch.Generator().manual_seed(0)
-    newest = torch.randn(n, block, generator=generator, dtype=torch.float64).to(gram.device)
-    basis = torch.empty(n, 0, dtype=torch.float64, device=gram.device)
-    for step in range(1, MAX_BASIS_BLOCKS + 1):
-        newest = torch.cholesky_solve(newest, factor)
-        for _ in range(2):  # twice is enough (Kahan): one pass loses orthogonality against a nearly converged basis
-            newest = torch.linalg.qr(newest - basis @ (basis.T @ newest)).Q
-        basis = torch.cat((basis, newest), dim=1)
-        if step % 3:
-            continue
-        projected = gram @ basis
-        ritz, rotation = torch.linalg.eigh(basis.T @ projected)
-        vectors = basis @ rotation[:, :k]
-        residual = torch.linalg.vector_norm(projected @ rotation[:, :k] - vectors * ritz[:k], dim=0).max() / scale
-        if (
-            residual < RESIDUAL_TOLERANCE * ritz[:k].clamp_min(0).sqrt().mean() / scale.sqrt()
-            or step == MAX_BASIS_BLOCKS
-        ):
-            break
-        if step == 3 and ritz[0] > 0:
-            shift = _shift_below(gram, ritz, k)
-            if shift is not None:
-                factor, newest, basis = shift, basis @ rotation[:, :block], basis[:, :0]
-    if residual > 1e-6:
-        return None
-    return Subspace(vectors, ritz[:k].clamp_min(0).sqrt(), "inverse_krylov", float(residual))
+    start = torch.randn(n, block, generator=generator, dtype=torch.float64).to(matrix.device)
+    newest = torch.linalg.qr(inverse.solve(start)).Q  # [n, b]
+    basis = images = newest[:, :0]  # [n, p]: V and G V
+    for step in range(1, MAX_STEPS + 1):
+        basis, images = torch.cat((basis, newest), dim=1), torch.cat((images, inverse.apply(newest)), dim=1)
+        ritz, rotation = torch.linalg.eigh(basis.T @ images)
+        vectors = basis @ rotation[:, :block]
+        residuals = images @ rotation[:, :block] - vectors * ritz[:block]
+        if step == 4:
+            inverse.shift_below(ritz[0], ritz[k - 1] - ritz[0])
+        correction = _outside(inverse.solve(residuals), basis)
+        residual = torch.linalg.vector_norm(correction[:, :k], dim=0).max()
+        if residual < TOLERANCE or ritz[k - 1] <= NOISE * inverse.trace:
+            return Subspace(vectors[:, :k], ritz[:k].clamp_min(0).sqrt(), "inverse_krylov", float(residual))
+        if basis.shape[1] >= MAX_BLOCKS * block:
+            basis, images = basis @ rotation[:, : 2 * block], images @ rotation[:, : 2 * block]
+        # Twice is enough (Kahan): one pass loses orthogonality where the correction lies almost inside the basis.
+        newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(correction, basis)).Q, basis)).Q
+    raise torch.linalg.LinAlgError(f"no convergence in {MAX_STEPS} steps, last correction {residual:.1e}")
 
 
-def _shift_below(gram: Tensor, ritz: Tensor, k: int) -> Tensor | None:
-    """Cholesky factor of ``G − μI`` with μ a little under the smallest Ritz value, or None if no such shift is positive."""
-    spread = ritz[k - 1] - ritz[0]
-    for distance in (0.5, 2.0, 8.0):
-        shift = ritz[0] - distance * spread
-        if shift <= 0:
-            return None
-        factor, info = torch.linalg.cholesky_ex(
-            gram - shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
+def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
+    """The part of ``vectors (n, b)`` that is orthogonal to the orthonormal ``basis (n, p)``."""
+    return vectors - basis @ (basis.T @ vectors)
+
+
+class _SquareInverse:
+    """``G`` and ``G⁻¹ = W⁻ᵀ W⁻¹`` of a square W by its LU factors: a third of the work of forming and factoring G."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix.double()
+        self.trace = torch.linalg.vector_norm(self.matrix).square()
+        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(self.matrix)
+        diagonal = self.lu.diagonal()
+        tiny = 1e-16 * diagonal.abs().max()  # of a singular W: solutions become large, not infinite
+        diagonal.copy_(torch.where(diagonal.abs() < tiny, tiny, diagonal))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.matrix @ (self.matrix.T @ x)
+
+    def solve(self, x: Tensor) -> Tensor:
+        inner = torch.linalg.lu_solve(self.lu, self.pivots, x)
+        return torch.linalg.lu_solve(self.lu, self.pivots, inner, adjoint=True)
+
+    def shift_below(self, smallest: Tensor, spread: Tensor) -> None:
+        """Nothing: a square matrix's smallest singular values are spread out enough."""
+
+
+class _WideInverse:
+    """``G`` and ``(G − μI)⁻¹`` of a wide W by a Cholesky factor; μ = 0 until :meth:`shift_below`."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.gram = gram_matrix(matrix)
+        self.trace = self.gram.trace()
+        for lift in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):  # a rank-deficient G has no factor of its own
+            if self._factorize(-lift * self.trace):
+                return
+        raise torch.linalg.LinAlgError("the Gram matrix has no Cholesky factor even after lifting its diagonal")
+
+    def _factorize(self, shift: Tensor) -> bool:
+        shifted = self.gram.clone()
+        shifted.diagonal().sub_(shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
         if info == 0:
-            return factor
-    return None
+            self.factor = factor
+        return bool(info == 0)
 
+    def apply(self, x: Tensor) -> Tensor:
+        return self.gram @ x
 
-def _shifted_cholesky(gram: Tensor, shift: Tensor) -> Tensor:
-    """Cholesky factor of ``G − shift·I``; a singular matrix is lifted by ten times more until it has one."""
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(8):
-        factor, info = torch.linalg.cholesky_ex(gram - shift * identity)
-        if info == 0:
-            return factor
-        shift = shift * 10
-    raise torch.linalg.LinAlgError("the Gram matrix has no Cholesky factor even after lifting its diagonal")
+    def solve(self, x: Tensor) -> Tensor:
+        inner = torch.linalg.solve_triangular(self.factor, x, upper=False)
+        return torch.linalg.solve_triangular(self.factor.mT, inner, upper=True)
+
+    def shift_below(self, smallest: Tensor, spread: Tensor) -> None:
+        """Take the inverse about a shift a little under the smallest eigenvalue, where a wide W has many close ones.
+
+        A shift that is not under it shows as a failed Cholesky; then one four times as far is tried.
+        """
+        for distance in (0.5, 2.0):
+            shift = smallest - distance * spread
+            if shift <= 0 or self._factorize(shift):
+                return
