@@ -143,8 +143,8 @@ def test_every_metric_logger_of_torchtune_takes_what_we_log(finetune, tmp_path):
 
 def test_the_profiler_writes_a_trace(finetune, tmp_path):
     schedule = [f"profiler.{key}=1" for key in ("wait_steps", "warmup_steps", "active_steps", "num_cycles")]
-    finetune("profiler.enabled=True", f"profiler.output_dir={tmp_path / 'trace'}", *schedule, "max_steps=5")
-    assert list((tmp_path / "trace").rglob("*.json.gz"))
+    finetune("profiler.enabled=True", *schedule, "max_steps=5")
+    assert list((tmp_path / "run" / "profiler").rglob("*.json.gz"))
 
 
 # ----------------------------------------------------------------------------------------------------- saving is safe
