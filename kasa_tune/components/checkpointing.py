@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,7 +42,9 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         folder: holds all checkpoints of a run; made if missing.
         step: optimizer steps done.
         parts: name to a tree of dicts, lists, tuples, tensors, strings, numbers, booleans and None.
-        keep_last: older checkpoints beyond this many are removed afterwards; None keeps all.
+        keep_last: of this checkpoint and those of earlier steps, all but the newest this many are removed afterwards;
+            None keeps all. Those of later steps stay and do not count: they may be damaged ones that a run fell back
+            from.
 
     Returns:
         The checkpoint's path.
@@ -51,9 +55,9 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
     """
     final = folder / f"{PREFIX}{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    replaced = folder / f".{final.name}.replaced.tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f".{PREFIX}*.tmp"):
-        shutil.rmtree(leftover)
+    _clear_leftovers(folder)
     try:
         temporary.mkdir()
         for name, tree in parts.items():
@@ -62,29 +66,45 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         manifest = {"format_version": FORMAT_VERSION, "step": step, "parts": list(parts), "files": files}
         _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_folder(temporary)
-        replaced = folder / f".{final.name}.replaced.tmp"
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
         _sync_folder(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        if isinstance(error, OSError | SafetensorError):
             raise OSError(
-                error.errno, f"Could not write {final}: {error.strerror or error}. Earlier checkpoints are untouched."
+                _errno(error), f"Could not write {final} ({error}). Earlier checkpoints are untouched."
             ) from error
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
     if keep_last is not None:
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+        not_later = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
+        for old in not_later[:-keep_last]:
+            shutil.rmtree(old.rename(folder / f".{old.name}.removed.tmp"))  # hidden first: never seen half removed
     return final
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a killed writer left behind; a checkpoint it had moved aside and not yet replaced is put back."""
+    for aside in folder.glob(f".{PREFIX}*.replaced.tmp"):
+        final = folder / aside.name[1:].split(".")[0]
+        if not final.exists():
+            aside.rename(final)
+    for leftover in folder.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders that look like checkpoints, oldest first; none of them verified."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -107,17 +127,16 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the manifest is missing or unreadable, a file is missing, too short or changed.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        format_version, files = manifest["format_version"], manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
         ) from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}."
-        )
-    for name, expected in manifest["files"].items():
-        if not (path / name).is_file() or _fingerprint(path / name) != expected:
+    if format_version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has checkpoint format {format_version}, this version reads {FORMAT_VERSION}.")
+    for name, expected in files:
+        if not _matches(path / name, expected):
             raise CheckpointError(
                 f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint."
             )
@@ -181,7 +200,8 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._previous[number])
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
 
 
 # --- trees <-> JSON with tensors beside it ---
@@ -203,9 +223,14 @@ def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     path = path.lstrip("/")
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": path}
+        name = path
+        while name in tensors:  # keys 1 and "1" share a path
+            name += "'"
+        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
     if isinstance(tree, Mapping):
+        if not all(key is None or isinstance(key, str | int | float) for key in tree):
+            raise TypeError(f"A checkpoint's dict keys must be strings or numbers (at {path}).")
         return {"dict": [[key, _encode(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, tuple):
         return {"tuple": [_encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
@@ -242,6 +267,21 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error; safetensors tells it in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _matches(path: Path, expected: Any) -> bool:
+    try:
+        return _fingerprint(path) == expected
+    except OSError:
+        return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
