@@ -1,0 +1,639 @@
+"""Checkpoints: everything comes back as it was, and nothing that goes wrong while saving costs an earlier one."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kasa_tune.components import checkpointing
+from kasa_tune.components.checkpointing import (
+    CheckpointError,
+    StopSignals,
+    latest_checkpoint,
+    list_checkpoints,
+    load_part,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    verify_checkpoint,
+    weights_fingerprint,
+)
+
+
+def same(left, right):
+    """Equal in value and in the type of every node; tensors also in dtype and bits."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        equal_kind = left.dtype == right.dtype and left.shape == right.shape
+        return equal_kind and left.contiguous().view(-1).tolist() == right.contiguous().view(-1).tolist()
+    if isinstance(left, dict):
+        keys = [(type(key), key) for key in left] == [(type(key), key) for key in right]
+        return keys and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def round_trip(tree, folder):
+    return load_part(save_checkpoint(folder, 1, {"part": tree}), "part")
+
+
+# --------------------------------------------------------------------------------- what goes in comes out
+
+
+def special_tensors():
+    storage = torch.arange(12.0)
+    return {
+        "bf16": torch.randn(3, 4).bfloat16(),
+        "uint8": torch.arange(256, dtype=torch.uint8),
+        "int64": torch.tensor([2**62, -1]),
+        "bool": torch.tensor([True, False]),
+        "float64": torch.tensor([0.1, float("inf"), -0.0], dtype=torch.float64),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "transposed": storage.view(3, 4).T,
+        "every other": storage[::2],
+        "shared": storage,
+        "shared, part": storage[3:7],
+        "expanded": torch.ones(1).expand(5),
+        "parameter": torch.nn.Parameter(torch.ones(2)).detach(),
+    }
+
+
+def test_tensors_of_every_kind(tmp_path):
+    tree = special_tensors()
+    found = round_trip(tree, tmp_path)
+    assert same(found, tree)
+    found["shared"].zero_()
+    assert same(found["shared, part"], tree["shared, part"])
+
+
+def test_trees_of_every_kind(tmp_path):
+    tree = {
+        "none": None,
+        "numbers": [1, -(2**80), 0.1, 1e-310, float("inf"), True, False],
+        "tuple": (1, (), [(2,)]),
+        0: {1: "int key", "1": "string key", 1.5: "float key"},
+        "empty": {"list": [], "dict": {}, "tuple": ()},
+        "looks tagged": {"tensor": "x", "dict": [["a", 1]]},
+        "text": 'Zürich \u2028 \x00 "',
+        "deep": [{"a": [torch.ones(1), {"b": (torch.zeros(2),)}]}],
+    }
+    assert same(round_trip(tree, tmp_path), tree)
+
+
+def test_a_tensor_alone_and_a_part_without_tensors(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"alone": torch.ones(2), "plain": [1]})
+    assert same(load_part(path, "alone"), torch.ones(2))
+    assert same(load_part(path, "plain"), [1])
+    assert not (path / "plain.safetensors").exists()
+
+
+def test_tensors_whose_paths_read_the_same_are_kept_apart(tmp_path):
+    tree = {1: torch.tensor(1), "1": torch.tensor(2), "a/b": torch.tensor(3), "a": {"b": torch.tensor(4)}}
+    assert same(round_trip(tree, tmp_path), tree)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+KEYS = st.integers() | st.text(max_size=3)
+TREES = st.recursive(
+    LEAVES | st.lists(st.integers(-9, 9), max_size=3).map(torch.tensor),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(KEYS, inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=TREES)
+def test_any_tree(tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tree")
+    assert same(round_trip(tree, folder), tree)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tree", [{1, 2}, object(), b"bytes", {(1, 2): 3}, np.int64(3)], ids=lambda t: type(t).__name__)
+def test_what_cannot_be_kept_is_refused_before_anything_is_left(tree, tmp_path):
+    with pytest.raises(TypeError, match=r"part|branch"):
+        save_checkpoint(tmp_path, 1, {"part": {"branch": [tree]}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_copies_nothing_into_the_live_tensors(tmp_path):
+    tree = {"weight": torch.ones(3)}
+    path = save_checkpoint(tmp_path, 1, {"part": tree})
+    tree["weight"].zero_()
+    assert load_part(path, "part")["weight"].tolist() == [1, 1, 1]
+
+
+def test_files_are_safetensors_and_json_and_nothing_is_pickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickled")
+
+    for module, name in ((pickle, "dump"), (pickle, "dumps"), (pickle, "load"), (pickle, "loads"), (torch, "save")):
+        monkeypatch.setattr(module, name, refuse)
+    path = save_checkpoint(tmp_path, 1, {"tensors": special_tensors(), "rng": rng_state()})
+    load_part(path, "tensors")
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    for file in path.glob("*.json"):
+        json.loads(file.read_text())
+
+
+def test_a_part_that_is_not_there(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"part": 1})
+    with pytest.raises(CheckpointError, match="no part 'optimizer'"):
+        load_part(path, "optimizer")
+
+
+# --------------------------------------------------------------------------------- random state and optimizers
+
+
+def draws():
+    """Numbers of each global generator, more than one block of any of them."""
+    return (
+        [random.random() for _ in range(700)],
+        random.gauss(0, 1),
+        np.random.standard_normal(701).tolist(),
+        torch.randn(701).tolist(),
+        torch.nn.functional.dropout(torch.ones(50)).tolist(),
+    )
+
+
+def test_all_generators_go_on_with_the_same_draws(tmp_path):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    draws()  # leaves Python's and NumPy's normal generators with a number in hand
+    path = save_checkpoint(tmp_path, 1, {"rng": rng_state()})
+    expected = draws()
+    assert draws() != expected
+    set_rng_state(load_part(path, "rng"))
+    assert draws() == expected
+
+
+def test_taking_the_state_draws_nothing():
+    torch.manual_seed(3), np.random.seed(2), random.seed(1)
+    expected = draws()
+    torch.manual_seed(3), np.random.seed(2), random.seed(1)
+    rng_state()
+    assert draws() == expected
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "two groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:1], "lr": 0.3}, {"params": p[1:]}], lr=0.1, betas=(0.8, 0.9)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_bit_for_bit(name, tmp_path):
+    def parameters():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+
+    def train(trained, optimizer, steps):
+        for step in steps:
+            for parameter in trained:
+                parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            optimizer.step()
+
+    whole = parameters()
+    train(whole, OPTIMIZERS[name](whole), range(5))
+    first = parameters()
+    optimizer = OPTIMIZERS[name](first)
+    train(first, optimizer, range(3))
+    path = save_checkpoint(tmp_path, 3, {"weights": [p.detach() for p in first], "optimizer": optimizer.state_dict()})
+    second = [torch.nn.Parameter(weight) for weight in load_part(path, "weights")]
+    optimizer = OPTIMIZERS[name](second)
+    optimizer.load_state_dict(load_part(path, "optimizer"))
+    train(second, optimizer, range(3, 5))
+    assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
+
+
+# --------------------------------------------------------------------------------- which checkpoints there are
+
+
+def save(folder, step, **options):
+    """A checkpoint of several files whose content tells its step."""
+    parts = {
+        "adapter": {"weight": torch.full((50,), float(step))},
+        "run": {"step": step},
+        "rng": torch.arange(step % 50),
+    }
+    return save_checkpoint(folder, step, parts, **options)
+
+
+def steps_in(folder):
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder)]
+
+
+def assert_good(path, step):
+    verify_checkpoint(path)
+    assert load_part(path, "run") == {"step": step}
+    assert load_part(path, "adapter")["weight"].unique().tolist() == [step]
+
+
+def test_newest_is_by_number_not_by_name(tmp_path):
+    for step in (5, 100_000_000, 99_999_999, 20):
+        save(tmp_path, step)
+    (tmp_path / "step_notes.txt").touch()
+    (tmp_path / "step_best").mkdir()
+    assert steps_in(tmp_path) == [5, 20, 99_999_999, 100_000_000]
+    assert latest_checkpoint(tmp_path) == (tmp_path / "step_100000000", [])
+
+
+def test_no_checkpoints_yet(tmp_path):
+    assert latest_checkpoint(tmp_path) == (None, [])
+    assert latest_checkpoint(tmp_path / "absent") == (None, [])
+    assert list_checkpoints(tmp_path / "absent") == []
+
+
+def test_keep_last_removes_the_oldest(tmp_path):
+    kept = []
+    for step in range(1, 6):
+        save(tmp_path, step, keep_last=2)
+        kept.append(steps_in(tmp_path))
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
+
+
+def test_keep_last_never_removes_what_was_just_saved(tmp_path):
+    """After a fall-back from a damaged step 9 the run saves step 6: no good one may make room for the damaged one."""
+    save(tmp_path, 5), save(tmp_path, 9)
+    (tmp_path / "step_00000009" / "run.json").write_text("{}")
+    save(tmp_path, 6, keep_last=1)
+    path, reasons = latest_checkpoint(tmp_path)
+    assert_good(path, 6)
+    assert "step_00000009" in reasons[0]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 3)
+    save_checkpoint(tmp_path, 3, {"other": 1})
+    assert load_part(tmp_path / "step_00000003", "other") == 1
+    assert list(verify_checkpoint(tmp_path / "step_00000003")["files"]) == ["other.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
+    for name in (".step_00000001.4711.tmp", ".step_00000002.removed.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.safetensors").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000003"]
+
+
+# --------------------------------------------------------------------------------- damage
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json", "run.json"])
+def test_damage_is_named_and_the_previous_checkpoint_taken(harm, name, tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    harm(tmp_path / "step_00000002" / name)
+    with pytest.raises(CheckpointError, match=f"step_00000002 is damaged: {name}"):
+        verify_checkpoint(tmp_path / "step_00000002")
+    path, reasons = latest_checkpoint(tmp_path)
+    assert_good(path, 1)
+    assert len(reasons) == 1
+    assert "step_00000002" in reasons[0]
+    assert name in reasons[0]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "null", "{}", '{"format_version": 1}', b"\xff\xfe\x00"], ids=repr
+)
+def test_a_manifest_that_is_none_is_no_checkpoint(content, tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    manifest = tmp_path / "step_00000002" / "manifest.json"
+    manifest.unlink()
+    if content is not None:
+        manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*manifest\.json"):
+        verify_checkpoint(tmp_path / "step_00000002")
+    assert latest_checkpoint(tmp_path)[0] == tmp_path / "step_00000001"
+
+
+def test_a_checkpoint_of_another_format_says_so(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="checkpoint format 99, this version reads 1"):
+        verify_checkpoint(path)
+
+
+def test_all_damaged_is_none_with_all_reasons(tmp_path):
+    for step in (1, 2):
+        truncate(save(tmp_path, step) / "run.json")
+    path, reasons = latest_checkpoint(tmp_path)
+    assert path is None
+    assert ["step_00000002" in reasons[0], "step_00000001" in reasons[1]] == [True, True]
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        verify_checkpoint(tmp_path / "nowhere")
+
+
+# --------------------------------------------------------------------------------- writing that fails
+
+
+def at_each_call(monkeypatch, act):
+    """Make the n-th call of anything that changes the disk do ``act`` first; returns a function that sets n."""
+    state = {"left": 0}
+
+    def guard(function):
+        def guarded(*args, **kwargs):
+            state["left"] -= 1
+            if state["left"] == 0:
+                act()
+            return function(*args, **kwargs)
+
+        return guarded
+
+    for owner, name in (
+        (os, "fsync"),
+        (os, "rename"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (Path, "open"),
+        (checkpointing, "save_file"),
+        (shutil, "rmtree"),
+        (os, "unlink"),
+    ):
+        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
+    return lambda n: state.update(left=n)
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def error_of(act):
+    try:
+        act()
+    except OSError as error:
+        return error
+
+
+def copy_of(template, folder):
+    shutil.copytree(template, folder)
+    return folder
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step again"])
+def test_a_disk_that_fills_at_any_moment_costs_nothing(again, tmp_path, monkeypatch):
+    template = tmp_path / "template"
+    save(template, 1), save(template, 2)
+    step = 2 if again else 3
+    failures = 0
+    for n in range(1, 200):
+        folder = copy_of(template, tmp_path / f"run{n}")
+        with monkeypatch.context() as patch:
+            at_each_call(patch, disk_full)(n)
+            error = error_of(partial(save, folder, step))
+        failed = error is not None
+        assert not failed or (type(error), error.errno) == (OSError, errno.ENOSPC)
+        failures += failed
+        path, reasons = latest_checkpoint(folder)
+        assert not reasons
+        assert_good(path, int(path.name[5:]))
+        assert_good(folder / "step_00000001", 1)
+        assert_good(folder / "step_00000002", 2)
+        if not failed and n > failures + 10:
+            break
+    assert failures > 15
+    assert steps_in(folder) == sorted({1, 2, step})
+
+
+def test_a_failed_save_leaves_no_trace_and_the_next_one_works(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        at_each_call(patch, disk_full)(6)
+        with pytest.raises(OSError, match=r"No space left.*Earlier checkpoints are untouched"):
+            save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_good(save(tmp_path, 2), 2)
+
+
+def test_a_file_that_cannot_grow_is_an_os_error_from_safetensors_too(tmp_path):
+    """The kernel refuses to write more than 64 KiB to a file: as on a full disk, through safetensors' own code."""
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"step_00000002.*Earlier checkpoints are untouched") as caught:
+            save_checkpoint(tmp_path, 2, {"adapter": torch.ones(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_an_interrupt_while_saving_leaves_no_trace(tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1)
+    at_each_call(monkeypatch, interrupt)(7)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        save(tmp_path / "file" / "run", 1)
+
+
+# --------------------------------------------------------------------------------- a process that is killed
+
+
+def in_a_process_that_dies(work):
+    """Run ``work`` in a forked process; returns its id. It ends without any clean-up of the test's."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+
+def died_by_kill(child):
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
+    """SIGKILL before the n-th operation on the disk, for every n, while a step is replaced and while old ones go."""
+    template = tmp_path / "template"
+    save(template, 1), save(template, 2)
+
+    def work(folder, n):
+        with monkeypatch.context() as patch:
+            at_each_call(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))(n)
+            save(folder, 2, keep_last=2)
+            save(folder, 3, keep_last=1)
+
+    killed = 0
+    for n in range(1, 200):
+        folder = copy_of(template, tmp_path / f"run{n}")
+        if not died_by_kill(in_a_process_that_dies(lambda folder=folder, n=n: work(folder, n))):
+            break
+        killed += 1
+        path, reasons = latest_checkpoint(folder)
+        assert not reasons, n
+        assert_good(path, int(path.name[5:]))
+        old = {left.name for left in folder.iterdir()}
+        save(folder, 4)
+        if "step_00000003" not in old:
+            assert_good(folder / "step_00000002", 2)  # even if it had been moved aside
+        assert not [left.name for left in folder.iterdir() if left.name.startswith(".")], n
+    assert killed > 30
+    assert steps_in(folder) == [3]
+
+
+def test_kills_at_random_moments_of_a_loop_of_saves(tmp_path):
+    save(tmp_path, 1)
+
+    def work():
+        for step in range(steps_in(tmp_path)[-1] + 1, 1_000_000):
+            save(tmp_path, step, keep_last=2)
+
+    draw = random.Random(0)
+    before = 1
+    for _ in range(12):
+        child = in_a_process_that_dies(work)
+        time.sleep(draw.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert died_by_kill(child)
+        path, reasons = latest_checkpoint(tmp_path)
+        assert not reasons
+        step = int(path.name[5:])
+        assert step >= before
+        assert_good(path, step)
+        before = step
+    assert before > 1
+
+
+# --------------------------------------------------------------------------------- stop signals
+
+
+def test_the_first_signal_is_remembered_and_the_second_obeyed():
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_signal_of_the_other_kind_is_obeyed_too(first, second):
+    obeyed = []
+    previous = {number: signal.signal(number, lambda n, frame: obeyed.append(n)) for number in (first, second)}
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), first)
+            assert (stop.received, obeyed) == (first, [])
+            os.kill(os.getpid(), second)
+            assert (stop.received, obeyed) == (first, [second])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def test_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopSignals():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    found = []
+
+    def work():
+        with StopSignals() as stop:
+            found.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+# --------------------------------------------------------------------------------- fingerprint of weights
+
+
+def some_weights():
+    generator = torch.Generator().manual_seed(0)
+    return {"a": torch.randn(30, 20, generator=generator), "b": torch.randn(5, generator=generator).bfloat16()}
+
+
+CHANGES = {
+    "one value": lambda w: w["a"].view(-1).__setitem__(377, 0.5),
+    "one bf16 value": lambda w: w["b"].__setitem__(3, 0.5),
+    "a name": lambda w: w.__setitem__("c", w.pop("b")),
+    "a shape": lambda w: w.__setitem__("a", w["a"].view(20, 30)),
+    "a dtype": lambda w: w.__setitem__("b", w["b"].float()),
+    "another tensor": lambda w: w.__setitem__("c", torch.zeros(1)),
+    "a tensor less": lambda w: w.pop("b"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_changes_the_fingerprint(change):
+    weights = some_weights()
+    change(weights)
+    assert weights_fingerprint(weights) != weights_fingerprint(some_weights())
+
+
+def test_the_same_weights_have_the_same_fingerprint_whatever_their_order_and_memory():
+    weights = some_weights()
+    shuffled = {"b": weights["b"].clone(), "a": weights["a"].T.contiguous().T}
+    assert weights_fingerprint(shuffled) == weights_fingerprint(weights)
+
+
+def test_every_matrix_of_a_large_model_counts():
+    weights = {f"layer{i}": torch.zeros(300, 200) for i in range(3)}
+    before = weights_fingerprint(weights)
+    for name in weights:
+        changed = weights | {name: torch.randn(300, 200)}
+        assert weights_fingerprint(changed) != before
+    assert weights_fingerprint(weights | {"empty": torch.empty(0, 4), "scalar": torch.tensor(1.0)}) != before
