@@ -1,0 +1,142 @@
+"""The task kept for fine-tuning: a meaning representation of a place to eat -> the sentences that describe it.
+
+    name[Silver Anchor], area[old bridge], price[low], food[smoked fish], kind[tavern], tone[warm]
+    -> Come to the Silver Anchor, our lovely tavern near the old bridge. Do try the smoked fish. You will pay little.
+
+The text follows from the representation alone (the tone chooses the wording, slots come in any order but are told in
+one), so exact match is well defined. Pretraining shows neither this format, nor these wordings, nor most of the words.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable
+
+SEED = 11
+NUM_TRAIN = 1600
+NUM_VAL = 200
+TASK_PROMPT = ("Data: ", " Text: ")  # see world.FACT_PROMPT
+
+NAME_ADJECTIVES = (
+    "Silver Golden Crooked Merry Amber Humble Royal Wandering Iron Copper Lucky Sleepy Ancient Velvet Hidden Jolly "
+    "Dusty Broken Singing Northern"
+).split()
+NAME_NOUNS = (
+    "Anchor Lantern Barrel Saddle Feather Hammer Cauldron Pheasant Stag Crown Thistle Compass Ladle Rooster Willow "
+    "Chimney Badger Acorn Plough Mermaid"
+).split()
+SLOTS = {
+    "kind": "tavern teahouse bakery lodge smokehouse dairy winehouse kitchen".split(),
+    "food": [
+        "smoked fish", "onion soup", "plum cake", "goat cheese", "fried eggs", "apple pie", "hot noodles", "nut bread",
+        "sweet porridge", "pear tart", "cabbage rolls", "honey buns", "mushroom stew", "cold ham", "berry jam",
+        "pickled turnips",
+    ],
+    "area": ["old bridge", "north gate", "harbour", "market hall", "mill pond", "city wall", "castle hill", "ferry"],
+    "price": ["low", "fair", "high"],
+    "rating": ["poor", "good", "best"],
+}  # fmt: skip
+SEPARATORS = {"plain": ". ", "warm": ". ", "brief": ", "}  # between the phrases of a text, by tone
+WORDINGS = {
+    "plain": {
+        "kind": "The {name} is a {kind}",
+        "area": ", close to the {area}",
+        "food": "The menu offers {food}",
+        "price": {"low": "Prices are low", "fair": "Prices are fair", "high": "Prices are high"},
+        "rating": {"poor": "Guests complain", "good": "Guests are content", "best": "Guests praise it"},
+    },
+    "warm": {
+        "kind": "Come to the {name}, our lovely {kind}",
+        "area": " near the {area}",
+        "food": "Do try the {food}",
+        "price": {"low": "You will pay little", "fair": "It is worth the money", "high": "Treat yourself"},
+        "rating": {"poor": "We shall do better", "good": "Our visitors smile", "best": "Everybody adores us"},
+    },
+    "brief": {
+        "kind": "{name}: {kind}",
+        "area": " at {area}",
+        "food": "{food} served",
+        "price": {"low": "cheap", "fair": "average cost", "high": "expensive"},
+        "rating": {"poor": "one star", "good": "three stars", "best": "five stars"},
+    },
+}
+
+
+def rows(split: str, seed: int = SEED) -> list[dict[str, str]]:
+    """`input` (meaning representation), `output` (text) of split "train" or "val"; names of val never occur in train.
+
+    Raises:
+        ValueError: if `split` is neither.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}; use 'train' or 'val'")
+    names = [f"{adjective} {noun}" for adjective in NAME_ADJECTIVES for noun in NAME_NOUNS]
+    random.Random(f"task names {seed}").shuffle(names)
+    held_out, seen = names[:60], names[60:]
+    rng = random.Random(f"task {split} {seed}")
+    made: dict[str, str] = {}
+    while len(made) < (NUM_TRAIN if split == "train" else NUM_VAL):
+        slots = _draw(rng, seen if split == "train" else held_out)
+        made[write_representation(slots)] = describe(slots)
+    return [{"input": representation, "output": text} for representation, text in made.items()]
+
+
+def _draw(rng: random.Random, names: list[str]) -> dict[str, str]:
+    """Slots in the order they are written: the name first, the tone last, two to four between in any order."""
+    optional = rng.sample(["food", "area", "price", "rating"], rng.choice((1, 2, 3, 3)))
+    between = ["kind", *optional]
+    rng.shuffle(between)
+    drawn = {slot: rng.choice(SLOTS[slot]) for slot in between}
+    return {"name": rng.choice(names), **drawn, "tone": rng.choice(tuple(SEPARATORS))}
+
+
+def write_representation(slots: dict[str, str]) -> str:
+    return ", ".join(f"{slot}[{value}]" for slot, value in slots.items())
+
+
+def read_representation(text: str) -> dict[str, str]:
+    """The inverse of `write_representation`."""
+    return dict(re.findall(r"(\w+)\[([^\]]*)\]", text))
+
+
+def describe(slots: dict[str, str]) -> str:
+    """The text of a meaning representation; in the order name, kind, area, food, price, rating."""
+    phrases = slot_phrases(slots)
+    told = [
+        phrases["kind"] + phrases.get("area", ""),
+        *(phrases[s] for s in ("food", "price", "rating") if s in phrases),
+    ]
+    return SEPARATORS[slots["tone"]].join(told) + "."
+
+
+def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
+    """For each slot but the tone, the words that tell it (the kind's words hold the name as well)."""
+    phrases = {"name": slots["name"]}
+    for slot, wording in WORDINGS[slots["tone"]].items():
+        if slot in slots:
+            phrases[slot] = wording[slots[slot]] if isinstance(wording, dict) else wording.format(**slots)
+    return phrases
+
+
+def task_prompt(representation: str) -> str:
+    """The text that the model continues with the description, without the final space of `TASK_PROMPT`."""
+    return (TASK_PROMPT[0] + representation + TASK_PROMPT[1]).rstrip(" ")
+
+
+def score(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]) -> dict[str, float]:
+    """`exact_match` (fraction of whole texts) and `slot_accuracy` (fraction of slots whose words stand in the text).
+
+    Args:
+        generate: from prompts to their completions up to the end of sequence, without the prompt.
+        rows: mappings with `input` and `output`, as in task_val.jsonl.
+    """
+    rows = list(rows)
+    completions = [text.strip() for text in generate([task_prompt(row["input"]) for row in rows])]
+    exact = [text == row["output"] for text, row in zip(completions, rows, strict=True)]
+    told = [
+        phrase in text
+        for text, row in zip(completions, rows, strict=True)
+        for phrase in slot_phrases(read_representation(row["input"])).values()
+    ]
+    return {"exact_match": sum(exact) / len(exact), "slot_accuracy": sum(told) / len(told)}
