@@ -304,7 +304,13 @@ _LOSS = Component(default={"_component_": "kasa_tune.components.loss.ChunkedCros
 _METRIC_LOGGER = Component(
     default={"_component_": "kasa_tune.components.metrics.JSONLLogger", "log_dir": "${output_dir}"}
 )
-_PROFILER = Component(default={"_component_": "torchtune.training.setup_torch_profiler", "enabled": False})
+_PROFILER = Component(
+    default={
+        "_component_": "torchtune.training.setup_torch_profiler",
+        "enabled": False,
+        "output_dir": "${output_dir}/profiler",
+    }
+)
 _SEED = Key(int, 42, NOT_NEGATIVE, help="of every random choice; never null")
 _DEVICE = Key(str, check=DEVICE)
 _DTYPE = Key(str, "bf16", DTYPE, help="precision of the base model and of the computation")
