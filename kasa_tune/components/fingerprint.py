@@ -49,7 +49,7 @@ def fingerprint(node: Mapping[str, Any], dataset: Dataset, tokenizer: Any, *, pr
 
 
 def samples_fingerprint(dataset: Dataset, *, probes: int = 64) -> str:
-    """Tell one training set from another by what it gives: length, weights, and tokens and labels of samples spread over it.
+    """Tell one training set from another by what it gives: length, weights, tokens and labels of samples spread over it.
 
     Where the files lie and what the config calls them does not matter, so a run can be resumed on another machine.
     """
