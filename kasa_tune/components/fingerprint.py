@@ -39,8 +39,7 @@ def fingerprint(node: Mapping[str, Any], dataset: Dataset, tokenizer: Any, *, pr
     """
     files = [_file_digest(path) for path in local_files(node.get("data_files")) if path.is_file()]
     table = None if files else getattr(getattr(getattr(dataset, "inner", None), "_data", None), "_fingerprint", None)
-    chosen = np.linspace(0, len(dataset) - 1, min(probes, len(dataset)), dtype=int).tolist()
-    samples = [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in chosen]
+    samples = _probe(dataset, probes)
     digest = hashlib.sha256()
     settings = json.dumps(node, sort_keys=True, default=repr)
     digest.update(repr((settings, files, table, len(dataset), samples)).encode())
@@ -49,14 +48,19 @@ def fingerprint(node: Mapping[str, Any], dataset: Dataset, tokenizer: Any, *, pr
 
 
 def samples_fingerprint(dataset: Dataset, *, probes: int = 64) -> str:
-    """Tell one training set from another by what it gives: length, weights, tokens and labels of samples spread over it.
+    """Tell one training set from another by what it gives: sizes, weights, and some samples spread over it.
 
     Where the files lie and what the config calls them does not matter, so a run can be resumed on another machine.
     """
-    chosen = np.linspace(0, len(dataset) - 1, min(probes, len(dataset)), dtype=int).tolist()
-    samples = [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in chosen]
+    samples = _probe(dataset, probes)
     sizes = (len(dataset), getattr(dataset, "lengths", None), getattr(dataset, "weights", None))
     return hashlib.sha256(repr((sizes, samples)).encode()).hexdigest()
+
+
+def _probe(dataset: Dataset, count: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of up to ``count`` samples, evenly spread."""
+    chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist()
+    return [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in chosen]
 
 
 def _file_digest(path: Path) -> str:
