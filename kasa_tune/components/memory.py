@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from kasa_tune.components.linear import adapter_linears
 
@@ -70,12 +74,34 @@ def truncation_workspace(d_out: int, d_in: int) -> int:
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:
-    optimizer = make_optimizer(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return state_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    """State of every trained parameter, from one step on a real tensor of each shape: not every optimizer runs on meta."""
+    total = 0
+    for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
+        stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        stand_in.grad = torch.zeros_like(stand_in)
+        optimizer = make_optimizer([stand_in])
+        optimizer.step()
+        total += count * state_bytes(v for v in optimizer.state[stand_in].values() if isinstance(v, Tensor))
+    return total
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What the fused attention kernels keep for the backward: inputs, output and one float32 a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+class _AttentionAsOnDevice(TorchFunctionMode):
+    """On meta, torch takes the attention that forms all s x s weights; no device does where a fused kernel fits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        return func(*args, **kwargs or {})
 
 
 def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
@@ -89,7 +115,7 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionAsOnDevice():
         output = model(tokens)
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del output
