@@ -4,14 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
-
 from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components import models
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 
+transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
 pytestmark = pytest.mark.parity
 
 VOCAB, EMBED, HIDDEN, LAYERS, HEADS, KV_HEADS, LENGTH = 96, 64, 112, 2, 4, 2, 24
@@ -150,8 +148,8 @@ def our_model(folder, model_type, builder, arguments):
 
 
 GEMMA2_WRONG = pytest.mark.xfail(
-    reason="torchtune 0.6.1 caps Gemma 2's last hidden state instead of its logits and loads the norms before and after "
-    "the MLP into each other's place"
+    reason="torchtune 0.6.1 caps Gemma 2's last hidden state instead of its logits and loads the norms before and "
+    "after the MLP into each other's place"
 )
 
 

@@ -1,0 +1,487 @@
+"""Every shipped config: checked as it stands, held against its twin and its header, run for two steps at toy size."""
+
+import fnmatch
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
+from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+
+from kasa_tune import config, reading, registry
+from kasa_tune.components import models
+from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
+from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.models.loading import build_on_meta
+from kasa_tune.schema import SCHEMAS
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
+SELF_CONTAINED = [name for name in FILES if name.startswith(("tiny_", "stories260k_"))]  # their models are at hand
+FINETUNED = [name for name in FILES if name not in SELF_CONTAINED]
+KASA = [name for name in FINETUNED if name.endswith("_kasa")]
+
+
+WRONG_ROTARY_BASE = pytest.mark.xfail(reason="torchtune 0.6.1 builds Phi-4 with the rotary base of Phi-3")
+WRONG_CAPS = pytest.mark.xfail(reason="torchtune 0.6.1 swaps Gemma 2's two caps")
+NO_ROTARY_CACHE = pytest.mark.xfail(reason="Llama 3.1's rotary embedding does not run on the meta device")
+
+
+@pytest.fixture(scope="session")
+def trees():
+    """Configs as written."""
+    return {name: reading.read(path) for name, path in FILES.items()}
+
+
+def schema_of(name):
+    return next(schema for ending, schema in SCHEMAS.items() if name.endswith(ending))
+
+
+def needs_data(name):
+    if name.startswith("stories260k_") and not os.environ.get("KASA_TUNE_DATA"):
+        pytest.skip("KASA_TUNE_DATA does not name the folder with real models and datasets")
+    if name.startswith("tiny_") and not (ROOT / "kasa_tune" / "tiny_world" / "model").is_dir():
+        pytest.skip("the embedded model is not there")
+
+
+# ------------------------------------------------------------------------------------------------- as they stand
+
+
+def test_there_are_configs():
+    assert len(KASA) >= 25
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_is_valid_as_it_stands(name):
+    needs_data(name)
+    config.load(name, schema=schema_of(name), check_files=False)
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_keys_stand_in_the_schemas_order(name, trees):
+    assert list(trees[name]) == [key for key in config.FINETUNE if key in trees[name]]
+
+
+@pytest.mark.parametrize("name", KASA)
+def test_lora_twin_differs_in_the_method_alone(name, trees):
+    kasa, lora = trees[name], trees[name.removesuffix("kasa") + "lora"]
+    comparable = {key: value for key, value in kasa.items() if key != "adapter"}
+    of_kasa_alone = {"truncation_rank", "truncation", "diag_init", "edit_storage"}
+    model = {key: value for key, value in kasa["model"].items() if key not in of_kasa_alone}
+    model["_component_"] = model["_component_"].replace(".kasa_", ".lora_")
+    assert lora == comparable | {"model": model, "output_dir": kasa["output_dir"].removesuffix("kasa") + "lora"}
+
+
+def test_every_lora_config_has_a_kasa_one():
+    assert {name.removesuffix("lora") for name in FINETUNED if name.endswith("_lora")} == {
+        name.removesuffix("kasa") for name in KASA
+    }
+
+
+# What arXiv 2412.06071 trains with: instruction following, and commonsense reasoning per model.
+INSTRUCTION = {"rank": 8, "alpha": 16, "modules": {"q_proj", "v_proj"}, "beta": 1e-4, "gamma": 1e-3, "lr": 2e-4}
+COMMONSENSE = {
+    "rank": 32,
+    "alpha": 64,
+    "modules": {"q_proj", "k_proj", "v_proj", "w2", "w3"},
+    "gamma": 1e-3,
+    "lr": 3e-4,
+}
+PRESETS = {
+    "llama2_7b_commonsense_kasa": COMMONSENSE | {"beta": 1e-2},
+    "llama3_8b_commonsense_kasa": COMMONSENSE | {"beta": 1e-4},
+}
+
+
+@pytest.mark.parametrize("name", KASA)
+def test_presets_are_the_papers(name, trees):
+    tree = trees[name]
+    model, adapter = tree["model"], tree["adapter"]
+    assert {
+        "rank": model["rank"],
+        "alpha": model["alpha"],
+        "modules": {*model["attn_modules"], *(model["apply_to_mlp"] or ())},
+        "beta": adapter["beta"],
+        "gamma": adapter["gamma"],
+        "lr": tree["optimizer"]["lr"],
+    } == PRESETS.get(name, INSTRUCTION)
+    assert tree["batch_size"] * tree["gradient_accumulation_steps"] == (8 if name.startswith("gemma") else 16)
+    schedule = {key: value for key, value in tree["lr_scheduler"].items() if key != "_component_"}
+    kind = tree["lr_scheduler"]["_component_"].rpartition(".")[2]
+    cosine, linear = ("cosine_schedule", {"warmup_ratio": 0.1}), ("linear_schedule", {"num_warmup_steps": 100})
+    assert (kind, schedule) == (linear if name in PRESETS else cosine)
+    assert tree["epochs"] == (3 if name in PRESETS or "gsm8k" in name else 1)
+    assert (model["dropout"], tree["tokenizer"]["max_seq_len"], tree["dtype"]) == (0.05, 512, "bf16")
+
+
+# --------------------------------------------------------------------------------------------------------- headers
+
+
+def header_commands(name):
+    """The commands in the comments above the first key, in words."""
+    head = FILES[name].read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    commands = [re.sub(r"^#\s+", "", line) for line in head if re.match(r"#\s+(tune|kasa-tune) ", line)]
+    return [shlex.split(command) for command in commands]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_commands_of_the_header_run_this_config(name):
+    needs_data(name)
+    runs = [words for words in header_commands(name) if words[1] == "run"]
+    own = [words for words in runs if words[words.index("--config") + 1] == name]
+    assert own
+    for words in runs:
+        recipe, given = words[2], words[words.index("--config") + 1]
+        registry.find_recipe(recipe)
+        config.load(given, words[words.index("--config") + 2 :], schema_of(given), check_files=False)
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_header_shows_an_override_and_the_dry_run(name):
+    overrides = [words[5:] for words in header_commands(name) if words[1] == "run"]
+    assert [] in overrides
+    assert ["dry_run=true"] in overrides
+    assert len(overrides) >= 3
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_download_brings_the_files_the_config_reads(name, trees):
+    (words,) = [words for words in header_commands(name) if words[1] == "download"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    folder, checkpointer = options["--output-dir"], trees[name]["checkpointer"]
+    assert checkpointer["checkpoint_dir"] == folder == f"/tmp/{words[2].rpartition('/')[2]}"
+    files = checkpointer["checkpoint_files"]
+    needed = [
+        "config.json",
+        *(files if isinstance(files, list) else [files["filename_format"].format("00001", "00002")]),
+    ]
+    for key in ("path", "merges_file"):
+        if given := trees[name]["tokenizer"].get(key):
+            assert given.startswith(f"{folder}/")
+            needed.append(given.removeprefix(f"{folder}/"))
+    ignored = options.get("--ignore-patterns", "")
+    assert not [file for file in needed if fnmatch.fnmatch(file, ignored)]
+
+
+# -------------------------------------------------------------------------------------------------- published sizes
+
+# Parameters, rotary base and norm epsilon of the checkpoints on the hub.
+PUBLISHED = {
+    "llama2_7b": (6_738_415_616, 10_000, 1e-5),
+    "llama2_13b": (13_015_864_320, 10_000, 1e-5),
+    "llama2_70b": (68_976_648_192, 10_000, 1e-5),
+    "llama3_8b": (8_030_261_248, 500_000, 1e-5),
+    "llama3_70b": (70_553_706_496, 500_000, 1e-5),
+    "llama3_1_8b": (8_030_261_248, 500_000, 1e-5),
+    "llama3_1_70b": (70_553_706_496, 500_000, 1e-5),
+    "llama3_2_1b": (1_235_814_400, 500_000, 1e-5),
+    "llama3_2_3b": (3_212_749_824, 500_000, 1e-5),
+    "llama3_3_70b": (70_553_706_496, 500_000, 1e-5),
+    "mistral_7b": (7_241_732_096, 10_000, 1e-5),
+    "gemma_2b": (2_506_172_416, 10_000, 1e-6),
+    "gemma_7b": (8_537_680_896, 10_000, 1e-6),
+    "gemma2_2b": (2_614_341_888, 10_000, 1e-6),
+    "gemma2_9b": (9_241_705_984, 10_000, 1e-6),
+    "qwen2_0_5b": (494_032_768, 1_000_000, 1e-6),
+    "qwen2_1_5b": (1_543_714_304, 1_000_000, 1e-6),
+    "qwen2_7b": (7_615_616_512, 1_000_000, 1e-6),
+    "qwen2_5_0_5b": (494_032_768, 1_000_000, 1e-6),
+    "qwen2_5_1_5b": (1_543_714_304, 1_000_000, 1e-6),
+    "qwen2_5_3b": (3_085_938_688, 1_000_000, 1e-6),
+    "qwen2_5_7b": (7_615_616_512, 1_000_000, 1e-6),
+    "phi3_mini": (3_821_079_552, 10_000, 1e-5),
+    "phi4_14b": (14_659_507_200, 250_000, 1e-5),
+}
+
+
+def on_meta(node):
+    arguments = {key: value for key, value in node.items() if key != "_component_"}
+    build = getattr(models, node["_component_"].rpartition(".")[2])
+    return build_on_meta(partial(build, **arguments), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=WRONG_ROTARY_BASE if name == "phi4_14b" else ()) for name in PUBLISHED]
+)
+def test_model_is_the_published_one(name, trees):
+    model = on_meta(trees[f"{name}_kasa"]["model"])
+    base = sum(value.numel() for key, value in model.named_parameters() if ".lora_" not in key)
+    attention = model.layers[0].attn
+    assert (base, attention.pos_embeddings.base, model.layers[0].sa_norm.eps) == PUBLISHED[name]
+
+
+@WRONG_CAPS
+@pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
+def test_gemma2_caps_attention_at_50_and_logits_at_30(name, trees):
+    model = on_meta(trees[f"{name}_kasa"]["model"])
+    assert model.layers[0].attn.softcapping == 50.0
+    assert model.norm.capping_value == 30.0
+
+
+def test_every_model_with_a_config_is_held_against_its_published_size():
+    tasks = ("_commonsense", "_gsm8k")
+    assert {name.removesuffix("_kasa") for name in KASA if not any(task in name for task in tasks)} == {*PUBLISHED}
+
+
+def test_llama3_8b_trains_as_many_parameters_as_the_paper_says(trees):
+    """32 layers, rank 8: q takes 8 (4096 + 4096), v 8 (4096 + 1024); KaSA adds two diagonals of 8 a layer."""
+    for method, expected in (("kasa", 3_407_872 + 512), ("lora", 3_407_872)):
+        model = on_meta(trees[f"llama3_8b_{method}"]["model"])
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+# --------------------------------------------------------------------------------------------------------- toy runs
+
+SIZES = {
+    "vocab_size": 1024,  # enough for either tokenizer below
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 128,
+    "intermediate_dim": 160,
+    "max_seq_len": 256,
+}
+ROWS = {
+    "alpaca_dataset": {"instruction": "Name a colour.", "input": "", "output": "Red, like the sun."},
+    "commonsense_dataset": {"instruction": "Is the sun hot?", "input": "", "output": "the correct answer is true"},
+    "gsm8k_dataset": {"question": "Tom has 2 cats and 3 dogs. How many pets?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture at toy size: our component builder, arguments beyond SIZES, torchtune's way to the HF layout."""
+
+    builder: str
+    arguments: tuple = ()
+    to_hf: Callable = tune_to_hf
+
+    @property
+    def model(self):
+        return SIZES | dict(self.arguments)
+
+    @property
+    def head_dim(self):
+        return self.model.get("head_dim", SIZES["embed_dim"] // SIZES["num_heads"])
+
+    @property
+    def tied(self):
+        return self.model.get("tie_word_embeddings", self.builder.startswith("gemma"))
+
+
+ROPE_5E5, TIED, WIDE_HEADS = ("rope_base", 500_000), ("tie_word_embeddings", True), ("head_dim", 48)
+QWEN = Family("qwen2", (("rope_base", 1_000_000),), qwen2_tune_to_hf)
+QWEN_TIED = Family("qwen2", (("rope_base", 1_000_000), TIED), qwen2_tune_to_hf)
+FAMILIES = {  # the longest beginning of a builder's name that fits decides
+    "llama2": Family("llama2"),
+    "llama3": Family("llama3", (ROPE_5E5,)),
+    "llama3_1": Family("llama3_1", (ROPE_5E5,)),
+    "llama3_2": Family("llama3_2", (ROPE_5E5, ("scale_factor", 32), TIED)),
+    "llama3_3": Family("llama3_1", (ROPE_5E5,)),
+    "mistral": Family("mistral"),
+    "gemma": Family("gemma", (WIDE_HEADS,)),
+    "gemma2": Family("gemma2", (WIDE_HEADS,), gemma2_tune_to_hf),
+    "qwen2": QWEN_TIED,
+    "qwen2_7b": QWEN,
+    "qwen2_5_7b": QWEN,
+    "phi": Family("phi3", (), phi3_tune_to_hf),
+}
+
+
+def family_of(tree):
+    builder = tree["model"]["_component_"].rpartition(".")[2].partition("_")[2]
+    return FAMILIES[max((start for start in FAMILIES if builder.startswith(start)), key=len)]
+
+
+@pytest.fixture(scope="session")
+def toy_checkpoint(tmp_path_factory):
+    """A folder in Hugging Face layout with a random model of a family; one per family and session."""
+    made = {}
+
+    def write(family):
+        if family not in made:
+            made[family] = _write_checkpoint(family, tmp_path_factory.mktemp(family.builder))
+        return made[family]
+
+    return write
+
+
+def _write_checkpoint(family, folder):
+    generator = torch.Generator().manual_seed(0)
+    build = partial(getattr(models, f"lora_{family.builder}"), attn_modules=["q_proj"], **family.model)
+    model = build_on_meta(build, dtype=torch.bfloat16)
+    weights = {
+        name: torch.randn(value.shape, generator=generator).mul(0.05).to(value.dtype)
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    heads = {"num_heads": SIZES["num_heads"], "num_kv_heads": SIZES["num_kv_heads"], "dim": SIZES["embed_dim"]}
+    options = {} if family.to_hf is phi3_tune_to_hf else heads | {"head_dim": family.head_dim}
+    if family.to_hf is qwen2_tune_to_hf:
+        options["tie_word_embeddings"] = family.tied
+    tensors = {name: value.contiguous() for name, value in family.to_hf(weights, **options).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    described = {
+        "num_attention_heads": SIZES["num_heads"],
+        "num_key_value_heads": SIZES["num_kv_heads"],
+        "hidden_size": SIZES["embed_dim"],
+        "head_dim": family.head_dim,
+        "tie_word_embeddings": family.tied,
+        "vocab_size": SIZES["vocab_size"],
+    }
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model():
+    """A SentencePiece model whose vocabulary the toy models can have."""
+    if data := os.environ.get("KASA_TUNE_DATA"):
+        return Path(data) / "models" / "stories260K" / "hf" / "tokenizer.model"
+    embedded = ROOT / "kasa_tune" / "tiny_world" / "model" / "tokenizer.model"
+    return embedded if embedded.is_file() else pytest.skip("no tokenizer: KASA_TUNE_DATA is not set")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """A JSON Lines file with the columns a dataset builder needs."""
+    folder = tmp_path_factory.mktemp("rows")
+    for builder, row in ROWS.items():
+        (folder / f"{builder}.jsonl").write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    return lambda node: str(folder / f"{node['_component_'].rpartition('.')[2]}.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_and_on_one_thread():
+    import datasets
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
+    """A shipped config with everything large taken away: sizes, files, device; written to a file and loaded from it."""
+
+    def make(name, *overrides):
+        tree, family = trees[name], family_of(trees[name])
+        method = tree["model"]["_component_"].rpartition(".")[2].partition("_")[0]
+        builder = {"_component_": f"kasa_tune.components.models.{method}_{family.builder}"}
+        toy = tree | {
+            "output_dir": str(tmp_path / "run"),
+            "tokenizer": {
+                "_component_": "torchtune.models.llama2.llama2_tokenizer",
+                "path": str(tokenizer_model),
+                "max_seq_len": 224,
+                "prompt_template": None,
+            },
+            "model": tree["model"] | builder | family.model,
+            "checkpointer": tree["checkpointer"]
+            | {"checkpoint_dir": str(toy_checkpoint(family)), "checkpoint_files": ["model.safetensors"]},
+            "dataset": tree["dataset"] | {"source": "json", "data_files": rows(tree["dataset"])},
+            "batch_size": min(2, tree["batch_size"]),
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "device": "cpu",
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(toy, sort_keys=False), encoding="utf-8")
+        return config.load(path, overrides, config.FINETUNE, about_to_run=True)
+
+    return make
+
+
+def check_run(folder, expected_adapters):
+    """Two finite lines, a verified checkpoint, and in it the adapters expected, with B moved away from zero."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"]]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", "l2", "l3", "grad_norm"))
+    (checkpoint,) = list_checkpoints(folder / "checkpoints")
+    assert verify_checkpoint(checkpoint)
+    adapter = load_part(checkpoint, "adapter")
+    assert {key for key in adapter if ".lora_edit_" not in key} == expected_adapters
+    moved = [key for key, value in adapter.items() if key.endswith("lora_b.weight") and value.abs().sum() > 0]
+    assert len(moved) == sum(key.endswith("lora_b.weight") for key in expected_adapters)
+
+
+def adapter_names(model, num_layers):
+    """Names of the trained tensors, from what the config's model section says."""
+    mlp = model["apply_to_mlp"]
+    places = [f"attn.{leaf}" for leaf in model["attn_modules"]]
+    places += [f"mlp.{leaf}" for leaf in (["w1", "w2", "w3"] if mlp is True else mlp or [])]
+    parts = ["lora_a.weight", "lora_b.weight", *(["lora_diag"] if ".kasa_" in model["_component_"] else [])]
+    return {f"layers.{i}.{place}.{part}" for i in range(num_layers) for place in places for part in parts}
+
+
+def train(module, cfg):
+    recipe = module.KaSAFinetuneRecipeSingleDevice(cfg)
+    recipe.setup(cfg)
+    assert recipe.train(cfg) == 0
+    recipe.cleanup()
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_runs_two_steps_at_toy_size(name, toy_config, load_recipe):
+    cfg = toy_config(name)
+    train(load_recipe("kasa_finetune_single_device"), cfg)
+    check_run(Path(cfg.output_dir), adapter_names(cfg.model, SIZES["num_layers"]))
+
+
+ONE_PER_FAMILY = [
+    "llama2_7b",
+    "llama3_8b",
+    pytest.param("llama3_1_8b", marks=NO_ROTARY_CACHE),
+    pytest.param("llama3_2_1b", marks=NO_ROTARY_CACHE),
+    "mistral_7b",
+    "gemma_2b",
+    "gemma2_2b",
+    "qwen2_5_7b",
+    "phi3_mini",
+]
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_dry_run_prints_the_budget_of_every_family(name, toy_config, load_recipe, capsys):
+    cfg = toy_config(f"{name}_kasa", "dry_run=true")
+    recipe = load_recipe("kasa_finetune_single_device").KaSAFinetuneRecipeSingleDevice(cfg)
+    recipe.setup(cfg)
+    head_dim = 48 if name.startswith("gemma") else 32
+    trained = 2 * 8 * ((128 + 4 * head_dim) + (128 + 2 * head_dim) + 2)  # layers, rank; q, v, the two diagonals
+    printed = capsys.readouterr().out
+    assert f"Trainable parameters: {trained:,}" in printed
+    assert "training step" in printed
+
+
+@pytest.mark.parametrize("name", [name for name in SELF_CONTAINED if not name.endswith("_generate")])
+def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
+    needs_data(name)
+    overrides = [f"output_dir={tmp_path}", "max_steps=2", "run_val_every_n_steps=null", "save_every_n_steps=null"]
+    cfg = config.load(name, overrides, config.FINETUNE, about_to_run=True)
+    train(load_recipe("kasa_finetune_single_device"), cfg)
+    check_run(tmp_path, adapter_names(cfg.model, cfg.model.num_layers))
+
+
+@pytest.mark.parametrize("name", [name for name in SELF_CONTAINED if name.endswith("_generate")])
+def test_generation_config_completes_a_prompt(name, tmp_path, load_recipe):
+    needs_data(name)
+    overrides = [f"output_dir={tmp_path}", "adapter_checkpoint=null", "num_samples=1", "max_new_tokens=4"]
+    cfg = config.load(name, overrides, config.GENERATE, about_to_run=True)
+    recipe = load_recipe("generate_text").GenerateTextRecipe(cfg)
+    recipe.setup(cfg)
+    (record,) = recipe.generate(cfg)
+    assert record["base"]
