@@ -3,7 +3,7 @@
 Everything runs in float64: the smallest singular values of a trained weight are 1e-3 to 1e-5 of the largest, and
 squaring them into a float32 Gram matrix would leave no correct digit.
 
-Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b = k + 8 vectors in a block, p in a basis.
+Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b in a block, p in a basis.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 # Below this size, or for more than a sixteenth of all vectors, a full eigendecomposition of G costs less than a search.
 EXACT_BELOW = 640
 EXACT_ABOVE_SHARE = 1 / 16
+# Vectors of a block beyond the wanted ones; they make the wanted ones converge faster.
+OVERSAMPLING = 8
 # The search stops when the correction it proposes to every unit vector is below this; E is then good to about 1e-6.
 TOLERANCE = 2e-6
 MAX_STEPS = 40
@@ -52,13 +54,13 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
         matrix: ``(n, m)`` with ``n <= m``, any floating dtype and device.
         k: number of vectors, ``1 <= k <= n``.
         solver: ``auto`` chooses by shape; ``gram_eigh`` (all n eigenvectors of the Gram matrix, exact) or
-            ``inverse_krylov`` (search in the block Krylov space of its inverse, for ``k`` much smaller than ``n``).
+            ``inverse_krylov`` (search in the block Krylov space of its inverse, for ``k`` at most ``n / 4 - 8``).
 
     Returns:
         The subspace in float64 on the matrix's device.
 
     Raises:
-        ValueError: ``n > m``, ``k`` outside ``1..n`` or an unknown solver.
+        ValueError: ``n > m``, ``k`` outside what the solver can do, or an unknown solver.
 
     A CUDA device out of memory and a search that does not converge are answered by the exact method on the CPU, with a
     log line.
@@ -70,6 +72,8 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
         )
     if solver not in ("auto", "gram_eigh", "inverse_krylov"):
         raise ValueError(f"Unknown solver {solver!r}: use auto, gram_eigh or inverse_krylov.")
+    if solver == "inverse_krylov" and n < 4 * (k + OVERSAMPLING):
+        raise ValueError(f"inverse_krylov needs n >= 4 (k + {OVERSAMPLING}); got n = {n}, k = {k}. Use gram_eigh.")
     if solver == "auto":
         solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
     try:
@@ -118,7 +122,7 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
     """
     n, m = matrix.shape
     inverse = _SquareInverse(matrix) if n == m else _WideInverse(matrix)
-    block = k + 8
+    block = k + OVERSAMPLING
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, block, generator=generator, dtype=torch.float64).to(matrix.device)
     newest = torch.linalg.qr(inverse.solve(start)).Q  # [n, b]
@@ -127,14 +131,15 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
         basis, images = torch.cat((basis, newest), dim=1), torch.cat((images, inverse.apply(newest)), dim=1)
         ritz, rotation = torch.linalg.eigh(basis.T @ images)
         vectors = basis @ rotation[:, :block]
-        residuals = images @ rotation[:, :block] - vectors * ritz[:block]
+        # Orthogonal to the basis but for rounding, which the inverse of a nearly singular W would blow up.
+        residuals = _outside(images @ rotation[:, :block] - vectors * ritz[:block], basis)
         if step == 4:
             inverse.shift_below(ritz[0], ritz[k - 1] - ritz[0])
         correction = _outside(inverse.solve(residuals), basis)
         residual = torch.linalg.vector_norm(correction[:, :k], dim=0).max()
         if residual < TOLERANCE or ritz[k - 1] <= NOISE * inverse.trace:
             return Subspace(vectors[:, :k], ritz[:k].clamp_min(0).sqrt(), "inverse_krylov", float(residual))
-        if basis.shape[1] >= MAX_BLOCKS * block:
+        if basis.shape[1] + block > min(n, MAX_BLOCKS * block):
             basis, images = basis @ rotation[:, : 2 * block], images @ rotation[:, : 2 * block]
         # Twice is enough (Kahan): one pass loses orthogonality where the correction lies almost inside the basis.
         newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(correction, basis)).Q, basis)).Q

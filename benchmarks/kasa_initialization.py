@@ -1,0 +1,170 @@
+"""Starting KaSA on one Llama-3.2-1B-wide block (7 linears, r 8): seconds and accuracy, ours and PEFT's in one run.
+
+    OMP_NUM_THREADS=2 python benchmarks/kasa_initialization.py
+    python benchmarks/kasa_initialization.py --device cuda --spectrum trained
+
+Both start from the same float32 weights. The accuracy of the part that each removed is measured against a float64 SVD,
+one layer per shape. `gaussian` weights have the crowded lower edge of a random matrix; `trained` ones a power law (σ_i
+about i^-0.7), so that the smallest singular value of a square layer is some 1e-5 of the largest, as in trained models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from common import allow_old_torchao, machine, print_table
+from torch import Tensor, nn
+
+from kasa_tune.components.linear import KaSALinear
+
+SHAPES = {  # d_out, d_in
+    "q_proj": (2048, 2048),
+    "k_proj": (512, 2048),
+    "v_proj": (512, 2048),
+    "o_proj": (2048, 2048),
+    "gate_proj": (8192, 2048),
+    "up_proj": (8192, 2048),
+    "down_proj": (2048, 8192),
+}
+MEASURED = ("q_proj", "k_proj", "gate_proj", "down_proj")  # one layer per shape
+RANK = 8
+
+
+def make_weight(d_out: int, d_in: int, spectrum: str, seed: int) -> Tensor:
+    """A float32 weight ``(d_out, d_in)`` with entries of about 0.02."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(d_out, d_in, generator=generator)
+    if spectrum == "trained":
+        n = min(d_out, d_in)
+        rotation = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+        rotation *= torch.arange(1, n + 1).pow(-0.7)
+        weight = rotation @ weight if d_out <= d_in else weight @ rotation.T
+    return weight * (0.02 / weight.std())
+
+
+def start_ours(weights: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, KaSALinear]]:
+    """Seconds per layer and the layers after ``initialize``."""
+    seconds, layers = {}, {}
+    for name, weight in weights.items():
+        d_out, d_in = weight.shape
+        layers[name] = KaSALinear(d_in, d_out, RANK, alpha=16.0).to(weight.device)
+        layers[name].weight.copy_(weight)
+        seconds[name] = timed(layers[name].initialize)
+    return seconds, layers
+
+
+def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, float], float, dict[str, Tensor]]:
+    """Seconds per layer's SVD, seconds of ``get_peft_model`` in all, and the truncated weights."""
+    from peft import KasaConfig, LoraConfig, get_peft_model
+    from peft.tuners.lora.variants import KasaLinearVariant
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, weight in weights.items():
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.clone())
+                self.add_module(name, linear)
+
+    seconds: list[float] = []
+    truncate = KasaLinearVariant._truncate_base_weight
+
+    def timed_truncate(*args):
+        seconds.append(timed(lambda: truncate(*args)))
+
+    KasaLinearVariant._truncate_base_weight = staticmethod(timed_truncate)
+    try:
+        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=list(weights), kasa_config=KasaConfig())
+        started = time.perf_counter()
+        model = get_peft_model(Block(), config)
+        total = time.perf_counter() - started
+    finally:
+        KasaLinearVariant._truncate_base_weight = staticmethod(truncate)
+    layers = {name: getattr(model.base_model.model, name).get_base_layer().weight.data for name in weights}
+    return dict(zip(weights, seconds, strict=True)), total, layers
+
+
+def removed_part(weight: Tensor) -> Tensor:
+    """The part of the ``RANK`` smallest singular triplets by a float64 SVD."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (left[:, -RANK:] * values[-RANK:]) @ right[-RANK:]
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds an action takes, the device's queue included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def relative(error: Tensor, reference: Tensor) -> str:
+    return f"{(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(reference)).item():.1e}"
+
+
+def run(spectrum: str, device: str, repeats: int, skip_accuracy: bool) -> None:
+    weights = {
+        name: make_weight(*shape, spectrum, seed).to(device) for seed, (name, shape) in enumerate(SHAPES.items())
+    }
+    before, layers = start_ours(weights)
+    peft_seconds, peft_total, peft_layers = start_peft(weights)
+    ours = [before, *(start_ours(weights)[0] for _ in range(repeats - 1))]
+    per_layer = {name: median(run[name] for run in ours) for name in weights}
+    rows = [
+        [name, f"{d_out} x {d_in}", f"{per_layer[name]:.2f}", f"{peft_seconds[name]:.2f}", *accuracy]
+        for name, (d_out, d_in) in SHAPES.items()
+        for accuracy in [measure(name, weights, layers, peft_layers) if not skip_accuracy else []]
+    ]
+    total = median(sum(run.values()) for run in ours)
+    rows.append(["**block**", "", f"**{total:.2f}**", f"**{peft_total:.2f}**", *[""] * (len(rows[0]) - 4)])
+    print(
+        f"Spectrum: {spectrum}. Ours {total:.2f} s, PEFT {peft_total:.2f} s: {peft_total / total:.1f} times faster.\n"
+    )
+    names = ("E, ours", "E in the weight, ours", "E in the weight, PEFT", "kept, ours", "kept, PEFT")
+    print_table(["layer", "shape", "ours [s]", "PEFT [s]", *(names if not skip_accuracy else [])], rows)
+
+
+@torch.no_grad()
+def measure(
+    name: str, weights: dict[str, Tensor], layers: dict[str, KaSALinear], peft_layers: dict[str, Tensor]
+) -> list[str]:
+    """Relative errors against float64: of the removed part E as factors and as stored, and of the kept weight."""
+    if name not in MEASURED:
+        return [""] * 5
+    exact, weight = removed_part(weights[name]), weights[name].double()
+    factors = layers[name].edit.out.double() @ layers[name].edit.into.double()
+    ours, peft = layers[name].weight.double(), peft_layers[name].double()
+    kept = weight - exact
+    return [
+        relative(factors - exact, exact),
+        relative(weight - ours - exact, exact),
+        relative(weight - peft - exact, exact),
+        relative(ours - kept, kept),
+        relative(peft - kept, kept),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spectrum", choices=("gaussian", "trained", "both"), default="both")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=3, help="of ours, around the one run of PEFT")
+    parser.add_argument("--skip-accuracy", action="store_true", help="leave out the float64 SVDs")
+    args = parser.parse_args()
+    allow_old_torchao()
+    print(machine(args.device) + "\n", flush=True)
+    torch.linalg.eigh(torch.eye(32, device=args.device))  # loads LAPACK, on a GPU also its handles
+    for spectrum in ("gaussian", "trained") if args.spectrum == "both" else (args.spectrum,):
+        run(spectrum, args.device, args.repeats, args.skip_accuracy)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
