@@ -45,12 +45,12 @@ def complete(
     room = model.max_seq_len - max_new_tokens
     if prompts and not 1 <= min(lengths) <= max(lengths) <= room:
         raise ValueError(
-            f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = {max_new_tokens}); "
-            f"given were {min(lengths)} to {max(lengths)}."
+            f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = "
+            f"{max_new_tokens}); given were {min(lengths)} to {max(lengths)}."
         )
     model.eval()
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
+    generator = torch.Generator(device).manual_seed(seed)  # also for greedy: torchtune would draw from the global one
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
@@ -69,8 +69,10 @@ def complete(
 def _continue(model, prompts, max_new_tokens, stop_tokens, temperature, top_k, generator) -> list[list[int]]:
     """One batch, left-padded; torchtune finds the padding by its value, so it must be an id that no prompt holds."""
     device, width = next(model.parameters()).device, max(map(len, prompts))
-    used = {token for prompt in prompts for token in prompt}
-    pad = next(token for token in range(model.tok_embeddings.num_embeddings) if token not in used)
+    pad = _padding_id(prompts, model.tok_embeddings.num_embeddings)
+    if pad is None:
+        alone = [[prompt] for prompt in prompts]
+        return [_continue(model, one, max_new_tokens, stop_tokens, temperature, top_k, generator)[0] for one in alone]
     batch = torch.full((len(prompts), width), pad, device=device)
     for row, prompt in zip(batch, prompts, strict=True):
         row[width - len(prompt) :] = torch.tensor(prompt, device=device)
@@ -91,6 +93,14 @@ def _continue(model, prompts, max_new_tokens, stop_tokens, temperature, top_k, g
     finally:
         remove_caches(model)
     return [_before_stop(row[width:].tolist(), stop_tokens) for row in tokens]
+
+
+def _padding_id(prompts: Sequence[Sequence[int]], vocab_size: int) -> int | None:
+    """An id to pad with that no prompt holds; None where the prompts, of different lengths, hold all there are."""
+    if len(set(map(len, prompts))) == 1:
+        return -1  # nothing to pad
+    used = {token for prompt in prompts for token in prompt}
+    return next((token for token in range(vocab_size) if token not in used), None)
 
 
 def remove_caches(model: nn.Module) -> None:

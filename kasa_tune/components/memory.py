@@ -74,7 +74,7 @@ def truncation_workspace(d_out: int, d_in: int) -> int:
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:
-    """State of every trained parameter, from one step on a real tensor of each shape: not every optimizer runs on meta."""
+    """State of every trained parameter, from one step on a real tensor of each shape: some optimizers refuse meta."""
     total = 0
     for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
         stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,9 @@ class JSONLLogger:
         """Drop lines of steps after ``step``, and a torn last line: a resumed run writes them again."""
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         self._file.close()
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        rewritten = self.path.with_name(f".{self.path.name}.tmp")
+        rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(rewritten, self.path)  # a kill in between loses no line
         self._file = self.path.open("a", encoding="utf-8")
 
     def log_config(self, config: DictConfig) -> None:
@@ -51,8 +54,11 @@ class JSONLLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics file; a last one that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if lines and _step_of(lines[-1]) == float("inf"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 def _step_of(line: str) -> float:
