@@ -203,7 +203,7 @@ def test_run_on_two_processes(tmp_path):
         ["cat", "tiny_kasa"],
         ["validate", "tiny_kasa"],
         ["validate", "tiny_kasa", "batch_size=4", "optimizer.lr=1e-3"],
-        ["validate", "tiny_kasa_generate"],
+        ["validate", "tiny_kasa_generate", "adapter_checkpoint=null"],
         ["--version"],
     ],
     ids=" ".join,
