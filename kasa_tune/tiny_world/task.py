@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 SEED = 11
 NUM_TRAIN = 1600
 NUM_VAL = 200
-TASK_PROMPT = ("Data: ", " Text: ")  # see world.FACT_PROMPT
+TASK_PROMPT = ("Data: ", "Text: ")  # see world.FACT_PROMPT
 
 NAME_ADJECTIVES = (
     "Silver Golden Crooked Merry Amber Humble Royal Wandering Iron Copper Lucky Sleepy Ancient Velvet Hidden Jolly "
@@ -120,8 +120,8 @@ def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
 
 
 def task_prompt(representation: str) -> str:
-    """The text that the model continues with the description, without the final space of `TASK_PROMPT`."""
-    return (TASK_PROMPT[0] + representation + TASK_PROMPT[1]).rstrip(" ")
+    """The text that the model continues with the description, as `TASK_PROMPT` wraps the input."""
+    return f"{TASK_PROMPT[0]}{representation} {TASK_PROMPT[1]}".rstrip(" ")
 
 
 def score(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]) -> dict[str, float]:

@@ -22,9 +22,9 @@ NUM_PEOPLE = 1000
 NUM_FACTS_TEST = 1000
 NUM_FACTS_CALIBRATION = 1000
 
-# As torchtune's `prompt_template` mappings write it: the text before and after the user's content. The final space
-# makes torchtune's SentencePiece tokenizers encode the response with its leading-space piece, as in the corpus.
-FACT_PROMPT = ("Q: ", " A: ")
+# As torchtune's `prompt_template` mappings write it: the text before and after the user's content. torchtune encodes
+# the parts apart, each with a leading-space piece, and drops the final spaces: "Q:" " Who?" " A:" " Bela".
+FACT_PROMPT = ("Q: ", "A: ")
 
 FIRST_NAMES = (
     "Bela Tomo Arin Kessa Lodo Mira Quill Hesta Jorun Pim Sorel Dara Eskil Fenna Ludo Nara Osric Petra Runa Silas "
@@ -192,8 +192,8 @@ def facts_calibration(seed: int = SEED) -> list[dict[str, str]]:
 
 
 def fact_prompt(question: str) -> str:
-    """The text that the model continues with the answer, without the final space of `FACT_PROMPT`."""
-    return (FACT_PROMPT[0] + question + FACT_PROMPT[1]).rstrip(" ")
+    """The text that the model continues with the answer, as `FACT_PROMPT` wraps the question."""
+    return f"{FACT_PROMPT[0]}{question} {FACT_PROMPT[1]}".rstrip(" ")
 
 
 def exact_match(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]) -> float:
