@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from common import allow_old_torchao, machine, print_table
@@ -34,6 +35,13 @@ MEASURED = ("q_proj", "k_proj", "gate_proj", "down_proj")  # one layer per shape
 RANK = 8
 
 
+class Seconds(NamedTuple):
+    """How long an action took: by the clock, and of all cores together, hardly touched by other programs."""
+
+    wall: float
+    cpu: float
+
+
 def make_weight(d_out: int, d_in: int, spectrum: str, seed: int) -> Tensor:
     """A float32 weight ``(d_out, d_in)`` with entries of about 0.02."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +54,7 @@ def make_weight(d_out: int, d_in: int, spectrum: str, seed: int) -> Tensor:
     return weight * (0.02 / weight.std())
 
 
-def start_ours(weights: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, KaSALinear]]:
+def start_ours(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str, KaSALinear]]:
     """Seconds per layer and the layers after ``initialize``."""
     seconds, layers = {}, {}
     for name, weight in weights.items():
@@ -57,8 +65,8 @@ def start_ours(weights: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, 
     return seconds, layers
 
 
-def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, float], float, dict[str, Tensor]]:
-    """Seconds per layer's SVD, seconds of ``get_peft_model`` in all, and the truncated weights."""
+def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str, Tensor]]:
+    """Seconds per layer's truncation, of ``get_peft_model`` in all under ``block``, and the truncated weights."""
     from peft import KasaConfig, LoraConfig, get_peft_model
     from peft.tuners.lora.variants import KasaLinearVariant
 
@@ -70,7 +78,7 @@ def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, float], float, dic
                 linear.weight = nn.Parameter(weight.clone())
                 self.add_module(name, linear)
 
-    seconds: list[float] = []
+    seconds: list[Seconds] = []
     truncate = KasaLinearVariant._truncate_base_weight
 
     def timed_truncate(*args):
@@ -79,13 +87,12 @@ def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, float], float, dic
     KasaLinearVariant._truncate_base_weight = staticmethod(timed_truncate)
     try:
         config = LoraConfig(r=RANK, lora_alpha=16, target_modules=list(weights), kasa_config=KasaConfig())
-        started = time.perf_counter()
-        model = get_peft_model(Block(), config)
-        total = time.perf_counter() - started
+        block, models = Block(), []
+        total = timed(lambda: models.append(get_peft_model(block, config)))
     finally:
         KasaLinearVariant._truncate_base_weight = staticmethod(truncate)
-    layers = {name: getattr(model.base_model.model, name).get_base_layer().weight.data for name in weights}
-    return dict(zip(weights, seconds, strict=True)), total, layers
+    layers = {name: getattr(models[0].base_model.model, name).get_base_layer().weight.data for name in weights}
+    return dict(zip(weights, seconds, strict=True)) | {"block": total}, layers
 
 
 def removed_part(weight: Tensor) -> Tensor:
@@ -94,15 +101,15 @@ def removed_part(weight: Tensor) -> Tensor:
     return (left[:, -RANK:] * values[-RANK:]) @ right[-RANK:]
 
 
-def timed(action: Callable[[], object]) -> float:
+def timed(action: Callable[[], object]) -> Seconds:
     """Seconds an action takes, the device's queue included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def relative(error: Tensor, reference: Tensor) -> str:
@@ -110,37 +117,36 @@ def relative(error: Tensor, reference: Tensor) -> str:
 
 
 def run(spectrum: str, device: str, repeats: int, skip_accuracy: bool) -> None:
+    """One table: ours before PEFT, PEFT, ours again."""
     weights = {
         name: make_weight(*shape, spectrum, seed).to(device) for seed, (name, shape) in enumerate(SHAPES.items())
     }
-    before, layers = start_ours(weights)
-    peft_seconds, peft_total, peft_layers = start_peft(weights)
-    ours = [before, *(start_ours(weights)[0] for _ in range(repeats - 1))]
-    per_layer = {name: median(run[name] for run in ours) for name in weights}
-    rows = [
-        [name, f"{d_out} x {d_in}", f"{per_layer[name]:.2f}", f"{peft_seconds[name]:.2f}", *accuracy]
-        for name, (d_out, d_in) in SHAPES.items()
-        for accuracy in [measure(name, weights, layers, peft_layers) if not skip_accuracy else []]
-    ]
-    total = median(sum(run.values()) for run in ours)
-    rows.append(["**block**", "", f"**{total:.2f}**", f"**{peft_total:.2f}**", *[""] * (len(rows[0]) - 4)])
-    print(
-        f"Spectrum: {spectrum}. Ours {total:.2f} s, PEFT {peft_total:.2f} s: {peft_total / total:.1f} times faster.\n"
-    )
+    first, layers = start_ours(weights)
+    peft, peft_layers = start_peft(weights)
+    runs = [first, *(start_ours(weights)[0] for _ in range(repeats - 1))]
+    ours = {name: Seconds(*(median(run[name][i] for run in runs) for i in (0, 1))) for name in weights}
+    ours["block"] = Seconds(*(sum(ours[name][i] for name in weights) for i in (0, 1)))
+    wall, cpu = (peft["block"][i] / ours["block"][i] for i in (0, 1))
+    print(f"Spectrum: {spectrum}. PEFT takes {wall:.1f} times as long, {cpu:.1f} times the CPU seconds.\n", flush=True)
+    rows = []
+    for name in (*weights, "block"):
+        shape = " x ".join(map(str, SHAPES[name])) if name in SHAPES else ""
+        seconds = [f"{value:.2f}" for value in (*ours[name], *peft[name])]
+        errors = [""] * 5
+        if name in MEASURED and not skip_accuracy:
+            errors = measure(weights[name], layers[name], peft_layers[name])
+        rows.append([name, shape, *seconds, *([] if skip_accuracy else errors)])
     names = ("E, ours", "E in the weight, ours", "E in the weight, PEFT", "kept, ours", "kept, PEFT")
-    print_table(["layer", "shape", "ours [s]", "PEFT [s]", *(names if not skip_accuracy else [])], rows)
+    header = ["layer", "shape", "ours [s]", "ours [CPU s]", "PEFT [s]", "PEFT [CPU s]"]
+    print_table([*header, *(names if not skip_accuracy else [])], rows)
 
 
 @torch.no_grad()
-def measure(
-    name: str, weights: dict[str, Tensor], layers: dict[str, KaSALinear], peft_layers: dict[str, Tensor]
-) -> list[str]:
+def measure(original: Tensor, layer: KaSALinear, peft_weight: Tensor) -> list[str]:
     """Relative errors against float64: of the removed part E as factors and as stored, and of the kept weight."""
-    if name not in MEASURED:
-        return [""] * 5
-    exact, weight = removed_part(weights[name]), weights[name].double()
-    factors = layers[name].edit.out.double() @ layers[name].edit.into.double()
-    ours, peft = layers[name].weight.double(), peft_layers[name].double()
+    exact, weight = removed_part(original), original.double()
+    factors = layer.edit.out.double() @ layer.edit.into.double()
+    ours, peft = layer.weight.double(), peft_weight.double()
     kept = weight - exact
     return [
         relative(factors - exact, exact),
