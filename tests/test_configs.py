@@ -1,6 +1,7 @@
 """Every shipped config: checked as it stands, held against its twin and its header, run for two steps at toy size."""
 
 import fnmatch
+import inspect
 import json
 import math
 import os
@@ -133,7 +134,7 @@ def header_commands(name):
     """The commands in the comments above the first key, in words."""
     head = FILES[name].read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     commands = [re.sub(r"^#\s+", "", line) for line in head if re.match(r"#\s+(tune|kasa-tune) ", line)]
-    return [shlex.split(command) for command in commands]
+    return [shlex.split(command, comments=True) for command in commands]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -485,3 +486,59 @@ def test_generation_config_completes_a_prompt(name, tmp_path, load_recipe):
     recipe.setup(cfg)
     (record,) = recipe.generate(cfg)
     assert record["base"]
+
+
+# ------------------------------------------------------------------------------------------------------------- docs
+
+
+def documented(heading):
+    """The rows of a table of docs/configs.md: key to (what it takes, its default)."""
+    text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8").split(f"## {heading}")[1].split("\n## ")[0]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+    ]
+    return {key.strip("`"): (takes, default) for key, takes, default, _ in cells}
+
+
+def described(schema):
+    """The same of a schema, in its words; keys of components under the component's name."""
+    rows = {}
+    for name, spec in schema.items():
+        entry = spec.entry if isinstance(spec, config.OneOrMany) else spec
+        if isinstance(spec, config.Section):
+            rows |= {f"{name}.{key}": (value.allowed, in_yaml(value.default)) for key, value in spec.keys.items()}
+        elif isinstance(spec, config.Key):
+            rows[name] = (spec.allowed, in_yaml(spec.default))
+        else:
+            kind = "a component or a list of them" if isinstance(spec, config.OneOrMany) else "a component"
+            rows[name] = (kind, in_yaml(spec.default))
+            rows |= {f"{name}.{key}": (value.allowed, in_yaml(value.default)) for key, value in entry.own.items()}
+            rows |= {f"{name}.{key}": (value.allowed, None) for key, value in entry.values.items()}
+    return rows
+
+
+def in_yaml(default):
+    if isinstance(default, dict):
+        return default["_component_"]
+    return "null" if default is None else str(default)
+
+
+def test_docs_describe_every_key_of_finetuning():
+    expected, rows = described(config.FINETUNE), documented("Keys of `kasa_finetune_single_device`")
+    not_ours = {key for key in expected if key.startswith(("dataset_val.", "model.lora_", "checkpointer."))}
+    builder = inspect.signature(models.kasa_llama3_8b).parameters
+    assert {*rows} - {"model.apply_to_output"} == {*expected} - not_ours
+    for key, (takes, default) in rows.items():
+        if key in expected:
+            assert takes == expected[key][0], key
+        if key.startswith("model."):
+            given = builder[key.removeprefix("model.")].default
+            assert default == ("required" if given is inspect.Parameter.empty else in_yaml(given)), key
+        else:
+            assert default == (expected[key][1] or "of the component"), key
+
+
+def test_docs_describe_every_key_of_generation():
+    expected, rows = described(config.GENERATE), documented("Keys of `generate_text`")
+    same = {key for key, row in described(config.FINETUNE).items() if expected.get(key) == row}
+    assert rows == {key: row for key, row in expected.items() if key not in same and not key.startswith("dataset.")}
