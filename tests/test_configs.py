@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
@@ -151,7 +154,9 @@ def test_commands_of_the_header_run_this_config(name):
 
 @pytest.mark.parametrize("name", FINETUNED)
 def test_header_shows_an_override_and_the_dry_run(name):
-    overrides = [words[5:] for words in header_commands(name) if words[1] == "run"]
+    runs = [words for words in header_commands(name) if words[1] == "run"]
+    assert {tuple(words[:5]) for words in runs} == {("tune", "run", "kasa_finetune_single_device", "--config", name)}
+    overrides = [words[5:] for words in runs]
     assert [] in overrides
     assert ["dry_run=true"] in overrides
     assert len(overrides) >= 3
@@ -241,6 +246,29 @@ def test_llama3_8b_trains_as_many_parameters_as_the_paper_says(trees):
     for method, expected in (("kasa", 3_407_872 + 512), ("lora", 3_407_872)):
         model = on_meta(trees[f"llama3_8b_{method}"]["model"])
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+BASE_WITH_CHAT_FILES = [name for name in KASA if name.startswith(("llama3_8b", "llama3_70b"))]
+
+
+@pytest.mark.parametrize("name", BASE_WITH_CHAT_FILES)
+def test_base_models_see_plain_text_even_where_a_chat_template_lies_beside_the_tokenizer(name, trees, tmp_path):
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<turn>", *characters])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(["<bos>", "<eos>", "<turn>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for message in messages %}<turn>{{ message.content }}{% endfor %}"
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    node = trees[name]["tokenizer"] | {"path": str(tmp_path / "tokenizer.json")}
+    messages = [Message(role="user", content="Say a.", masked=True), Message(role="assistant", content="a")]
+    tokens, mask = config.instantiate(OmegaConf.create(node)).tokenize_messages(messages)
+    assert tokens == [vocabulary[token] for token in ["<bos>", *"Say a.", "a", "<eos>"]]
+    assert mask == [True] * 7 + [False] * 2
 
 
 # --------------------------------------------------------------------------------------------------------- toy runs
