@@ -231,6 +231,7 @@ def test_kasa_builders_have_kasas_options_and_lora_builders_do_not():
 
 
 def test_llama3_8b_on_q_and_v_trains_the_published_number_of_parameters():
+    assert build_on_meta(llama, dtype=torch.bfloat16).output.weight.is_meta  # before a large one is tried
     model = build_on_meta(partial(models.kasa_llama3_8b, ["q_proj", "v_proj"], rank=8, alpha=16), dtype=torch.bfloat16)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     matrices = 32 * 8 * ((4096 + 4096) + (4096 + 1024))

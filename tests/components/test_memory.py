@@ -9,6 +9,7 @@ from torchtune import modules, training
 from kasa_tune.components.linear import adapter_linears
 from kasa_tune.components.loss import return_hidden_states
 from kasa_tune.components.memory import memory_budget, state_bytes, truncation_workspace
+from kasa_tune.components.models.llama3 import kasa_llama3_8b
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.toy_models import FAMILIES, randomized
 
@@ -147,8 +148,7 @@ def test_truncation_needs_room_only_where_something_is_removed():
 
 
 def test_a_large_model_is_counted_without_storage():
-    from kasa_tune.components.models import kasa_llama3_8b
-
+    assert all(tensor.is_meta for tensor in on_meta().parameters())  # before a large one is tried
     model = build_on_meta(partial(kasa_llama3_8b, ["q_proj", "v_proj"], rank=8), dtype=torch.bfloat16)
     return_hidden_states(model)
     found = budget(model, seq_len=512, batch_size=16, vocab_size=128_256)
