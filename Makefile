@@ -20,10 +20,10 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)
-	$(BIN)/tune run report_run --config $(DEMO_OUTPUT)/config.yaml
-	$(BIN)/tune run generate_text --config tiny_kasa_generate adapter_checkpoint=$(DEMO_OUTPUT)
-	@echo "The adapter and both pictures are in $(DEMO_OUTPUT)."
+	rm -rf $(DEMO_OUTPUT)
+	$(BIN)/kasa-tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)
+	$(BIN)/kasa-tune run generate_text --config tiny_kasa_generate adapter_checkpoint=$(DEMO_OUTPUT)
+	$(BIN)/kasa-tune run report_run --config $(DEMO_OUTPUT)/config.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

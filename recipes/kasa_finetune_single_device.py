@@ -254,6 +254,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if stop.received is not None and self.step < self._total_steps:
             log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
             return 128 + stop.received
+        log.info(f"Finished. Adapter: {list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
         return 0
 
     def _windows(self) -> Iterator[list[dict[str, Any]]]:
