@@ -210,7 +210,7 @@ def test_every_decoder_of_torchtune_has_its_two_builders():
         assert {f"kasa_{name}", f"lora_{name}"} <= set(models.__all__)
 
 
-@pytest.mark.parametrize(("name", "base"), published_builders())
+@pytest.mark.parametrize(("name", "base"), list(published_builders()))
 def test_builders_show_all_their_arguments(name, base):
     of_base = inspect.signature(base).parameters
     for method, linear in (("kasa", KaSALinear), ("lora", LoRALinear)):
