@@ -38,11 +38,6 @@ FINETUNED = [name for name in FILES if name not in SELF_CONTAINED]
 KASA = [name for name in FINETUNED if name.endswith("_kasa")]
 
 
-WRONG_ROTARY_BASE = pytest.mark.xfail(reason="torchtune 0.6.1 builds Phi-4 with the rotary base of Phi-3")
-WRONG_CAPS = pytest.mark.xfail(reason="torchtune 0.6.1 swaps Gemma 2's two caps")
-NO_ROTARY_CACHE = pytest.mark.xfail(reason="Llama 3.1's rotary embedding does not run on the meta device")
-
-
 @pytest.fixture(scope="session")
 def trees():
     """Configs as written."""
@@ -218,9 +213,7 @@ def on_meta(node):
     return build_on_meta(partial(build, **arguments), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=WRONG_ROTARY_BASE if name == "phi4_14b" else ()) for name in PUBLISHED]
-)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_model_is_the_published_one(name, trees):
     model = on_meta(trees[f"{name}_kasa"]["model"])
     base = sum(value.numel() for key, value in model.named_parameters() if ".lora_" not in key)
@@ -228,7 +221,6 @@ def test_model_is_the_published_one(name, trees):
     assert (base, attention.pos_embeddings.base, model.layers[0].sa_norm.eps) == PUBLISHED[name]
 
 
-@WRONG_CAPS
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
 def test_gemma2_caps_attention_at_50_and_logits_at_30(name, trees):
     model = on_meta(trees[f"{name}_kasa"]["model"])
@@ -474,8 +466,8 @@ def test_runs_two_steps_at_toy_size(name, toy_config, load_recipe):
 ONE_PER_FAMILY = [
     "llama2_7b",
     "llama3_8b",
-    pytest.param("llama3_1_8b", marks=NO_ROTARY_CACHE),
-    pytest.param("llama3_2_1b", marks=NO_ROTARY_CACHE),
+    "llama3_1_8b",
+    "llama3_2_1b",
     "mistral_7b",
     "gemma_2b",
     "gemma2_2b",

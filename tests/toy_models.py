@@ -8,6 +8,7 @@ from torch import nn
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_1, llama3_2, mistral, phi3, qwen2
 
 from kasa_tune.components import models
+from kasa_tune.components.models.gemma import gemma2 as published_gemma2
 
 VOCAB, LENGTH = 40, 12
 SIZES = {
@@ -44,7 +45,7 @@ FAMILIES = {
     ),
     "mistral": Family(mistral.mistral, mistral.lora_mistral, models.kasa_mistral, models.lora_mistral, SIZES, False),
     "gemma": Family(gemma.gemma, gemma.lora_gemma, models.kasa_gemma, models.lora_gemma, WIDE_HEADS, True),
-    "gemma2": Family(gemma2.gemma2, gemma2.lora_gemma2, models.kasa_gemma2, models.lora_gemma2, WIDE_HEADS, True),
+    "gemma2": Family(published_gemma2, gemma2.lora_gemma2, models.kasa_gemma2, models.lora_gemma2, WIDE_HEADS, True),
     "qwen2": Family(qwen2.qwen2, qwen2.lora_qwen2, models.kasa_qwen2, models.lora_qwen2, SIZES, False),
     "phi3": Family(phi3.phi3, phi3.lora_phi3, models.kasa_phi3, models.lora_phi3, SIZES, False),
 }

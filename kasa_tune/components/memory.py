@@ -115,8 +115,18 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
+    _build_rotary_caches(model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionAsOnDevice():
         output = model(tokens)
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del output
     return total
+
+
+def _build_rotary_caches(model: nn.Module) -> None:
+    """Llama 3.1's rotary embedding leaves its cache unbuilt on meta and then refuses to run: give it one."""
+    for module in model.modules():
+        if getattr(module, "is_cache_built", True) is False:
+            with torch.device("cpu"):
+                module.rope_init()
+            module.to("meta")

@@ -147,15 +147,7 @@ def our_model(folder, model_type, builder, arguments):
     return model.eval()
 
 
-GEMMA2_WRONG = pytest.mark.xfail(
-    reason="torchtune 0.6.1 caps Gemma 2's last hidden state instead of its logits and loads the norms before and "
-    "after the MLP into each other's place"
-)
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=GEMMA2_WRONG if family == "gemma2" else ()) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_transformers(family, tmp_path):
     kind, settings, model_type, builder, arguments = FAMILIES[family]
     theirs = random_hf_model(kind, settings)
