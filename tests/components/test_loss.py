@@ -1,5 +1,7 @@
 """Chunked cross-entropy against torch's on all logits at once."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,13 +115,45 @@ def test_logits_are_compared_in_float32():
     assert loss.dtype == torch.float32
 
 
-def test_logits_of_one_chunk_are_alive_at_a_time():
-    """What a chunked forward keeps for its backward does not grow with the vocabulary; torch's own keeps all logits."""
-    output, hidden, labels = problem(share_labelled=1.0, dtype=torch.float32)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ChunkedCrossEntropy(4)(output, hidden, labels)
-    assert all(tensor.shape[-1:] != (VOCAB,) for tensor in kept)
+@pytest.mark.parametrize("share_labelled", [0.3, 1.0])
+def test_logits_are_computed_once_and_one_chunk_is_alive_at_a_time(share_labelled):
+    output, hidden, labels = problem(share_labelled, dtype=torch.float32)
+    logits = []
+
+    def remember(_, __, result):
+        assert sum(ref() is not None for ref in logits) <= 1  # the previous chunk's may die while this one's is made
+        logits.append(weakref.ref(result))
+
+    output.register_forward_hook(remember)
+    loss = ChunkedCrossEntropy(4)(output, hidden, labels)
+    assert all(ref() is None for ref in logits)
+    loss.backward()
+    assert len(logits) == -(-int((labels != -100).sum()) // 4)
+
+
+def test_the_gradient_scales_with_the_loss():
+    output, hidden, labels = problem()
+    whole = gradients(ChunkedCrossEntropy(4)(output, hidden, labels), output, hidden)
+    quarter = gradients(ChunkedCrossEntropy(4)(output, hidden, labels) / 4, output, hidden)
+    for one, other in zip(whole, quarter, strict=True):
+        torch.testing.assert_close(one, 4 * other, **FP64)
+
+
+def test_a_frozen_output_gets_no_gradient_and_a_frozen_model_can_train_its_output():
+    output, hidden, labels = problem()
+    output.requires_grad_(False)
+    ChunkedCrossEntropy(4)(output, hidden, labels).backward()
+    assert output.weight.grad is None
+    assert hidden.grad is not None
+    output.requires_grad_(True)
+    ChunkedCrossEntropy(4)(output, hidden.detach(), labels).backward()
+    assert output.weight.grad is not None
+
+
+def test_training_through_a_function_is_refused():
+    output, hidden, labels = problem()
+    with pytest.raises(TypeError, match="project must be a module"):
+        ChunkedCrossEntropy()(lambda rows: output(rows), hidden, labels)
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 0}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}], ids=str)
@@ -137,3 +171,18 @@ def test_hidden_states_projected_afterwards_are_the_models_logits(name):
     hidden = model(tokens())
     assert hidden.shape == (*tokens().shape, family.sizes["embed_dim"])
     torch.testing.assert_close(model.output(hidden).float(), logits, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_models_output_can_be_trained_through(name):
+    family = FAMILIES[name]
+    model = randomized(family.base(**family.sizes))
+    labels = tokens().roll(-1, dims=1)
+    expected = F.cross_entropy(model(tokens()).float().flatten(0, 1), labels.flatten(), reduction="sum")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    exact = torch.autograd.grad(expected, parameters)
+    return_hidden_states(model)
+    loss = ChunkedCrossEntropy(5)(model.output, model(tokens()), labels)
+    for gradient, other in zip(torch.autograd.grad(loss, parameters), exact, strict=True):
+        error = torch.linalg.vector_norm(gradient - other)
+        assert error <= 1e-4 * torch.linalg.vector_norm(other) + 1e-6
