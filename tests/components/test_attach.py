@@ -34,7 +34,7 @@ def llama(**options):
 # --------------------------------------------------------------------------------- every family
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])  # ours is not torchtune's
 @pytest.mark.parametrize(
     ("attention", "mlp"), [(["q_proj", "v_proj"], False), (ALL_ATTENTION, True)], ids=["qv", "all"]
 )
@@ -116,7 +116,7 @@ def test_qwens_biases_stay():
 
 @pytest.mark.parametrize(
     ("mlp", "leaves"),
-    [(False, set()), (True, {"w1", "w2", "w3"}), (["w2", "w3"], {"w2", "w3"}), (["w1"], {"w1"}), ([], set())],
+    [(False, []), (True, ["w1", "w2", "w3"]), (["w3", "w2"], ["w2", "w3"]), (["w1"], ["w1"]), ([], [])],
     ids=str,
 )
 def test_which_mlp_linears(mlp, leaves):
