@@ -66,11 +66,11 @@ def memory_budget(
 
 
 def truncation_workspace(d_out: int, d_in: int) -> int:
-    """Bytes that finding the smallest singular triplets of one weight takes: Gram matrix, its factor, a basis and a
-    chunk.
+    """Bytes that finding the smallest singular triplets of one weight takes: the Gram matrix, a shifted copy, its factor
+    and the factor before, and a chunk of the weight in float64.
     """
     n = min(d_out, d_in)
-    return 8 * (3 * n * n + n * 4096)
+    return 8 * (4 * n * n + n * 4096)
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:

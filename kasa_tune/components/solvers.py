@@ -21,8 +21,8 @@ EXACT_BELOW = 640
 EXACT_ABOVE_SHARE = 1 / 16
 # Vectors of a block beyond the wanted ones; they make the wanted ones converge faster.
 OVERSAMPLING = 8
-# The search stops when the correction it proposes to every unit vector is below this; E is then good to about 1e-6.
-TOLERANCE = 2e-6
+# The search stops when the correction it proposes to every unit vector is below this; E is then good to some 1e-6.
+TOLERANCE = 1e-6
 MAX_STEPS = 40
 # Blocks a basis may hold; beyond, its best two are kept and the others dropped.
 MAX_BLOCKS = 12

@@ -180,3 +180,20 @@ def test_a_solver_can_be_named():
     assert decomposition.smallest_triplets(random_weight(4, 4), 1, solver="gram_eigh")[1].solver == "gram_eigh"
     with pytest.raises(ValueError, match="Unknown solver"):
         smallest_triplets(random_weight(4, 4), 1, solver="qr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", ["random", "power law"])
+@pytest.mark.parametrize("shape", [(700, 700), (700, 1500), (1500, 700)])
+def test_sizes_where_the_search_is_chosen(shape, spectrum):
+    """The crowded lower edge of a random matrix, and a power law with 1e5 between the ends of a square one."""
+    weight = random_weight(*shape)
+    if spectrum == "power law":
+        n = min(shape)
+        rotation = torch.linalg.qr(random_weight(n, n, seed=1)).Q * torch.arange(1, n + 1).pow(-1.0)
+        weight = rotation @ weight if shape[0] == n else weight @ rotation.T
+    exact, values = smallest_part(weight, 8)
+    edit, subspace = smallest_triplets(weight, 8)
+    assert subspace.solver == "inverse_krylov"
+    assert relative_error(edit.out.double() @ edit.into.double(), exact) < EDIT
+    torch.testing.assert_close(subspace.singular_values.flip(0), values[-8:], rtol=1e-6, atol=0)

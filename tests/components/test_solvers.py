@@ -12,7 +12,7 @@ from kasa_tune.components.solvers import gram_matrix, smallest_singular_subspace
 
 SOLVERS = ("gram_eigh", "inverse_krylov")
 
-# The search stops at corrections of 2e-6; the subspace is then off by about that over the relative gap, which the
+# The search stops at corrections of 1e-6; the subspace is then off by about that over the relative gap, which the
 # matrices below keep above a few per cent where vectors are compared.
 SUBSPACE = 1e-4
 # Eigenvalues are off by the square of that; what remains is float64 rounding of G, relative to its largest eigenvalue.
