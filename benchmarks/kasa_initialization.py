@@ -59,7 +59,7 @@ def start_ours(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str
     seconds, layers = {}, {}
     for name, weight in weights.items():
         d_out, d_in = weight.shape
-        layers[name] = KaSALinear(d_in, d_out, RANK, alpha=16.0).to(weight.device)
+        layers[name] = KaSALinear(d_in, d_out, RANK, alpha=16.0).to(weight.device, weight.dtype)
         layers[name].weight.copy_(weight)
         seconds[name] = timed(layers[name].initialize)
     return seconds, layers
@@ -74,7 +74,7 @@ def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str
         def __init__(self) -> None:
             super().__init__()
             for name, weight in weights.items():
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
                 linear.weight = nn.Parameter(weight.clone())
                 self.add_module(name, linear)
 
@@ -116,14 +116,16 @@ def relative(error: Tensor, reference: Tensor) -> str:
     return f"{(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(reference)).item():.1e}"
 
 
-def run(spectrum: str, device: str, repeats: int, skip_accuracy: bool) -> None:
+def run(spectrum: str, args: argparse.Namespace) -> None:
     """One table: ours before PEFT, PEFT, ours again."""
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     weights = {
-        name: make_weight(*shape, spectrum, seed).to(device) for seed, (name, shape) in enumerate(SHAPES.items())
+        name: make_weight(*SHAPES[name], spectrum, list(SHAPES).index(name)).to(args.device, dtype)
+        for name in args.layers
     }
     first, layers = start_ours(weights)
     peft, peft_layers = start_peft(weights)
-    runs = [first, *(start_ours(weights)[0] for _ in range(repeats - 1))]
+    runs = [first, *(start_ours(weights)[0] for _ in range(args.repeats - 1))]
     ours = {name: Seconds(*(median(run[name][i] for run in runs) for i in (0, 1))) for name in weights}
     ours["block"] = Seconds(*(sum(ours[name][i] for name in weights) for i in (0, 1)))
     wall, cpu = (peft["block"][i] / ours["block"][i] for i in (0, 1))
@@ -133,12 +135,12 @@ def run(spectrum: str, device: str, repeats: int, skip_accuracy: bool) -> None:
         shape = " x ".join(map(str, SHAPES[name])) if name in SHAPES else ""
         seconds = [f"{value:.2f}" for value in (*ours[name], *peft[name])]
         errors = [""] * 5
-        if name in MEASURED and not skip_accuracy:
+        if name in MEASURED and not args.skip_accuracy:
             errors = measure(weights[name], layers[name], peft_layers[name])
-        rows.append([name, shape, *seconds, *([] if skip_accuracy else errors)])
+        rows.append([name, shape, *seconds, *([] if args.skip_accuracy else errors)])
     names = ("E, ours", "E in the weight, ours", "E in the weight, PEFT", "kept, ours", "kept, PEFT")
     header = ["layer", "shape", "ours [s]", "ours [CPU s]", "PEFT [s]", "PEFT [CPU s]"]
-    print_table([*header, *(names if not skip_accuracy else [])], rows)
+    print_table([*header, *(names if not args.skip_accuracy else [])], rows)
 
 
 @torch.no_grad()
@@ -146,11 +148,11 @@ def measure(original: Tensor, layer: KaSALinear, peft_weight: Tensor) -> list[st
     """Relative errors against float64: of the removed part E as factors and as stored, and of the kept weight."""
     exact, weight = removed_part(original), original.double()
     factors = layer.edit.out.double() @ layer.edit.into.double()
-    ours, peft = layer.weight.double(), peft_weight.double()
-    kept = weight - exact
+    peft, kept = peft_weight.double(), weight - exact
+    ours = layer.weight.double() if layer.folded else weight - factors
     return [
         relative(factors - exact, exact),
-        relative(weight - ours - exact, exact),
+        relative(weight - ours - exact, exact) if layer.folded else "not folded",
         relative(weight - peft - exact, exact),
         relative(ours - kept, kept),
         relative(peft - kept, kept),
@@ -161,6 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spectrum", choices=("gaussian", "trained", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    parser.add_argument("--layers", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=3, help="of ours, around the one run of PEFT")
     parser.add_argument("--skip-accuracy", action="store_true", help="leave out the float64 SVDs")
     args = parser.parse_args()
@@ -168,7 +172,7 @@ def main() -> None:
     print(machine(args.device) + "\n", flush=True)
     torch.linalg.eigh(torch.eye(32, device=args.device))  # loads LAPACK, on a GPU also its handles
     for spectrum in ("gaussian", "trained") if args.spectrum == "both" else (args.spectrum,):
-        run(spectrum, args.device, args.repeats, args.skip_accuracy)
+        run(spectrum, args)
 
 
 if __name__ == "__main__":
