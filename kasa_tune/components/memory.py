@@ -66,8 +66,8 @@ def memory_budget(
 
 
 def truncation_workspace(d_out: int, d_in: int) -> int:
-    """Bytes that finding the smallest singular triplets of one weight takes: the Gram matrix, a shifted copy, its factor
-    and the factor before, and a chunk of the weight in float64.
+    """Bytes that finding the smallest singular triplets of one weight takes: Gram matrix, a shifted copy, its factor,
+    the factor before, and a chunk of the weight in float64.
     """
     n = min(d_out, d_in)
     return 8 * (4 * n * n + n * 4096)
