@@ -168,7 +168,7 @@ def build(name: str, args: argparse.Namespace) -> Step:
     labels = tokens.roll(-1, dims=1)
     labels[:, -1] = -100
     labels[:, : round(args.seq_len * (1 - args.labelled))] = -100
-    torch.set_default_dtype(torch.bfloat16 if args.device == "cuda" else torch.float32)
+    torch.set_default_dtype(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     try:
         with torch.device(args.device):
             return VARIANTS[name](sizes, tokens, labels)
@@ -220,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the base; default fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--labelled", type=float, default=1.0, help="share of positions that are learned")
@@ -228,9 +229,12 @@ def main() -> None:
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     if args.memory_of:
         return print(json.dumps(peak_memory(args.memory_of, args)))
-    print(f"{machine(args.device)}\n{args.preset}, {args.batch_size} x {args.seq_len} tokens\n", flush=True)
+    print(
+        f"{machine(args.device)}\n{args.preset}, {args.dtype}, {args.batch_size} x {args.seq_len} tokens\n", flush=True
+    )
     memory = {name: peak_memory_of_a_process(name, sys.argv[1:]) for name in VARIANTS if not args.skip_memory}
     steps = {name: build(name, args) for name in VARIANTS}
     for step in steps.values():
