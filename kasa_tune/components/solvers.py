@@ -24,6 +24,8 @@ OVERSAMPLING = 8
 # The search stops when the correction it proposes to every unit vector is below this; E is then good to some 1e-6.
 TOLERANCE = 1e-6
 MAX_STEPS = 40
+# By this step the smallest values are known well enough to put a shift just under them.
+SHIFT_AT = 5
 # Blocks a basis may hold; beyond, its best two are kept and the others dropped.
 MAX_BLOCKS = 12
 # σ² below this share of ‖W‖_F² is the rounding of float32 weights: any vectors from there are as good as the others.
@@ -133,7 +135,7 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
         vectors = basis @ rotation[:, :block]
         # Orthogonal to the basis but for rounding, which the inverse of a nearly singular W would blow up.
         residuals = _outside(images @ rotation[:, :block] - vectors * ritz[:block], basis)
-        if step == 4:
+        if step == SHIFT_AT:
             inverse.shift_below(ritz[0], ritz[k - 1] - ritz[0])
         correction = _outside(inverse.solve(residuals), basis)
         residual = torch.linalg.vector_norm(correction[:, :k], dim=0).max()
