@@ -98,6 +98,17 @@ def test_another_ignore_index():
     torch.testing.assert_close(ChunkedCrossEntropy(ignore_index=4)(output, hidden, labels), expected, **FP64)
 
 
+@torch.no_grad()
+def test_without_gradients_the_value_is_the_same_also_where_nothing_is_labelled():
+    for share_labelled in (0.0, 0.6):
+        output, hidden, labels = problem(share_labelled)
+        with torch.enable_grad():
+            expected = ChunkedCrossEntropy(4)(output, hidden, labels)
+        found = ChunkedCrossEntropy(4)(output, hidden, labels)
+        assert found.item() == expected.item()
+        assert not found.requires_grad
+
+
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_nothing_labelled_costs_nothing_and_pulls_nowhere(chunk_size):
     output, hidden, labels = problem(share_labelled=0.0)
