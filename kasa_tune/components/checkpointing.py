@@ -7,15 +7,19 @@ never read.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +29,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "step_"
@@ -66,9 +72,7 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         manifest = {"format_version": FORMAT_VERSION, "step": step, "parts": list(parts), "files": files}
         _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_folder(temporary)
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
+        _replace(final, temporary, replaced)
         _sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,19 +86,83 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last is not None:
         not_later = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
-        for old in not_later[:-keep_last]:
-            shutil.rmtree(old.rename(folder / f".{old.name}.removed.tmp"))  # hidden first: never seen half removed
+        _remove(not_later[:-keep_last])
     return final
 
 
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left behind; a checkpoint it had moved aside and not yet replaced is put back."""
+def _replace(final: Path, temporary: Path, replaced: Path) -> None:
+    """Give ``temporary`` its final name; what had that name is moved aside first."""
+    for attempt in range(10):
+        if final.exists():
+            final.rename(replaced)
+        try:
+            temporary.rename(final)
+        except OSError as error:  # a reader took the moment between for a crash and put the old one back
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 9:
+                raise
+        else:
+            return
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    """Remove old checkpoints; one that cannot be removed costs disk space but not the new one."""
+    for old in checkpoints:
+        try:
+            shutil.rmtree(old.rename(old.parent / f".{old.name}.removed.tmp"))  # hidden first: never seen half removed
+        except OSError as error:
+            log.warning(f"Could not remove the old checkpoint {old} ({error}).")
+
+
+def _put_back(folder: Path) -> None:
+    """Give checkpoints that a killed writer had moved aside and not yet replaced their names again."""
     for aside in folder.glob(f".{PREFIX}*.replaced.tmp"):
         final = folder / aside.name[1:].split(".")[0]
         if not final.exists():
-            aside.rename(final)
+            with contextlib.suppress(FileNotFoundError):  # another reader was faster
+                aside.rename(final)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what writers that are gone left behind."""
+    _put_back(folder)
     for leftover in folder.glob(f".{PREFIX}*.tmp"):
-        shutil.rmtree(leftover)
+        writer = leftover.name.split(".")[-2]
+        if not writer.isdigit() or int(writer) == os.getpid() or not _is_running(int(writer)):
+            shutil.rmtree(leftover)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to ``folder`` (made if missing) until the end of the block or of this process.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Cannot start: another run is writing to {folder}. Wait for its end or set another output_dir."
+            ) from None
+        except OSError as error:  # some network file systems know no locks
+            log.warning(f"{folder} cannot be locked ({error}); make sure that no other run writes to it.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a data worker still has the file open
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -109,6 +177,8 @@ def _step_of(path: Path) -> int:
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that matches its manifest, and why newer ones were passed over."""
+    with contextlib.suppress(OSError):  # a folder one may only read
+        _put_back(folder)
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
@@ -118,6 +188,52 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, passed_over
     return None, passed_over
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint that is whole: the newest of a run's ``output_dir``, or ``path`` itself.
+
+    Raises:
+        CheckpointError: there is none; the message says what was passed over.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder: give a run's output_dir or one of its checkpoints.")
+    if not (path / "checkpoints").is_dir():
+        verify_checkpoint(path)
+        return path
+    newest, passed_over = latest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(" ".join([f"{path} holds no finished checkpoint.", *passed_over]))
+    if passed_over:
+        log.warning(f"Using {newest}. {' '.join(passed_over)}")
+    return newest
+
+
+def check_belongs(checkpoint: Path, *, base_fingerprint: str, model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was trained on another base or with another model section.
+
+    Args:
+        checkpoint: with a part ``run`` that holds ``base`` and ``config``.
+        base_fingerprint: of the base weights at hand, see :func:`weights_fingerprint`.
+        model: the resolved model section of the config; ``dropout`` may differ.
+
+    Raises:
+        CheckpointError: they differ; the message names the key, the saved and the given value.
+    """
+    run = load_part(checkpoint, "run")
+    if run["base"] != base_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} belongs to other base weights than those of checkpointer.checkpoint_dir. "
+            "Set the checkpointer to the base that the run was trained on."
+        )
+    saved, unset = run["config"]["model"], "unset"
+    wrong = [
+        f"model.{key}: checkpoint {saved.get(key, unset)!r}, config {model.get(key, unset)!r}"
+        for key in sorted(saved.keys() | model.keys())
+        if key != "dropout" and saved.get(key) != model.get(key)
+    ]
+    if wrong:
+        raise CheckpointError(f"{checkpoint} belongs to another model: {'; '.join(wrong)}.")
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

@@ -23,10 +23,13 @@ from kasa_tune.components import checkpointing
 from kasa_tune.components.checkpointing import (
     CheckpointError,
     StopSignals,
+    check_belongs,
+    find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_part,
     rng_state,
+    run_lock,
     save_checkpoint,
     set_rng_state,
     verify_checkpoint,
@@ -248,11 +251,11 @@ def steps_in(folder):
 
 def assert_all_good(folder):
     """What can be seen is whole; returns the newest step."""
+    path, reasons = latest_checkpoint(folder)
+    assert not reasons
     steps = steps_in(folder)
     for step in steps:
         assert_good(folder / f"step_{step:08d}", step)
-    path, reasons = latest_checkpoint(folder)
-    assert not reasons
     assert path == folder / f"step_{steps[-1]:08d}"
     return steps[-1]
 
@@ -305,13 +308,96 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
-def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
-    for name in (".step_00000001.4711.tmp", ".step_00000002.removed.tmp"):
+def test_leftovers_of_a_writer_that_is_gone_are_removed(tmp_path):
+    gone = in_a_process_that_dies(lambda: None)
+    os.waitpid(gone, 0)
+    living = f".step_00000001.{os.getppid()}.tmp"
+    names = (f".step_00000001.{gone}.tmp", f".step_00000001.{os.getpid()}.tmp", ".step_00000002.removed.tmp", living)
+    for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter.safetensors").write_bytes(b"half")
     (tmp_path / "notes").mkdir()
     save(tmp_path, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [living, "notes", "step_00000003"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(
+        Path, "rename", lambda old, new: refuse() if "removed" in new.name else os.rename(old, new) or new
+    )
+    assert_good(save(tmp_path, 2, keep_last=1), 2)
+    assert "Could not remove the old checkpoint" in caplog.text
+
+
+# --------------------------------------------------------------------------------- which one to use
+
+
+def test_a_run_is_its_newest_good_checkpoint_and_a_checkpoint_is_itself(tmp_path, caplog):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert find_checkpoint(tmp_path) == checkpoints / "step_00000003"
+    assert find_checkpoint(checkpoints / "step_00000001") == checkpoints / "step_00000001"
+    assert caplog.text == ""
+    truncate(checkpoints / "step_00000003" / "run.json")
+    assert find_checkpoint(tmp_path) == checkpoints / "step_00000002"
+    assert "step_00000003 is damaged: run.json" in caplog.text
+    with pytest.raises(CheckpointError, match=r"step_00000003 is damaged: run\.json"):
+        find_checkpoint(checkpoints / "step_00000003")
+
+
+def test_no_checkpoint_to_use(tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="empty holds no finished checkpoint"):
+        find_checkpoint(tmp_path / "empty")
+    truncate(save(tmp_path / "torn" / "checkpoints", 7) / "run.json")
+    with pytest.raises(CheckpointError, match=r"torn holds no finished checkpoint.*step_00000007 is damaged: run"):
+        find_checkpoint(tmp_path / "torn")
+    with pytest.raises(CheckpointError, match=r"nowhere is no folder.*output_dir"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+MODEL = {"_component_": "models.kasa_tiny", "rank": 8, "attn_modules": ["q_proj", "v_proj"], "dropout": 0.1}
+
+
+def checkpoint_of(folder, model=MODEL):
+    return save_checkpoint(folder, 1, {"run": {"base": "abc", "config": {"model": model, "seed": 1}}})
+
+
+@pytest.mark.parametrize("model", [MODEL, MODEL | {"dropout": 0.0}, {k: v for k, v in MODEL.items() if k != "dropout"}])
+def test_a_checkpoint_belongs_to_its_model_whatever_the_dropout(model, tmp_path):
+    check_belongs(checkpoint_of(tmp_path), base_fingerprint="abc", model=model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 4}, r"model\.rank: checkpoint 8, config 4\.$"),
+        ({"attn_modules": ["q_proj"]}, r"attn_modules: checkpoint \['q_proj', 'v_proj'\], config \['q_proj'\]"),
+        ({"truncation": "published"}, r"model\.truncation: checkpoint 'unset', config 'published'"),
+        ({"rank": 4, "_component_": "lora"}, r"_component_: checkpoint 'models.kasa_tiny', config 'lora'; model\.rank"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(change, message, tmp_path):
+    with pytest.raises(CheckpointError, match=f"belongs to another model: .*{message}"):
+        check_belongs(checkpoint_of(tmp_path), base_fingerprint="abc", model=MODEL | change)
+
+
+def test_a_key_that_the_config_no_longer_sets_is_a_difference(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, MODEL | {"truncation": "published"})
+    with pytest.raises(CheckpointError, match=r"truncation: checkpoint 'published', config 'unset'"):
+        check_belongs(checkpoint, base_fingerprint="abc", model=MODEL)
+
+
+def test_a_checkpoint_on_another_base_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"belongs to other base weights than.*checkpointer"):
+        check_belongs(checkpoint_of(tmp_path), base_fingerprint="abd", model=MODEL)
 
 
 # --------------------------------------------------------------------------------- damage
@@ -524,10 +610,9 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
             break
         killed += 1
         assert_all_good(folder)
-        old = {left.name for left in folder.iterdir()}
+        if 3 not in steps_in(folder):
+            assert 2 in steps_in(folder)  # even if it had been moved aside
         save(folder, 4)
-        if "step_00000003" not in old:
-            assert_good(folder / "step_00000002", 2)  # even if it had been moved aside
         assert not [left.name for left in folder.iterdir() if left.name.startswith(".")], n
     assert killed > 30
     assert steps_in(folder) == [3]
@@ -553,6 +638,110 @@ def test_kills_at_random_moments_of_a_loop_of_saves(tmp_path):
         newest = assert_all_good(tmp_path)
         assert newest > before
         before = newest
+
+
+def test_a_kill_between_the_two_renames_hides_no_checkpoint(tmp_path):
+    """The newest checkpoint is found where it was even before anything is saved again."""
+    save(tmp_path, 1), save(tmp_path, 2)
+
+    def work():
+        def rename_and_die(old, new):
+            os.rename(old, new)
+            os._exit(7)
+
+        Path.rename = rename_and_die
+        save(tmp_path, 2)
+
+    assert os.waitpid(in_a_process_that_dies(work), 0)[1] == 7 << 8
+    assert steps_in(tmp_path) == [1]
+    for _ in range(2):
+        assert latest_checkpoint(tmp_path) == (tmp_path / "step_00000002", [])
+    assert_good(tmp_path / "step_00000002", 2)
+
+
+def test_a_reader_between_the_two_renames_does_not_stop_the_writer(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    rename, reads = Path.rename, []
+
+    def rename_and_read(old, new):
+        done = rename(old, new)
+        if "replaced" in new.name and not reads:
+            reads.append(new)  # the reader renames too
+            reads.append(latest_checkpoint(tmp_path)[0])
+        return done
+
+    monkeypatch.setattr(Path, "rename", rename_and_read)
+    save_checkpoint(tmp_path, 2, {"other": 1})
+    assert reads[1] == tmp_path / "step_00000002"
+    assert load_part(tmp_path / "step_00000002", "other") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_a_folder_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    (tmp_path / ".step_00000002.replaced.tmp").mkdir()
+
+    def refuse(old, new):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert latest_checkpoint(tmp_path) == (tmp_path / "step_00000001", [])
+
+
+# --------------------------------------------------------------------------------- one writer at a time
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with run_lock(folder):
+        with pytest.raises(ValueError, match=r"another run is writing to .*new/run"), run_lock(folder):
+            pass
+        with run_lock(tmp_path / "other"):
+            pass
+    with run_lock(folder):
+        pass
+    with pytest.raises(KeyError), run_lock(folder):
+        raise KeyError
+    with run_lock(folder):
+        pass
+
+
+def test_another_process_holds_the_folder_until_it_dies(tmp_path):
+    read, write = os.pipe()
+
+    def work():
+        with run_lock(tmp_path):
+            os.write(write, b"x")
+            time.sleep(60)
+
+    child = in_a_process_that_dies(work)
+    os.read(read, 1)
+    with pytest.raises(ValueError, match="another run is writing to"), run_lock(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    assert died_by_kill(child)
+    with run_lock(tmp_path):
+        pass
+
+
+def test_the_end_of_a_run_frees_the_folder_even_while_a_worker_lives(tmp_path):
+    with run_lock(tmp_path):
+        worker = in_a_process_that_dies(lambda: time.sleep(60))
+    try:
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpointing.fcntl, "flock", unsupported)
+    with run_lock(tmp_path):
+        assert "cannot be locked" in caplog.text
 
 
 # --------------------------------------------------------------------------------- stop signals
