@@ -64,8 +64,8 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     Raises:
         ValueError: ``n > m``, ``k`` outside what the solver can do, or an unknown solver.
 
-    A CUDA device out of memory and a search that does not converge are answered by the exact method on the CPU, with a
-    log line.
+    A CUDA device out of memory is answered by the CPU, a search that does not converge by the exact method on the CPU,
+    both with a line in the log.
     """
     n, m = matrix.shape
     if n > m or not 1 <= k <= n:
@@ -78,15 +78,19 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
         raise ValueError(f"inverse_krylov needs n >= 4 (k + {OVERSAMPLING}); got n = {n}, k = {k}. Use gram_eigh.")
     if solver == "auto":
         solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
+    method = _inverse_krylov if solver == "inverse_krylov" else _gram_eigh
     try:
-        return _inverse_krylov(matrix, k) if solver == "inverse_krylov" else _gram_eigh(matrix, k)
-    except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+        return method(matrix, k)
+    except torch.cuda.OutOfMemoryError:
+        log.warning("No room on %s for %s of a %d x %d matrix; doing it on the CPU.", matrix.device, solver, n, m)
+        found = smallest_singular_subspace(matrix.cpu(), k, solver=solver)
+    except torch.linalg.LinAlgError as error:
         log.warning(
-            "%s failed for a %d x %d matrix on %s (%s); using the exact method on the CPU, which may take minutes.",
-            solver, n, m, matrix.device, error,
-        )  # fmt: skip
-    found = _gram_eigh(matrix.cpu(), k)
-    return Subspace(found.vectors.to(matrix.device), found.singular_values.to(matrix.device), found.solver, 0.0)
+            "%s failed for a %d x %d matrix (%s); doing it exactly on the CPU, in minutes.", solver, n, m, error
+        )
+        found = _gram_eigh(matrix.cpu(), k)
+    vectors, values = found.vectors.to(matrix.device), found.singular_values.to(matrix.device)
+    return Subspace(vectors, values, found.solver, found.residual)
 
 
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:

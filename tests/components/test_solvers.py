@@ -186,22 +186,23 @@ def test_a_search_that_does_not_converge_is_answered_exactly_and_logged(m, monke
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_out_of_memory_on_the_gpu_is_answered_on_the_cpu_and_logged(solver, monkeypatch, caplog):
-    exact, devices = solvers._gram_eigh, []
-
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    method, calls = getattr(solvers, f"_{solver}"), []
 
     def full_the_first_time(matrix, k):
-        devices.append(matrix.device.type)
-        return full() if len(devices) == 1 and solver == "gram_eigh" else exact(matrix, k)
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return method(matrix, k)
 
-    monkeypatch.setattr(solvers, "_inverse_krylov", full)
-    monkeypatch.setattr(solvers, "_gram_eigh", full_the_first_time)
+    monkeypatch.setattr(solvers, f"_{solver}", full_the_first_time)
     matrix = torch.randn(64, 100, generator=torch.Generator().manual_seed(5))
     with caplog.at_level(logging.WARNING, logger="kasa_tune.components.solvers"):
         found = smallest_singular_subspace(matrix, 3, solver=solver)
-    assert found.solver == "gram_eigh"
-    assert "CUDA out of memory" in caplog.text
+    assert len(calls) == 2
+    assert found.solver == solver
+    (record,) = caplog.records
+    assert "64 x 100" in record.getMessage()
+    assert "doing it on the CPU" in record.getMessage()
     expected = torch.linalg.svdvals(matrix.double()).flip(0)[:3]
     torch.testing.assert_close(found.singular_values, expected, rtol=1e-6, atol=0)
 
