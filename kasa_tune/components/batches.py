@@ -7,8 +7,11 @@ epoch and the number of batches already taken from it. Nothing here touches torc
 """
 
 import hashlib
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -155,13 +158,15 @@ def collate(samples: Sequence[dict[str, Any]], *, pad_id: int, width: int | None
     return batch
 
 
-def block_mask(seq_lens: Sequence[torch.Tensor], device: torch.device | str | None = None) -> Any:
+def block_mask(
+    seq_lens: Sequence[torch.Tensor], device: torch.device | str | None = None, *, dense: bool = False
+) -> Any:
     """Attention mask of packed rows: a token sees the earlier tokens of its own sample alone.
 
     On a GPU where torchtune uses flex attention it is a ``BlockMask`` on that GPU, else bool [b, s, s] on the CPU.
-    ``device`` is where the model runs; None leaves the choice to torchtune.
+    ``device`` is where the model runs; None leaves the choice to torchtune. ``dense`` is always the latter kind.
     """
-    if device is not None and torch.device(device).type != "cuda":
+    if dense or (device is not None and torch.device(device).type != "cuda"):
         return create_block_causal_mask(list(seq_lens))
     return packed_block_causal_mask(list(seq_lens))
 
@@ -169,15 +174,34 @@ def block_mask(seq_lens: Sequence[torch.Tensor], device: torch.device | str | No
 class BatchLoader(DataLoader):
     """A DataLoader that gives packed batches their ``mask`` in the main process, since a BlockMask lives on the GPU."""
 
-    def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, device: torch.device | str | None = None, dense_mask: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.device = device
+        self.device, self.dense_mask = device, dense_mask
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in super().__iter__():
             if "seq_lens" in batch:
-                batch["mask"] = block_mask(batch.pop("seq_lens"), self.device)
+                batch["mask"] = block_mask(batch.pop("seq_lens"), self.device, dense=self.dense_mask)
             yield batch
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """In a worker: leave signals that reach all processes of a run to the main one, which still needs batches then.
+
+    The main process's own SIGTERM, the end of a worker that does not end by itself, is obeyed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def build_dataloader(
@@ -191,6 +215,7 @@ def build_dataloader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str | None = None,
+    dense_mask: bool = False,
 ) -> DataLoader:
     """Batches of ``dataset`` in an order that depends on (seed, epoch) alone.
 
@@ -201,11 +226,14 @@ def build_dataloader(
         batch_size: samples (packed: rows) per batch and rank.
         seed: of the order.
         shuffle: False keeps the order of the files.
-        num_workers: processes that tokenize ahead; 0 = in this process. Does not change the batches.
+        num_workers: processes that tokenize ahead; 0 = in this process. Does not change the batches. They
+            outlive a SIGINT or SIGTERM to the whole process group and end with this process.
         rank: of this process.
         world_size: number of processes; see :class:`EpochBatches` for how they share an epoch.
         device: where the model runs; decides the kind of mask packed rows get (see :func:`block_mask`) and, for a GPU,
             that batches are pinned.
+        dense_mask: packed rows get a boolean mask on a GPU too, for models whose attention takes no ``BlockMask``
+            (torchtune's Gemma 2).
 
     Returns:
         A DataLoader of ``dict(tokens [b, s], labels [b, s])``, packed also ``mask`` and ``input_pos`` [b, s]. Its
@@ -228,7 +256,9 @@ def build_dataloader(
         batch_sampler=batches,
         collate_fn=partial(collate, pad_id=pad_id, width=getattr(dataset, "max_seq_len", None)),
         num_workers=num_workers,
+        worker_init_fn=_ignore_stop_signals if num_workers else None,
         generator=torch.Generator().manual_seed(seed),  # workers' base seed; without it, drawn from the global one
         pin_memory=device is not None and torch.device(device).type == "cuda",
         device=device,
+        dense_mask=dense_mask,
     )

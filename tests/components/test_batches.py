@@ -1,7 +1,12 @@
 """The order of samples and the batches: nothing lost, nothing random but the seed, exact resume, many ranks."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +195,66 @@ def test_worker_processes_give_the_same_batches_also_after_a_resume():
             assert torch.equal(a["labels"], b["labels"])
 
 
+WORKERS = """
+import sys
+from kasa_tune.components.checkpointing import StopSignals
+from tests.components.test_batches import Numbers, flat, loader
+numbers = loader(Numbers(400), num_workers=2, batch_size=1)
+"""
+
+EPOCH = """
+with StopSignals() as stop:
+    tokens = []
+    for i, batch in enumerate(numbers):
+        tokens.append(batch["tokens"][0, 0].item())
+        if i == 5:
+            print("ready", flush=True)
+            sys.stdin.readline()
+assert sorted(tokens) == list(range(400))
+print(stop.received)
+"""
+
+ERROR = """
+kept = iter(numbers)
+next(kept)
+raise RuntimeError("while the workers run")
+"""
+
+
+def process(script):
+    """A Python in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_workers_outlive_a_signal_to_the_whole_group(number):
+    with process(WORKERS + EPOCH) as child:
+        assert child.stdout.readline() == "ready\n"
+        os.killpg(child.pid, number)
+        out, err = child.communicate("\n", timeout=120)
+    assert (child.returncode, out) == (0, f"{int(number)}\n"), err
+
+
+def test_workers_end_with_a_process_that_fails():
+    with process(WORKERS + ERROR) as child:
+        try:
+            _, err = child.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    assert child.returncode == 1
+    assert "while the workers run" in err
+
+
 def test_mixture_is_drawn_with_its_weights():
     mixed = data.MixedDataset([Numbers(6), Numbers(4)], [0.5, 2.0])
     tokens = Counter(int(row[0]) for batch in loader(mixed, batch_size=1) for row in batch["tokens"])
@@ -245,3 +310,18 @@ def test_packed_rows_are_padded_to_full_width_and_masked_by_sample():
     expected = [[[o[q] == o[k] and k <= q for k in range(8)] for q in range(8)] for o in owner]
     assert mask.tolist() == expected
     assert mask.dtype == torch.bool
+
+
+def test_a_dense_mask_is_dense_even_for_a_gpu():
+    """Without a GPU torchtune's own choice is dense too, so it must not even be asked."""
+    seq_lens = [torch.tensor([3, 2, 1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "packed_block_causal_mask", lambda seq_lens: "a BlockMask")
+        assert batches.block_mask(seq_lens, "cuda") == "a BlockMask"
+        mask = batches.block_mask(seq_lens, "cuda", dense=True)
+        assert torch.equal(mask, batches.block_mask(seq_lens, "cpu"))
+        packed = [{key: np.arange(6) for key in ("tokens", "labels", "input_pos")} | {"seq_lens": np.array([4, 2])}]
+        (batch,) = loader(packed, dense_mask=True)
+        assert batch["mask"].tolist() == batches.block_mask([torch.tensor([4, 2])], "cpu").tolist()
+        (batch,) = loader(packed)
+        assert batch["mask"] == "a BlockMask"
