@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import threading
@@ -29,6 +28,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from kasa_tune.components.files import error_number, size_and_digest, sync_folder, write_synced
+from kasa_tune.components.trees import decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +70,19 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         temporary.mkdir()
         for name, tree in parts.items():
             _write_part(temporary, name, tree)
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: size_and_digest(path) for path in sorted(temporary.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "parts": list(parts), "files": files}
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(temporary)
+        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_folder(temporary)
         _replace(final, temporary, replaced)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         if isinstance(error, OSError | SafetensorError):
             raise OSError(
-                _errno(error), f"Could not write {final} ({error}). Earlier checkpoints are untouched."
+                error_number(error), f"Could not write {final} ({error}). Earlier checkpoints are untouched."
             ) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
@@ -88,6 +90,15 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], *, keep_l
         not_later = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
         _remove(not_later[:-keep_last])
     return final
+
+
+def check_saveable(tree: Any) -> None:
+    """See now, before any training, that :func:`save_checkpoint` can write ``tree``, an optimizer's state say.
+
+    Raises:
+        TypeError: it cannot; the message says what and where.
+    """
+    json.dumps(encode(tree, "", {}))
 
 
 def _replace(final: Path, temporary: Path, replaced: Path) -> None:
@@ -240,22 +251,37 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Compare every file with the manifest and return the manifest.
 
     Raises:
-        CheckpointError: the manifest is missing or unreadable, a file is missing, too short or changed.
+        CheckpointError: the manifest is missing, unreadable or another checkpoint's, a file is missing, too short or
+        changed.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        format_version, files = manifest["format_version"], manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    manifest = _manifest(path)
+    if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
-        ) from None
-    if format_version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has checkpoint format {format_version}, this version reads {FORMAT_VERSION}.")
-    for name, expected in files:
+            f"{path} has checkpoint format {manifest['format_version']}, this version reads {FORMAT_VERSION}."
+        )
+    unlisted = [name for name in manifest["parts"] if f"{name}.json" not in manifest["files"]]
+    named_step = path.name.removeprefix(PREFIX)
+    if unlisted or (path.name != named_step and named_step.isdigit() and int(named_step) != manifest["step"]):
+        raise CheckpointError(
+            f"{path} is damaged: its {MANIFEST} is of step {manifest['step']} and lacks the files of "
+            f"{', '.join(unlisted) or 'no part'}. Use an earlier checkpoint."
+        )
+    for name, expected in manifest["files"].items():
         if not _matches(path / name, expected):
             raise CheckpointError(
                 f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint."
             )
+    return manifest
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest["format_version"], manifest["step"], list(manifest["parts"]), manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
+        ) from None
     return manifest
 
 
@@ -265,10 +291,11 @@ def load_part(path: Path, name: str) -> Any:
     Raises:
         CheckpointError: the checkpoint has no such part.
     """
-    if not (path / f"{name}.json").is_file():
+    files = _manifest(path)["files"]  # others are not the checkpoint's
+    if f"{name}.json" not in files:
         raise CheckpointError(f"{path} has no part {name!r}.")
-    tensors = load_file(path / f"{name}.safetensors") if (path / f"{name}.safetensors").is_file() else {}
-    return _decode(json.loads((path / f"{name}.json").read_text()), tensors)
+    tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
+    return decode(json.loads((path / f"{name}.json").read_text(encoding="utf-8")), tensors)
 
 
 def rng_state() -> dict[str, Any]:
@@ -284,14 +311,22 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Bring all global generators back; CUDA ones where as many devices exist as were saved."""
+    """Bring all global generators back; CUDA ones where as many devices exist as were saved, else a warning is
+    logged.
+    """
     random.setstate(state["python"])
     numpy_state = dict(state["numpy"], state=dict(state["numpy"]["state"]))
     numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
     np.random.set_state(numpy_state)
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
+    else:
+        log.warning(
+            f"The random state of {len(state['cuda'])} CUDA devices was saved and there are {found}: it is not "
+            "restored, and what these devices draw, dropout say, will differ from an uninterrupted run."
+        )
 
 
 class StopSignals:
@@ -320,92 +355,21 @@ class StopSignals:
             signal.signal(each, handler)
 
 
-# --- trees <-> JSON with tensors beside it ---
-
-
 def _write_part(folder: Path, name: str, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
-    document = _encode(tree, "", tensors)
+    document = encode(tree, "", tensors)
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
         with (folder / f"{name}.safetensors").open("rb+") as file:
             os.fsync(file.fileno())
-    _write_synced(folder / f"{name}.json", json.dumps(document).encode())
-
-
-def _encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``tree``; what JSON lacks becomes a tagged object, tensors go to ``tensors`` under their path in the
-    tree.
-    """
-    path = path.lstrip("/")
-    if isinstance(tree, Tensor):
-        name = path
-        while name in tensors:  # keys 1 and "1" share a path
-            name += "'"
-        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
-    if isinstance(tree, Mapping):
-        if not all(key is None or isinstance(key, str | int | float) for key in tree):
-            raise TypeError(f"A checkpoint's dict keys must be strings or numbers (at {path}).")
-        return {"dict": [[key, _encode(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, tuple):
-        return {"tuple": [_encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
-    if isinstance(tree, list):
-        return [_encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise TypeError(f"A checkpoint cannot hold {type(tree).__name__} (at {path}).")
-
-
-def _decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(document, list):
-        return [_decode(value, tensors) for value in document]
-    if not isinstance(document, dict):
-        return document
-    ((tag, content),) = document.items()
-    if tag == "tensor":
-        return tensors[content]
-    if tag == "tuple":
-        return tuple(_decode(value, tensors) for value in content)
-    return {key: _decode(value, tensors) for key, value in content}
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _errno(error: Exception) -> int | None:
-    """The system's number of an error; safetensors tells it in words."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
+    write_synced(folder / f"{name}.json", json.dumps(document).encode())
 
 
 def _matches(path: Path, expected: Any) -> bool:
     try:
-        return _fingerprint(path) == expected
+        return size_and_digest(path) == expected
     except OSError:
         return False
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) -> str:

@@ -24,6 +24,7 @@ from kasa_tune.components.checkpointing import (
     CheckpointError,
     StopSignals,
     check_belongs,
+    check_saveable,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
@@ -138,6 +139,36 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_left(tree, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Quantized(torch.Tensor):
+    """Stands for the states of optimizers with 8 bits."""
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"state": {0: {"exp_avg": torch.ones(2).as_subclass(Quantized)}}}, r"Quantized \(at state/0/exp_avg\).*yet"),
+        ({"betas": (0.9, object())}, r"object \(at betas/1\)"),
+    ],
+)
+def test_what_cannot_be_saved_is_known_before(tree, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        check_saveable(tree)
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(tmp_path, 1, {"optimizer": tree})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_can_be_saved_is_known_before():
+    check_saveable(special_tensors() | {"parameter itself": torch.nn.Parameter(torch.ones(2)), "rng": rng_state()})
+
+
+def test_quantized_optimizer_states_are_refused():
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    state = {"exp_avg": subclass.OptimState8bit.zeros((64, 128))}
+    with pytest.raises(TypeError, match=r"OptimState8bit.*cannot be saved yet"):
+        check_saveable({0: state})
+
+
 def test_saving_copies_nothing_into_the_live_tensors(tmp_path):
     tree = {"weight": torch.ones(3)}
     path = save_checkpoint(tmp_path, 1, {"part": tree})
@@ -160,6 +191,9 @@ def test_files_are_safetensors_and_json_and_nothing_is_pickled(tmp_path, monkeyp
 
 def test_a_part_that_is_not_there(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"part": 1})
+    with pytest.raises(CheckpointError, match="no part 'optimizer'"):
+        load_part(path, "optimizer")
+    (path / "optimizer.json").write_text("1")
     with pytest.raises(CheckpointError, match="no part 'optimizer'"):
         load_part(path, "optimizer")
 
@@ -186,6 +220,14 @@ def test_all_generators_go_on_with_the_same_draws(tmp_path):
     assert draws() != expected
     set_rng_state(load_part(path, "rng"))
     assert draws() == expected
+
+
+def test_random_state_of_other_devices_is_warned_of(caplog):
+    state = rng_state()
+    set_rng_state(state)
+    assert caplog.text == ""
+    set_rng_state(state | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+    assert "of 99 CUDA devices" in caplog.text
 
 
 def test_taking_the_state_draws_nothing():
@@ -428,7 +470,7 @@ def test_damage_is_named_and_the_previous_checkpoint_taken(harm, name, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "null", "{}", '{"format_version": 1}', b"\xff\xfe\x00"], ids=repr
+    "content", [None, "", "{", "[]", "null", "{}", '{"format_version": 1}', '{"files": {}}', b"\xff\xfe\x00"], ids=repr
 )
 def test_a_manifest_that_is_none_is_no_checkpoint(content, tmp_path):
     save(tmp_path, 1), save(tmp_path, 2)
@@ -447,6 +489,26 @@ def test_a_checkpoint_of_another_format_says_so(tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="checkpoint format 99, this version reads 1"):
         verify_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 7}, "is of step 7"),
+        ({"parts": ["adapter", "optimizer", "run", "rng"]}, "lacks the files of optimizer"),
+    ],
+)
+def test_a_manifest_of_another_checkpoint_is_refused(change, message, tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(CheckpointError, match=f"step_00000001 is damaged: .*{message}"):
+        verify_checkpoint(path)
+
+
+def test_a_checkpoint_may_be_copied_under_another_name(tmp_path):
+    path = shutil.copytree(save(tmp_path, 1), tmp_path / "best")
+    verify_checkpoint(path)
 
 
 def test_all_damaged_is_none_with_all_reasons(tmp_path):
