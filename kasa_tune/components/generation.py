@@ -39,10 +39,15 @@ def complete(
         The new tokens of each prompt, in the given order, without the stop token.
 
     Raises:
-        ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it.
+        ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it; no prompt fits.
     """
     lengths = [len(prompt) for prompt in prompts]
     room = model.max_seq_len - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens = {max_new_tokens} exceeds the model's length: it takes {model.max_seq_len} tokens, prompt "
+            f"included. Set max_new_tokens to at most {model.max_seq_len - 1}."
+        )
     if prompts and not 1 <= min(lengths) <= max(lengths) <= room:
         raise ValueError(
             f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = "

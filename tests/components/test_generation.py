@@ -112,10 +112,17 @@ def test_a_completion_may_fill_the_model_to_its_length():
     ]
 
 
-@pytest.mark.parametrize(("length", "new"), [(62, 3), (65, 1), (0, 3), (1, 64)])
+@pytest.mark.parametrize(("length", "new"), [(62, 3), (65, 1), (0, 3), (2, 63)])
 def test_prompts_without_room_or_content_are_refused(length, new):
     with pytest.raises(ValueError, match=f"1 to {64 - new} tokens .*max_new_tokens = {new}"):
         complete(toy(), [[1, 2], [1] * length], max_new_tokens=new, stop_tokens=[])
+
+
+@pytest.mark.parametrize("new", [64, 600])
+@pytest.mark.parametrize("prompts", [[], [[1]]])
+def test_more_new_tokens_than_the_model_takes(new, prompts):
+    with pytest.raises(ValueError, match=f"max_new_tokens = {new} exceeds the model's length: it takes 64 .*most 63"):
+        complete(toy(), prompts, max_new_tokens=new, stop_tokens=[])
 
 
 # --------------------------------------------------------------------------------- sampling
