@@ -45,8 +45,8 @@ def complete(
     room = model.max_seq_len - max_new_tokens
     if room < 1:
         raise ValueError(
-            f"max_new_tokens = {max_new_tokens} exceeds the model's length: it takes {model.max_seq_len} tokens, prompt "
-            f"included. Set max_new_tokens to at most {model.max_seq_len - 1}."
+            f"max_new_tokens = {max_new_tokens} exceeds the model's length: it takes {model.max_seq_len} tokens, "
+            f"prompt included. Set max_new_tokens to at most {model.max_seq_len - 1}."
         )
     if prompts and not 1 <= min(lengths) <= max(lengths) <= room:
         raise ValueError(
