@@ -11,56 +11,98 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
-from torchtune import training, utils
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import latest_checkpoint, load_part
-from kasa_tune.components.linear import adapter_linears, load_adapter_state_dict
+from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
+from kasa_tune.components.linear import adapter_linears
 from kasa_tune.components.metrics import read_metrics
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, read_base_weights
 from kasa_tune.components.plots import LayerSpectrum, loss_curve, singular_values
-
-log = utils.get_logger("INFO")
 
 LAYERS_DRAWN = 6
 
 
 @torch.no_grad()
 def layer_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, LayerSpectrum]:
-    """Spectra of a few adapted layers, spread over the depth of the model."""
+    """Spectra of a few adapted layers, spread over the depth of the model.
+
+    Raises:
+        ValueError: the checkpoint is of another model or on another base than the config's.
+    """
+    adapter = load_part(checkpoint, "adapter")
+    base = read_base_weights(config.instantiate(cfg.checkpointer))
+    check_belongs(
+        checkpoint,
+        base_fingerprint=weights_fingerprint(base),
+        model=OmegaConf.to_container(cfg.model, resolve=True),
+    )
+    drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
+    weights = {name: base[f"{name}.weight"] for name in drawn}
+    del base  # a large model's would stay in memory during the decompositions
     model = build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)
-    base = config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY]
-    load_base_weights(model, base, device=torch.device("cpu"), adapter_dtype=torch.float32)
-    linears = list(adapter_linears(model))
-    stride = len(linears) / LAYERS_DRAWN  # one more each time, or every drawn layer would be of the same kind
-    drawn = {linears[(int(i * stride) + i) % len(linears)] for i in range(LAYERS_DRAWN)}
-    weights = {name: linear.weight.clone() for name, linear in drawn}
-    load_adapter_state_dict(model, load_part(checkpoint, "adapter"))
+    scaling = {name: linear.scaling for name, linear in adapter_linears(model)}
     spectra = {}
-    for name, linear in linears:
-        if name in weights:
-            edit = linear.edit.dense()
-            update = linear.merged_weight() - (weights[name] - edit)
-            spectra[name] = LayerSpectrum(
-                torch.linalg.svdvals(weights[name]),
-                torch.linalg.svdvals(edit)[: linear.edit.rank],
-                torch.linalg.svdvals(update)[: linear.rank],
-            )
+    for name, weight in tqdm(weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True):
+        part = {key: adapter[f"{name}.{key}"].double() for key in _keys_of(adapter, name)}
+        update_out = scaling[name] * part["lora_b.weight"] * part.get("lora_diag", 1.0)  # s B diag(d)
+        spectra[name] = LayerSpectrum(
+            torch.linalg.svdvals(weight.to(_fastest_device(), torch.float32)).cpu(),
+            product_singular_values(part["lora_edit_out"], part["lora_edit_in"]),
+            product_singular_values(update_out, part["lora_a.weight"]),
+        )
     return spectra
+
+
+def _spread(names: list[str]) -> list[str]:
+    """A few of ``names``, in their order: from the first layer to the last, each of another kind while kinds last."""
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    chosen = set()
+    for i in range(LAYERS_DRAWN):
+        of_kind = [name for name in names if name.rpartition(".")[2] == kinds[i % len(kinds)]]
+        chosen.add(of_kind[round(i * (len(of_kind) - 1) / (LAYERS_DRAWN - 1))])
+    return [name for name in names if name in chosen]
+
+
+def _keys_of(adapter: dict[str, Tensor], name: str) -> list[str]:
+    return [key.removeprefix(f"{name}.") for key in adapter if key.startswith(f"{name}.lora_")]
+
+
+def _fastest_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def product_singular_values(out: Tensor, into: Tensor) -> Tensor:
+    """The r singular values of ``out @ into``, descending, without the product: ``out (m, r)``, ``into (r, n)``.
+
+    With out = Q R and intoᵀ = P S they are those of the r x r matrix R Sᵀ.
+    """
+    return torch.linalg.svdvals(torch.linalg.qr(out).R @ torch.linalg.qr(into.T).R.T)
+
+
+def _metrics_of(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} holds no metrics.jsonl: set output_dir to the folder of a run that logged with JSONLLogger."
+        )
+    try:
+        metrics = read_metrics(path)
+        _ = [line["step"] for line in metrics]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: a line is no JSON object with a step ({error}); remove it.") from None
+    return metrics
 
 
 @config.parse(config.FINETUNE)
 def recipe_main(cfg: DictConfig) -> int:
     """Entry point: ``--config <name or path> [key=value ...]``."""
     run = Path(cfg.output_dir)
-    if not (run / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{run} holds no metrics.jsonl: set output_dir to the folder of a run.")
-    loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss_curve.png", title=run.name)
+    loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
     print(f"Loss curve: {run / 'loss_curve.png'}")
-    checkpoint, _ = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run} holds no finished checkpoint; the singular values cannot be drawn yet.")
+    checkpoint = find_checkpoint(run)
     singular_values(layer_spectra(cfg, checkpoint), run / "singular_values.png", title=f"{run.name}, {checkpoint.name}")
     print(f"Singular values: {run / 'singular_values.png'}")
     return 0
