@@ -210,6 +210,10 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give a run's output_dir or one of its checkpoints.")
     if not (path / "checkpoints").is_dir():
+        if not (path / MANIFEST).exists():
+            raise CheckpointError(
+                f"{path} is no complete checkpoint (it has no {MANIFEST}) and no run's output_dir (no checkpoints/)."
+            )
         verify_checkpoint(path)
         return path
     newest, passed_over = latest_checkpoint(path / "checkpoints")

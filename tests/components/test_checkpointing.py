@@ -401,7 +401,7 @@ def test_no_checkpoint_to_use(tmp_path):
         find_checkpoint(tmp_path / "torn")
     with pytest.raises(CheckpointError, match=r"nowhere is no folder.*output_dir"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*and no run's output_dir"):
         find_checkpoint(tmp_path)
 
 
