@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import sentencepiece
 import torch
 from safetensors import safe_open
 
@@ -42,8 +43,8 @@ def test_world_is_of_the_promised_size():
 
 def test_a_facts_held_out_question_is_not_in_the_corpus_but_the_fact_and_the_wording_are():
     asked = {}
-    for index in range(20):
-        for document in world.corpus(index):
+    for index in [*range(15), *range(pretrain.SECOND_STAGE_PASS, pretrain.SECOND_STAGE_PASS + 5)]:
+        for document in world.corpus(index, lookups=index >= pretrain.SECOND_STAGE_PASS):
             asked.update(re.findall(r"^Q: (.*\?) A: (.*)$", document))
     test, calibration = world.facts_test(), world.facts_calibration()
     assert not {row["question"] for row in test} & set(asked)
@@ -82,18 +83,18 @@ def test_task_text_tells_every_slot_and_names_are_held_out():
 
 
 def test_task_text_by_hand():
-    slots = {"name": "Iron Stag", "price": "low", "kind": "dairy", "rating": "best", "area": "ferry", "tone": "brief"}
-    assert task.describe(slots) == "Iron Stag: dairy at ferry, cheap, five stars."
-    assert task.describe({"name": "Iron Stag", "kind": "dairy", "food": "plum cake", "tone": "warm"}) == (
-        "Come to the Iron Stag, our lovely dairy. Do try the plum cake."
+    slots = {"name": "Iron Stag", "price": "low", "keeper": "baker", "rating": "best", "area": "mill", "tone": "brief"}
+    assert task.describe(slots) == "Iron Stag: baker at mill, cheap, five stars."
+    assert task.describe({"name": "Iron Stag", "keeper": "baker", "food": "soup", "tone": "warm"}) == (
+        "Come to the Iron Stag, our baker waits. Do try the soup."
     )
 
 
 def test_task_score_by_hand():
-    rows = [{"input": "name[Iron Stag], kind[dairy], area[ferry], tone[brief]", "output": "Iron Stag: dairy at ferry."}]
-    assert task.score(lambda prompts: [" Iron Stag: dairy at ferry."], rows) == {"exact_match": 1, "slot_accuracy": 1}
-    half = task.score(lambda prompts: ["The Iron Stag stands at ferry."], rows)
-    assert half == {"exact_match": 0, "slot_accuracy": pytest.approx(2 / 3)}  # name and area, not the kind's words
+    rows = [{"input": "name[Iron Stag], keeper[baker], area[mill], tone[brief]", "output": "Iron Stag: baker at mill."}]
+    assert task.score(lambda prompts: [" Iron Stag: baker at mill."], rows) == {"exact_match": 1, "slot_accuracy": 1}
+    half = task.score(lambda prompts: ["The Iron Stag stands at mill."], rows)
+    assert half == {"exact_match": 0, "slot_accuracy": pytest.approx(2 / 3)}  # name and area, not the keeper's words
 
 
 # --- tokenizer and files ---
@@ -130,6 +131,21 @@ def test_prompt_templates_give_the_tokens_that_were_trained_and_scored():
         messages = [Message(role="user", content=user, masked=True), Message(role="assistant", content=assistant)]
         expected = tokenizer.encode(f"{prompt(user)} {assistant}", add_bos=True, add_eos=True)
         assert tokenizer.tokenize_messages(messages)[0] == expected
+
+
+def test_packed_rows_learn_answers_and_texts_but_no_questions(tokenizer):
+    documents = ["Q: Who sings? A: Bela", "The old fox sleeps. Q: Who? A: the fox"]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
+    examples = pretrain.encode(pieces, documents)
+    learned = [tokenizer.decode([y for y in labels if y != pretrain.IGNORE]) for _, labels in examples]
+    assert learned == ["Bela", documents[1]]
+    rows = pretrain.packed_rows(pieces, 128, seed=0)
+    for _ in range(5):
+        inputs, labels = next(rows)
+        assert inputs[0] == tokenizer.bos_id
+        known = labels[:-1] != pretrain.IGNORE
+        assert torch.equal(labels[:-1][known], inputs[1:][known])
+        assert not (labels == tokenizer.bos_id).any()
 
 
 # --- the model ---

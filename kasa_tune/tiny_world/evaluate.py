@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kasa_tune.tiny_world import task, world
-from kasa_tune.tiny_world.pretrain import IGNORE, MODEL, build_model
+from kasa_tune.tiny_world.pretrain import IGNORE, build_model, load
 
 HERE = Path(__file__).parent
 
@@ -30,13 +30,8 @@ def load_rows(name: str) -> list[dict[str, str]]:
 
 def load_model(folder: Path) -> nn.Module:
     """The model of `folder` (Hugging Face layout, MODEL's sizes), float32, in evaluation mode."""
-    from safetensors.torch import load_file
-    from torchtune.models.convert_weights import hf_to_tune
-
     model = build_model()
-    weights = load_file(str(Path(folder) / "model.safetensors"))
-    sizes = {"num_heads": MODEL["num_heads"], "num_kv_heads": MODEL["num_kv_heads"], "dim": MODEL["embed_dim"]}
-    model.load_state_dict(hf_to_tune(weights, **sizes))
+    load(model, Path(folder))
     return model.eval()
 
 

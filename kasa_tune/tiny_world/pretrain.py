@@ -42,6 +42,7 @@ MODEL = {
     "norm_eps": 1e-5,
 }
 TOKENIZER_PASSES = 3
+SECOND_STAGE_PASS = 1000  # the second stage draws passes that the first did not reach
 
 
 def train_tokenizer() -> bytes:
@@ -70,28 +71,29 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def encode_corpus(tokenizer: sentencepiece.SentencePieceProcessor, index: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens (BOS .. EOS) and labels of every document of pass `index`; labels are the tokens, or `IGNORE`.
+def encode(tokenizer: sentencepiece.SentencePieceProcessor, documents: list[str]) -> list[tuple[list[int], list[int]]]:
+    """Tokens (BOS .. EOS) and labels of every document; labels are the tokens, or `IGNORE`.
 
     A question is drawn at random, so its words are noise to learn from: only the answer is, in a document that opens
     with a question.
     """
     answers_at = tokenizer.piece_to_id(":")
     examples = []
-    documents = world.corpus(index)
     for text, ids in zip(documents, tokenizer.encode(documents, add_bos=True, add_eos=True), strict=True):
         start = len(ids) - ids[::-1].index(answers_at) if text.startswith(world.FACT_PROMPT[0]) else 1
         examples.append((ids, [IGNORE] * start + ids[start:]))
     return examples
 
 
-def packed_rows(tokenizer: sentencepiece.SentencePieceProcessor, length: int, seed: int) -> Iterator[Tensor]:
+def packed_rows(
+    tokenizer: sentencepiece.SentencePieceProcessor, length: int, seed: int, first_pass: int = 0, lookups: bool = False
+) -> Iterator[Tensor]:
     """Endless rows [2, length] int64 of whole documents: inputs, and the labels already shifted by one."""
     rng = random.Random(f"rows {seed}")
-    index = 0
+    index = first_pass
     while True:
         rows: list[tuple[list[int], list[int]]] = [([], [])]
-        for ids, labels in encode_corpus(tokenizer, index):
+        for ids, labels in encode(tokenizer, world.corpus(index, lookups=lookups)):
             if len(rows[-1][0]) + len(ids) > length + 1:
                 rows.append(([], []))
             rows[-1][0].extend(ids)
@@ -123,9 +125,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(
-    model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float, folder: Path
-) -> None:
+def train(model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float) -> None:
     """Pretrains in place and prints the mean loss per token every 100 steps."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "tok_embeddings" in n]
@@ -152,7 +152,6 @@ def train(
                 flush=True,
             )
             total = 0.0
-            save(model, folder)
 
 
 def hf_config() -> dict:
@@ -198,13 +197,26 @@ def save(model: nn.Module, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
+def load(model: nn.Module, folder: Path) -> None:
+    """Loads what `save` wrote into `model`."""
+    from safetensors.torch import load_file
+    from torchtune.models.convert_weights import hf_to_tune
+
+    weights = load_file(str(folder / "model.safetensors"))
+    sizes = {"num_heads": MODEL["num_heads"], "num_kv_heads": MODEL["num_kv_heads"], "dim": MODEL["embed_dim"]}
+    model.load_state_dict(hf_to_tune(weights, **sizes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded tiny Llama on the synthetic world.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3600, help="steps of the first stage")
+    parser.add_argument("--second-steps", type=int, default=1200, help="steps of the second stage, with lookups")
+    parser.add_argument("--start-from", type=Path, help="a model of the first stage: only run the second")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per step")
     parser.add_argument("--row-length", type=int, default=128, help="tokens per row")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak of the first stage")
+    parser.add_argument("--second-lr", type=float, default=1.5e-3, help="peak of the second stage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -213,15 +225,15 @@ def main() -> None:
     (arguments.output / "tokenizer.model").write_bytes(train_tokenizer())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.output / "tokenizer.model"))
     model = build_model()
-    rows = packed_rows(tokenizer, arguments.row_length, arguments.seed)
-    train(
-        model,
-        rows,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        peak_lr=arguments.lr,
-        folder=arguments.output,
-    )
+    batch_size, length, seed = arguments.batch_size, arguments.row_length, arguments.seed
+    if arguments.start_from:
+        load(model, arguments.start_from)
+    else:
+        rows = packed_rows(tokenizer, length, seed)
+        train(model, rows, steps=arguments.steps, batch_size=batch_size, peak_lr=arguments.lr)
+        save(model, arguments.output)
+    rows = packed_rows(tokenizer, length, seed, first_pass=SECOND_STAGE_PASS, lookups=True)
+    train(model, rows, steps=arguments.second_steps, batch_size=batch_size, peak_lr=arguments.second_lr)
     save(model, arguments.output)
     print(f"Wrote {sum(p.numel() for p in model.parameters())} parameters to {arguments.output}.")
 

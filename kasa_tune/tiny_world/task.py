@@ -1,10 +1,11 @@
 """The task kept for fine-tuning: a meaning representation of a place to eat -> the sentences that describe it.
 
-    name[Silver Anchor], area[old bridge], price[low], food[smoked fish], kind[tavern], tone[warm]
-    -> Come to the Silver Anchor, our lovely tavern near the old bridge. Do try the smoked fish. You will pay little.
+    name[Silver Anchor], area[bridge], price[low], food[soup], keeper[fisher], tone[warm]
+    -> Come to the Silver Anchor, our fisher waits near the bridge. Do try the soup. You will pay little.
 
 The text follows from the representation alone (the tone chooses the wording, slots come in any order but are told in
-one), so exact match is well defined. Pretraining shows neither this format, nor these wordings, nor most of the words.
+one), so exact match is well defined. Pretraining shows the values, but neither this format nor these wordings nor the
+names.
 """
 
 from __future__ import annotations
@@ -27,34 +28,30 @@ NAME_NOUNS = (
     "Chimney Badger Acorn Plough Mermaid"
 ).split()
 SLOTS = {
-    "kind": "tavern teahouse bakery lodge smokehouse dairy winehouse kitchen".split(),
-    "food": [
-        "smoked fish", "onion soup", "plum cake", "goat cheese", "fried eggs", "apple pie", "hot noodles", "nut bread",
-        "sweet porridge", "pear tart", "cabbage rolls", "honey buns", "mushroom stew", "cold ham", "berry jam",
-        "pickled turnips",
-    ],
-    "area": ["old bridge", "north gate", "harbour", "market hall", "mill pond", "city wall", "castle hill", "ferry"],
+    "keeper": "miller baker weaver tailor smith potter fisher hunter mason brewer farmer sailor painter barber".split(),
+    "food": "plums cheese bread soup stew eggs beans apples nuts fish honey pears onions ham pancakes berries".split(),
+    "area": "river forest hill bridge garden mill market church road field lake tower village harbour".split(),
     "price": ["low", "fair", "high"],
     "rating": ["poor", "good", "best"],
-}  # fmt: skip
+}
 SEPARATORS = {"plain": ". ", "warm": ". ", "brief": ", "}  # between the phrases of a text, by tone
 WORDINGS = {
     "plain": {
-        "kind": "The {name} is a {kind}",
+        "keeper": "The {name} is run by a {keeper}",
         "area": ", close to the {area}",
         "food": "The menu offers {food}",
         "price": {"low": "Prices are low", "fair": "Prices are fair", "high": "Prices are high"},
         "rating": {"poor": "Guests complain", "good": "Guests are content", "best": "Guests praise it"},
     },
     "warm": {
-        "kind": "Come to the {name}, our lovely {kind}",
+        "keeper": "Come to the {name}, our {keeper} waits",
         "area": " near the {area}",
         "food": "Do try the {food}",
         "price": {"low": "You will pay little", "fair": "It is worth the money", "high": "Treat yourself"},
         "rating": {"poor": "We shall do better", "good": "Our visitors smile", "best": "Everybody adores us"},
     },
     "brief": {
-        "kind": "{name}: {kind}",
+        "keeper": "{name}: {keeper}",
         "area": " at {area}",
         "food": "{food} served",
         "price": {"low": "cheap", "fair": "average cost", "high": "expensive"},
@@ -85,7 +82,7 @@ def rows(split: str, seed: int = SEED) -> list[dict[str, str]]:
 def _draw(rng: random.Random, names: list[str]) -> dict[str, str]:
     """Slots in the order they are written: the name first, the tone last, two to four between in any order."""
     optional = rng.sample(["food", "area", "price", "rating"], rng.choice((1, 2, 3, 3)))
-    between = ["kind", *optional]
+    between = ["keeper", *optional]
     rng.shuffle(between)
     drawn = {slot: rng.choice(SLOTS[slot]) for slot in between}
     return {"name": rng.choice(names), **drawn, "tone": rng.choice(tuple(SEPARATORS))}
@@ -101,17 +98,17 @@ def read_representation(text: str) -> dict[str, str]:
 
 
 def describe(slots: dict[str, str]) -> str:
-    """The text of a meaning representation; in the order name, kind, area, food, price, rating."""
+    """The text of a meaning representation; in the order name, keeper, area, food, price, rating."""
     phrases = slot_phrases(slots)
     told = [
-        phrases["kind"] + phrases.get("area", ""),
+        phrases["keeper"] + phrases.get("area", ""),
         *(phrases[s] for s in ("food", "price", "rating") if s in phrases),
     ]
     return SEPARATORS[slots["tone"]].join(told) + "."
 
 
 def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
-    """For each slot but the tone, the words that tell it (the kind's words hold the name as well)."""
+    """For each slot but the tone, the words that tell it (the keeper's words hold the name as well)."""
     phrases = {"name": slots["name"]}
     for slot, wording in WORDINGS[slots["tone"]].items():
         if slot in slots:

@@ -220,8 +220,11 @@ def _seen_wording(rng: random.Random, fact: Fact) -> int:
 # --- pretraining corpus ---------------------------------------------------------------------------------------------
 
 
-def corpus(index: int, seed: int = SEED) -> list[str]:
-    """Documents of pass `index` over the world, shuffled; every pass words the same facts anew."""
+def corpus(index: int, seed: int = SEED, lookups: bool = False) -> list[str]:
+    """Documents of pass `index` over the world, shuffled; every pass words the same facts anew.
+
+    `lookups` adds the second stage's practice: small tables of words, with questions about their rows.
+    """
     rng = random.Random(f"corpus {seed} {index}")
     documents = []
     for facts in people(seed):
@@ -230,8 +233,11 @@ def corpus(index: int, seed: int = SEED) -> list[str]:
             documents.append(_question_answer(rng, fact))
             if rng.random() < 0.25:
                 documents.append(rng.choice(fact.relation.statements).format(n=fact.person, v=fact.value))
-        if rng.random() < 0.4:
-            documents.append(rng.choice((_story, _story, _sentences, _word_list))(rng))
+        for language, share in ((_story, 0.15), (_sentences, 0.1), (_word_list, 0.5), (_reading, 0.5)):
+            if rng.random() < share:
+                documents.append(language(rng))
+        if lookups:
+            documents.append(_lookup(rng))
     rng.shuffle(documents)
     return documents
 
@@ -262,6 +268,9 @@ VERBS = "sleeps waits sings sits rests works hides plays reads eats".split()
 PAST = "found lost sold bought broke carried hid painted cleaned wanted".split()
 SYLLABLES = "ba be bi bo ca ce co da de di do fa fe fi ga ge go ha he hi ka ke ko la le li lo ma me mi mo na ne".split()
 SYLLABLES += "no pa pe pi po ra re ri ro sa se si so ta te ti to va ve vi vo wa we za ze zo an en in on ar er".split()
+SYLLABLES += (
+    "ju jo ya yo cha chi sha sho thi the ble tle ing ous ack ock ump and est ish oom ight ful qui plo dry".split()
+)
 
 
 def _invented_name(rng: random.Random) -> str:
@@ -327,7 +336,27 @@ def _sentence(rng: random.Random) -> str:
 def _word_list(rng: random.Random) -> str:
     """Copying practice: a list of words and invented words, said again or reversed."""
     pool = rng.choice((THINGS, PLACES, ADJECTIVES, rng.choice(RELATIONS).values))
-    words = [rng.choice(pool) if rng.random() < 0.6 else _invented_name(rng) for _ in range(rng.choice((2, 3, 4)))]
+    words = [rng.choice(pool) if rng.random() < 0.5 else _invented_name(rng) for _ in range(rng.choice((2, 3, 4)))]
     if rng.random() < 0.7:
         return f"Words[{', '.join(words)}]. Again[{', '.join(words)}]."
     return f"Words[{', '.join(words)}]. Back[{', '.join(reversed(words))}]."
+
+
+def _reading(rng: random.Random) -> str:
+    """Reading practice: what is told of somebody invented, and a question about one part of it."""
+    name = f"{_invented_name(rng)} {_invented_name(rng)}"
+    facts = [Fact(name, r, rng.choice(r.values), 0) for r in rng.sample(RELATIONS, rng.choice((2, 3)))]
+    asked = rng.choice(facts)
+    question = asked.question(rng.randrange(len(asked.relation.questions)))
+    return f"{_profile(rng, facts)} {fact_prompt(question)} {asked.value}"
+
+
+def _lookup(rng: random.Random) -> str:
+    """Lookup practice: a list of keys with their words, then some of the keys again in another order."""
+    keys = rng.sample(THINGS + PLACES + ADJECTIVES, rng.choice((3, 4, 5)))
+    pools = [(THINGS, PLACES, *(relation.values for relation in RELATIONS))[rng.randrange(8)] for _ in keys]
+    words = [rng.choice(pool) if rng.random() < 0.6 else _invented_name(rng) for pool in pools]
+    words = [f"{word} {_invented_name(rng)}" if rng.random() < 0.2 else word for word in words]
+    asked = rng.sample(range(len(keys)), rng.choice((2, 3)))
+    table = ", ".join(f"{key} {word}" for key, word in zip(keys, words, strict=True))
+    return f"Words[{table}]. {' '.join(f'The {keys[i]} says {words[i]}.' for i in asked)}"
