@@ -170,7 +170,9 @@ def _run(argv: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a config may name components of the working directory
     sys.argv = [str(path), *recipe_args]
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it announces, at every start, extensions that nobody here uses
+    logging.getLogger("torchao").setLevel(
+        logging.ERROR
+    )  # it announces, at every start, extensions that nobody here uses
     runpy.run_path(str(path), run_name="__main__")
     return 0
 

@@ -67,7 +67,13 @@ def parse(schema: Schema) -> Callable[[Recipe], Callable[[], Any]]:
                 if os.environ.get("RANK", "0") == "0":
                     print(error, file=sys.stderr)
                 sys.exit(2)
-            return recipe_main(cfg)
+            try:
+                return recipe_main(cfg)
+            except (ValueError, OSError) as error:  # what a user can cause; anything else keeps its traceback
+                if os.environ.get("KASA_TUNE_TRACEBACK"):
+                    raise
+                print(f"{type(error).__name__}: {error}\n(KASA_TUNE_TRACEBACK=1 shows where.)", file=sys.stderr)
+                sys.exit(1)
 
         return main
 

@@ -203,8 +203,8 @@ def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
 
 
 def device(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """The device is there. Imports torch."""
-    if str(cfg.get("device")).startswith("cuda"):
+    """The device is there; a dry run needs none. Imports torch."""
+    if not cfg.get("dry_run") and str(cfg.get("device")).startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():

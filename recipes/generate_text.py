@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import latest_checkpoint, load_part, verify_checkpoint
+from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
 from kasa_tune.components.data import build_dataset
 from kasa_tune.components.datasets import prompt_tokens
 from kasa_tune.components.generation import complete
 from kasa_tune.components.linear import load_adapter_state_dict
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 
 log = utils.get_logger("INFO")
 
@@ -47,14 +47,18 @@ class GenerateTextRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Find the adapter, collect the prompts, load the model."""
-        self._adapter = self._find_adapter(cfg.adapter_checkpoint) if cfg.adapter_checkpoint else None
+        self._adapter = find_checkpoint(Path(cfg.adapter_checkpoint)) if cfg.adapter_checkpoint else None
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._prompts = [{"prompt": text, "tokens": prompt_tokens(self._tokenizer, text)} for text in cfg.prompts]
         if cfg.dataset:
             dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
             self._prompts += self._prompts_of(dataset, cfg.num_samples)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
-        base = config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY]
+        require_adapters(self._model, cfg.model._component_)
+        base = read_base_weights(config.instantiate(cfg.checkpointer))
+        if self._adapter:
+            model = OmegaConf.to_container(cfg.model, resolve=True)
+            check_belongs(self._adapter, base_fingerprint=weights_fingerprint(base), model=model)
         load_base_weights(
             self._model,
             base,
@@ -63,17 +67,6 @@ class GenerateTextRecipe:
         )
         if self._adapter:
             load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
-
-    @staticmethod
-    def _find_adapter(path: str) -> Path:
-        """A run's newest good checkpoint, or the checkpoint itself."""
-        if (Path(path) / "checkpoints").is_dir():
-            newest, passed_over = latest_checkpoint(Path(path) / "checkpoints")
-            if newest is None:
-                raise FileNotFoundError(f"{path} holds no finished checkpoint. {' '.join(passed_over)}")
-            return newest
-        verify_checkpoint(Path(path))
-        return Path(path)
 
     def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:
         """The first ``num_samples`` different prompts of a dataset (E2E, for one, has several references a prompt)."""

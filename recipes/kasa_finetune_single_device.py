@@ -25,6 +25,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import modules, training, utils
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules.peft import disable_adapter
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
@@ -32,21 +33,24 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.checkpointing import (
     StopSignals,
+    check_belongs,
+    check_saveable,
+    find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_part,
     rng_state,
+    run_lock,
     save_checkpoint,
     set_rng_state,
-    verify_checkpoint,
     weights_fingerprint,
 )
-from kasa_tune.components.data import build_dataloader, build_dataset, check_token_ids
-from kasa_tune.components.fingerprint import samples_fingerprint
+from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
+from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.linear import adapter_linears, adapter_state_dict, load_adapter_state_dict
-from kasa_tune.components.loss import return_hidden_states
-from kasa_tune.components.memory import memory_budget
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.memory import memory_budget, stepped_optimizer
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
 
 log = utils.get_logger("INFO")
@@ -69,7 +73,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._device = utils.get_device(cfg.device)
+        self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
@@ -79,18 +83,20 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     # ------------------------------------------------------------------------------------------------------------ setup
 
     def setup(self, cfg: DictConfig) -> None:
-        """What can fail cheaply first: resume point, data, shapes. Then weights, decomposition, optimizer."""
-        self._resume_path = self._find_checkpoint(cfg)
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._setup_data(cfg)
+        """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
+        self._resume_path = None if cfg.dry_run else self._find_checkpoint(cfg)
+        self._resumed = load_part(self._resume_path, "run") if self._resume_path else {}
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
+        require_adapters(self._model, cfg.model._component_)
         return_hidden_states(self._model)
-        for dataset in (self._dataset, self._dataset_val):
-            if dataset is not None:
-                check_token_ids(dataset, self._model.tok_embeddings.num_embeddings)
         if cfg.enable_activation_checkpointing:
             training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
         self._loss_fn = config.instantiate(cfg.loss)
+        if not isinstance(self._loss_fn, ChunkedCrossEntropy):
+            raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
+        largest = max((p for p in self._model.parameters() if p.requires_grad), key=torch.numel)
+        check_saveable(stepped_optimizer(partial(config.instantiate, cfg.optimizer), largest).state_dict())
+        self._setup_data(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
         self._setup_weights(cfg)
@@ -105,56 +111,62 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             if cfg.lr_scheduler
             else None
         )
+        if self._resume_path:
+            self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
         self._logger.log_config(cfg)
-        if self._resume_path:
-            self._restore(cfg)
+        if hasattr(self._logger, "rewind"):
+            self._logger.rewind(self.step if self._resume_path else -1)
         log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
 
     def _find_checkpoint(self, cfg: DictConfig) -> Path | None:
         """The checkpoint to go on from; a run that would overwrite another one's checkpoints is refused."""
-        if cfg.resume_from_checkpoint is False:
-            if existing := list_checkpoints(self._checkpoints):
-                raise ValueError(
-                    f"{self._checkpoints} already holds checkpoints, the newest {existing[-1].name}. Set "
-                    "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete the folder."
-                )
-            return None
-        if cfg.resume_from_checkpoint is not True:
-            path = Path(cfg.resume_from_checkpoint)
-            verify_checkpoint(path)
-        else:
+        existing = list_checkpoints(self._checkpoints)
+        if cfg.resume_from_checkpoint is True:
             path, passed_over = latest_checkpoint(self._checkpoints)
             for reason in passed_over:
                 log.warning(reason)
+        else:
+            path = find_checkpoint(Path(cfg.resume_from_checkpoint)) if cfg.resume_from_checkpoint else None
+            own = path is not None and path.parent.resolve() == self._checkpoints.resolve()
+            if ahead := [other for other in existing if not (own and other.name <= path.name)]:
+                raise ValueError(
+                    f"{self._checkpoints} already holds checkpoints, the newest {ahead[-1].name}. Set "
+                    "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete them."
+                )
         if path is None:
-            log.info(f"No checkpoint in {self._checkpoints} yet: starting from the beginning.")
+            log.info("Starting from the beginning.")
             return None
         saved, now = load_part(path, "run")["config"], OmegaConf.to_container(cfg, resolve=True)
-        changed = sorted(k for k in saved.keys() | now.keys() if k not in RESUMABLE_KEYS and saved.get(k) != now.get(k))
-        if changed:
+        if changed := sorted(key for key in saved.keys() - RESUMABLE_KEYS if saved[key] != now.get(key)):
             raise ValueError(
                 f"{path} was saved by a run with other settings; going on would be neither run. Different: "
-                + "; ".join(f"{key}: saved {saved.get(key)}, now {now.get(key)}" for key in changed)
+                + "; ".join(f"{key}: saved {saved[key]}, now {now.get(key)}" for key in changed)
             )
         log.info(f"Resuming from {path}.")
         return path
 
     def _setup_data(self, cfg: DictConfig) -> None:
+        self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._dataset_val = (
-            build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val") if cfg.dataset_val else None
-        )
+        self._data_fingerprint = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        if self._resume_path and self._resumed["data"] != self._data_fingerprint:
+            raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
+        self._vocab_size = self._model.tok_embeddings.num_embeddings
+        check_token_ids(self._dataset, self._vocab_size)
         loader = partial(
             build_dataloader,
             tokenizer=self._tokenizer,
             seed=cfg.seed,
             num_workers=cfg.num_workers,
             device=self._device,
+            dense_mask=any(isinstance(module, Gemma2Attention) for module in self._model.modules()),
         )
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
-        if self._dataset_val is not None:
-            self._loader_val = loader(self._dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
+        if cfg.dataset_val:
+            dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
+            check_token_ids(dataset_val, self._vocab_size)
+            self._loader_val = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
         self._accumulation = cfg.gradient_accumulation_steps
         self._steps_per_epoch = -(-len(self._loader.batch_sampler) // self._accumulation)
         if cfg.max_steps_per_epoch:
@@ -163,44 +175,33 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
-        checkpointer = config.instantiate(cfg.checkpointer)
-        try:
-            base = checkpointer.load_checkpoint()[training.MODEL_KEY]
-        except Exception as error:
-            raise ValueError(
-                f"Could not read {cfg.checkpointer.checkpoint_dir} as a {cfg.checkpointer.model_type} checkpoint: "
-                f"{error} {error.__cause__ or ''}"
-            ) from error
-        load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
+        base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._base_fingerprint = weights_fingerprint(base)
-        del base, checkpointer
         if self._resume_path:
-            if load_part(self._resume_path, "run")["base"] != self._base_fingerprint:
-                raise ValueError(
-                    f"{self._resume_path} belongs to other base weights than {cfg.checkpointer.checkpoint_dir}."
-                )
+            check_belongs(
+                self._resume_path, base_fingerprint=self._base_fingerprint, model=self._resumed["config"]["model"]
+            )
+        load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
+        del base
+        if self._resume_path:
             return load_adapter_state_dict(self._model, load_part(self._resume_path, "adapter"))
         started = time.perf_counter()
-        for name, linear in tqdm(list(adapter_linears(self._model)), desc="Decomposing weights", unit="layer"):
+        for name, linear in tqdm(list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"):
             try:
                 linear.initialize()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
-    def _restore(self, cfg: DictConfig) -> None:
+    def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
-        state = load_part(self._resume_path, "run")
-        if state["data"] != samples_fingerprint(self._dataset):
-            raise ValueError(f"{self._resume_path} was trained on other data than dataset now gives.")
+        state = self._resumed
         self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
         self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
                 log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
-        if hasattr(self._logger, "rewind"):
-            self._logger.rewind(self.step)
         set_rng_state(load_part(self._resume_path, "rng"))
 
     def _print_budget(self, cfg: DictConfig) -> None:
@@ -211,7 +212,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             partial(config.instantiate, cfg.optimizer),
             batch_size=cfg.batch_size,
             seq_len=self._tokenizer.max_seq_len or self._model.max_seq_len,
-            vocab_size=self._model.tok_embeddings.num_embeddings,
+            vocab_size=self._vocab_size,
             loss_chunk=self._loss_fn.chunk_size,
             adapter_dtype=self._adapter_dtype,
         )
@@ -234,34 +235,41 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 before = {"val_loss_base": self.validate()}
             self._logger.log_dict(before | {"val_loss": self.validate()}, step=0)
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with profiler, StopSignals() as stop:
+        with run_lock(self._checkpoints), profiler, StopSignals() as self._stop:
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
-                for window in self._windows():
+                for window in self._windows(cfg):
                     self._step_and_log(cfg, window, bar)
                     profiler.step()
-                    done = self.step == self._total_steps or stop.received is not None
+                    done = self.step == self._total_steps or self._stop.received is not None
                     if done or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
                         self.save_checkpoint(cfg)
                     if done:
                         break
-                if stop.received is not None or self.step == self._total_steps:
+                if self._stop.received is not None or self.step == self._total_steps:
                     break
                 self.epoch, self.batches_done = self.epoch + 1, 0
                 if not cfg.save_every_n_steps:
                     self.save_checkpoint(cfg)
         bar.close()
-        if stop.received is not None and self.step < self._total_steps:
+        if self._stop.received is not None and self.step < self._total_steps:
             log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
-            return 128 + stop.received
+            return 128 + self._stop.received
         log.info(f"Finished. Adapter: {list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
         return 0
 
-    def _windows(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one optimizer step each; the epoch's last window may hold fewer."""
+    def _windows(self, cfg: DictConfig) -> Iterator[list[dict[str, Any]]]:
+        """Batches of one optimizer step each, fewer in an epoch's last. A bad row costs no finished step."""
         batches = iter(self._loader)
         while self.batches_done < self._steps_per_epoch * self._accumulation:
-            if not (window := list(islice(batches, self._accumulation))):
+            try:
+                window = list(islice(batches, self._accumulation))
+                check_batches(window, self._vocab_size)
+            except Exception:
+                if self.step:
+                    self.save_checkpoint(cfg)
+                raise
+            if not window:
                 return
             self.batches_done += len(window)
             yield window
@@ -319,7 +327,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         metrics["tokens_per_second"] = seen / (time.perf_counter() - started)
         if cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        if cfg.run_val_every_n_steps and (self.step % cfg.run_val_every_n_steps == 0 or self.step == self._total_steps):
+        due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
+        if (due or (cfg.run_val_every_n_steps and self.step == self._total_steps)) and self._stop.received is None:
             metrics["val_loss"] = self.validate()
         shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
         bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
@@ -347,7 +356,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             "epoch": self.epoch,
             "batches_done": self.batches_done,
             "total_steps": self._total_steps,
-            "data": samples_fingerprint(self._dataset),
+            "data": self._data_fingerprint,
             "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None,
             "base": self._base_fingerprint,
             "config": OmegaConf.to_container(cfg, resolve=True),

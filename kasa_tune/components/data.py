@@ -31,6 +31,7 @@ __all__ = [
     "ShiftedDataset",
     "build_dataloader",
     "build_dataset",
+    "check_batches",
     "check_samples",
     "check_token_ids",
     "collate",
@@ -316,6 +317,19 @@ def check_token_ids(dataset: Dataset, vocab_size: int, *, first: int = _NUM_CHEC
             raise ValueError(
                 f"The tokenizer does not fit the model: sample {i} holds token id {bad}, but the model's vocabulary "
                 f"has {vocab_size} entries (0 to {vocab_size - 1}). Set tokenizer to the one the checkpoint came with."
+            )
+
+
+def check_batches(batches: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
+    """Raise ValueError if a batch holds a token id that a model of ``vocab_size`` rows lacks.
+
+    On a GPU such an id would end the process in an assertion of the device that names nothing.
+    """
+    for batch in batches:
+        if (largest := int(batch["tokens"].max())) >= vocab_size:
+            raise ValueError(
+                f"The tokenizer does not fit the model: a sample holds token id {largest}, but the model's vocabulary "
+                f"has {vocab_size} entries (0 to {vocab_size - 1})."
             )
 
 

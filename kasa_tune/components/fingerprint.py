@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from torch.utils.data import Dataset
+
+# Keys of dataset and tokenizer nodes that say where a file lies, not what is in it.
+_LOCATIONS = {"data_files", "path", "vocab_path", "merges_path", "merges_file", "special_tokens_path"}
+_LOCATIONS |= {"tokenizer_config_path", "chat_template_path"}
 
 
 def local_files(data_files: Any) -> list[Path]:
@@ -47,14 +52,28 @@ def fingerprint(node: Mapping[str, Any], dataset: Dataset, tokenizer: Any, *, pr
     return digest.hexdigest()
 
 
-def samples_fingerprint(dataset: Dataset, *, probes: int = 64) -> str:
-    """Tell one training set from another by what it gives: sizes, weights, and some samples spread over it.
+def data_fingerprint(dataset: Dataset, *, nodes: Any, tokenizer: Any, probes: int = 64) -> str:
+    """Tell one run's data from another's: settings, content of the local files, sizes, weights, some tokenized samples.
 
-    Where the files lie and what the config calls them does not matter, so a run can be resumed on another machine.
+    Where files lie does not matter, so a run can be resumed on another machine.
+
+    Args:
+        dataset: what ``nodes`` built.
+        nodes: the config's dataset node, or list of nodes.
+        tokenizer: the config's tokenizer node.
+        probes: samples looked at, spread over the dataset.
     """
-    samples = _probe(dataset, probes)
+    plain = [
+        OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node for node in (nodes, tokenizer)
+    ]
+    entries = [*(plain[0] if isinstance(plain[0], list) else [plain[0]]), plain[1]]
+    settings = [{key: value for key, value in entry.items() if key not in _LOCATIONS} for entry in entries]
+    files = [
+        [_file_digest(path) for path in local_files(entry.get("data_files")) if path.is_file()] for entry in entries
+    ]
     sizes = (len(dataset), getattr(dataset, "lengths", None), getattr(dataset, "weights", None))
-    return hashlib.sha256(repr((sizes, samples)).encode()).hexdigest()
+    content = (json.dumps(settings, sort_keys=True, default=repr), files, sizes, _probe(dataset, probes))
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _probe(dataset: Dataset, count: int) -> list[tuple[list[int], list[int]]]:

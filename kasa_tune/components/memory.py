@@ -73,15 +73,22 @@ def truncation_workspace(d_out: int, d_in: int) -> int:
     return 8 * (4 * n * n + n * 4096)
 
 
+def stepped_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], parameter: Tensor) -> Optimizer:
+    """An optimizer of one zero parameter like ``parameter``, after one step: it has all the state it will ever have."""
+    stand_in = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+    stand_in.grad = torch.zeros_like(stand_in)
+    optimizer = make_optimizer([stand_in])
+    optimizer.step()
+    return optimizer
+
+
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:
     """State of every trained parameter, from one step on a real tensor of each shape: some optimizers refuse meta."""
     total = 0
     for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
-        stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        stand_in.grad = torch.zeros_like(stand_in)
-        optimizer = make_optimizer([stand_in])
-        optimizer.step()
-        total += count * state_bytes(v for v in optimizer.state[stand_in].values() if isinstance(v, Tensor))
+        optimizer = stepped_optimizer(make_optimizer, torch.empty(shape, dtype=dtype, device="meta"))
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        total += count * state_bytes(value for value in state if isinstance(value, Tensor))
     return total
 
 

@@ -1,4 +1,4 @@
-"""The default metric logger: one JSON object a step, floats in full precision."""
+"""Metric loggers beside torchtune's: JSON lines, the default, with floats in full precision, and trackio."""
 
 from __future__ import annotations
 
@@ -51,6 +51,41 @@ class JSONLLogger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class TrackioLogger:
+    """Logs to trackio (extra ``trackio``), an experiment tracker that keeps its data on this machine.
+
+    Args:
+        project: trackio's project.
+        name: of the run; trackio invents one if None.
+        init_kwargs: passed to ``trackio.init``.
+
+    Raises:
+        ImportError: trackio is not installed.
+    """
+
+    def __init__(self, project: str = "kasa_tune", name: str | None = None, **init_kwargs: object) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project=project, name=name, **init_kwargs)
+
+    def log_config(self, config: DictConfig) -> None:
+        """Keep the config's text with the run."""
+        self._trackio.log({"config": OmegaConf.to_yaml(config, resolve=True)}, step=0)
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Write one value."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Write the values of one step."""
+        self._trackio.log({name: float(value) for name, value in payload.items()}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._trackio.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

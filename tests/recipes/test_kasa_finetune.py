@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +143,21 @@ def test_every_metric_logger_of_torchtune_takes_what_we_log(finetune, tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
 
 
+def test_trackio_gets_every_step(finetune, monkeypatch):
+    """Its three calls, recorded in its place."""
+    calls = []
+    stand_in = SimpleNamespace(
+        init=lambda **kwargs: calls.append(("init", kwargs)),
+        log=lambda metrics, step: calls.append(("log", step, metrics)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    finetune("metric_logger={_component_: kasa_tune.components.metrics.TrackioLogger, name: x}", "max_steps=2")
+    assert calls[0] == ("init", {"project": "kasa_tune", "name": "x"})
+    assert [call[1] for call in calls if call[0] == "log" and "loss" in call[2]] == [1, 2]
+    assert calls[-1] == ("finish",)
+
+
 def test_the_profiler_writes_a_trace(finetune, tmp_path):
     schedule = [f"profiler.{key}=1" for key in ("wait_steps", "warmup_steps", "active_steps", "num_cycles")]
     finetune("profiler.enabled=True", *schedule, "max_steps=5")
@@ -176,7 +193,7 @@ def test_a_full_disk_while_saving_loses_nothing(finetune, tmp_path, monkeypatch)
     newest, passed_over = checkpointing.latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest.name == "step_00000003"
     assert not passed_over
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step*"))
     resumed = finetune("resume_from_checkpoint=True")
     assert resumed.recipe.step == 12
 
@@ -260,6 +277,37 @@ def test_all_labels_ignored(finetune):
         finetune("tokenizer.max_seq_len=6")
 
 
+def test_a_bad_row_in_the_middle_costs_no_finished_step(finetune, tmp_path):
+    rows = [json.loads(line) for line in TASK.read_text().splitlines()[:400]]
+    rows[100]["output"] = None
+    same = [
+        write_rows(tmp_path / "rows.jsonl", rows),
+        "dataset.split=train",
+        "shuffle=False",
+        "save_every_n_steps=null",
+    ]
+    with pytest.raises(ValueError, match=r"row 100.*'output'"):
+        finetune(*same, "max_steps=20")
+    newest, _ = checkpointing.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest.name == "step_00000012"  # 8 samples a step
+
+
+def test_a_model_without_adapters(finetune):
+    sizes = "vocab_size: 1024, num_layers: 5, num_heads: 8, num_kv_heads: 4, embed_dim: 128, max_seq_len: 512"
+    with pytest.raises(ValueError, match="no adapters of ours"):
+        finetune(f"model={{_component_: torchtune.models.llama3.llama3, {sizes}, intermediate_dim: 384}}", small=False)
+
+
+def test_an_optimizer_whose_state_cannot_be_saved(finetune):
+    with pytest.raises(TypeError, match="OptimState8bit"):
+        finetune("optimizer._component_=torchao.optim.AdamW8bit", "model.rank=32")
+
+
+def test_another_loss(finetune):
+    with pytest.raises(ValueError, match=r"loss must be .*ChunkedCrossEntropy"):
+        finetune("loss={_component_: torchtune.modules.loss.CEWithChunkedOutputLoss}")
+
+
 def test_a_row_without_the_columns(finetune, tmp_path):
     rows = [{"input": "a", "output": "b"}, {"input": "a", "text": "b"}]
     with pytest.raises(ValueError, match=r"row 1.*'output'"):
@@ -283,6 +331,13 @@ def test_an_output_folder_that_cannot_be_written(finetune, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_of_a_gpu_config_needs_no_gpu(load_recipe, tmp_path, capsys):
+    overrides = [f"output_dir={tmp_path / 'run'}", "dry_run=True", "device=cuda", "dtype=bf16"]
+    cfg = config.load("tiny_kasa", overrides, config.FINETUNE, about_to_run=True)
+    load_recipe("kasa_finetune_single_device").KaSAFinetuneRecipeSingleDevice(cfg).setup(cfg)
+    assert "Trainable parameters" in capsys.readouterr().out
 
 
 def test_dry_run_prints_a_budget_and_writes_nothing(load_recipe, tmp_path, capsys):

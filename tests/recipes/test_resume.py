@@ -133,6 +133,44 @@ def test_resume_on_other_data_is_refused_but_data_may_move(finetune, whole, tmp_
         finetune("resume_from_checkpoint=True", "dataset.split=train[1:41]", name="resumed")
 
 
+def test_a_changed_row_is_other_data(finetune, whole, tmp_path):
+    """Even one that no probe looks at."""
+    from kasa_tune.registry import PACKAGE_ROOT
+
+    rows = (PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl").read_text().splitlines()
+    rows[17] = rows[17].replace('"output": "', '"output": "Well. ')
+    (tmp_path / "changed.jsonl").write_text("\n".join(rows) + "\n")
+    copy_run(whole, tmp_path / "resumed", until_step=3)
+    with pytest.raises(ValueError, match="other data"):
+        finetune("resume_from_checkpoint=True", f"dataset.data_files={tmp_path / 'changed.jsonl'}", name="resumed")
+
+
+def test_a_refused_resume_leaves_the_runs_config_alone(finetune, whole, tmp_path):
+    copy_run(whole, tmp_path / "resumed", until_step=3)
+    before = (tmp_path / "resumed" / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="other data"):
+        finetune("resume_from_checkpoint=True", "dataset.split=train[1:41]", name="resumed")
+    assert (tmp_path / "resumed" / "config.yaml").read_bytes() == before
+
+
+def test_going_back_beside_later_checkpoints_is_refused(finetune, whole, tmp_path):
+    copy_run(whole, tmp_path / "run", until_step=9)
+    earlier, later = list_checkpoints(tmp_path / "run" / "checkpoints")[::2]
+    with pytest.raises(ValueError, match=later.name):
+        finetune(f"resume_from_checkpoint={earlier}")
+    with pytest.raises(ValueError, match=later.name):  # nor into a folder that holds another run's
+        finetune(f"resume_from_checkpoint={whole.checkpoints[0]}")
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 3
+
+
+def test_a_run_that_starts_over_starts_its_metrics_over(finetune, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    run = finetune("max_steps=2", "resume_from_checkpoint=True")
+    assert [line["step"] for line in run.metrics] == [1, 2]
+    assert run.metrics[0]["loss"] != 3.0
+
+
 def test_the_checkpoint_holds_no_pickle(finetune):
     run = finetune("max_steps=2")
     assert {path.suffix for path in run.checkpoints[-1].iterdir()} == {".json", ".safetensors"}

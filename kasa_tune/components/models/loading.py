@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.linear import adapter_linears
+
+
+def read_base_weights(checkpointer: Any) -> dict[str, Tensor]:
+    """The base model's weights under torchtune's names, on the CPU.
+
+    Args:
+        checkpointer: one of torchtune's, built from the config.
+
+    Raises:
+        ValueError: the files cannot be read, or are not of the model type that the checkpointer was told.
+    """
+    try:
+        return checkpointer.load_checkpoint()["model"]
+    except Exception as error:  # a converter's own errors (KeyError, a shape that cannot be viewed, ...) name no file
+        raise ValueError(
+            f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
+            f"{error.__cause__ or ''}"
+        ) from error
+
+
+def require_adapters(model: nn.Module, name: str) -> None:
+    """Refuse a model that would be trained whole and saved as nothing.
+
+    Raises:
+        ValueError: no linear of the model is one of ours.
+    """
+    if next(adapter_linears(model), None) is None:
+        raise ValueError(
+            f"model._component_: {name} has no adapters of ours; use a kasa_<model> or lora_<model> builder of "
+            "kasa_tune.components.models."
+        )
 
 
 def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype) -> nn.Module:
