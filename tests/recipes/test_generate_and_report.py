@@ -94,4 +94,4 @@ def test_the_report_measures_the_base_and_not_the_truncated_weight(finetune, loa
     assert len(spectra) == 6
     for layer in spectra.values():
         assert layer.removed.tolist() == pytest.approx(layer.base[-3:].tolist(), rel=1e-3)
-        assert len(layer.update) == 8
+        assert len(layer.update) == 16

@@ -346,8 +346,8 @@ def test_dry_run_prints_a_budget_and_writes_nothing(load_recipe, tmp_path, capsy
     cfg = config.load("tiny_kasa", overrides, config.FINETUNE, about_to_run=True)
     module.KaSAFinetuneRecipeSingleDevice(cfg).setup(cfg)
     printed = capsys.readouterr().out
-    layer = 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384))
-    assert f"Trainable parameters: {5 * (layer + 7 * 8):,} ({5 * layer:,} + {5 * 7 * 8} in diagonals)" in printed
+    layer = 16 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384))
+    assert f"Trainable parameters: {5 * (layer + 7 * 16):,} ({5 * layer:,} + {5 * 7 * 16} in diagonals)" in printed
     for purpose in ("base weights", "adapters", "optimizer", "activations", "truncation workspace"):
         assert purpose in printed
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -69,7 +69,7 @@ def test_singular_values_of_a_product(m, n, r, load_recipe):
 
 def test_a_run_with_other_settings_than_the_config_is_named(finetune, report):
     run = finetune("max_steps=1", "model.rank=4")
-    with pytest.raises(ValueError, match=r"model\.rank: checkpoint 4, config 8"):
+    with pytest.raises(ValueError, match=r"model\.rank: checkpoint 4, config 16"):
         report(run.folder)
 
 

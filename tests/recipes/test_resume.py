@@ -71,7 +71,7 @@ def test_learning_rate_goes_on_where_it_was(finetune, whole, tmp_path):
     """A cosine of 12 steps after 2 of warm-up, which a schedule that restarts on resume would not give."""
     copy_run(whole, tmp_path / "resumed", until_step=3)
     resumed = finetune("resume_from_checkpoint=True", name="resumed")
-    expected = [2e-3 * (i / 2 if i < 2 else 0.5 * (1 + math.cos(math.pi * (i - 2) / 10))) for i in range(12)]
+    expected = [4e-3 * (i / 2 if i < 2 else 0.5 * (1 + math.cos(math.pi * (i - 2) / 10))) for i in range(12)]
     assert [line["lr"] for line in resumed.metrics] == pytest.approx(expected)
 
 
