@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=2 python -m kasa_tune.tiny_world.pretrain --output /tmp/tiny_world_model
 
 Writes tokenizer.model, model.safetensors (float32), config.json and generation_config.json. Plain PyTorch on the CPU:
-documents are packed into rows, AdamW with warm-up and a cosine to zero. The tokenizer is reproduced byte for byte;
-weights agree up to the order in which a machine's kernels add.
+documents are packed into rows, AdamW with warm-up and a cosine to zero, in two stages (the second adds lookup practice,
+with a fresh optimizer). The tokenizer is reproduced byte for byte; weights agree up to the order in which a machine's
+kernels add.
 """
 
 from __future__ import annotations
