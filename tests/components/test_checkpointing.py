@@ -789,10 +789,12 @@ def test_another_process_holds_the_folder_until_it_dies(tmp_path):
 def test_the_end_of_a_run_frees_the_folder_even_while_a_worker_lives(tmp_path):
     with run_lock(tmp_path):
         worker = in_a_process_that_dies(lambda: time.sleep(60))
+    entered = False
     try:
         with run_lock(tmp_path):
-            pass
+            entered = True
     finally:
+        assert entered
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
 
