@@ -79,7 +79,7 @@ def singular_values(spectra: Mapping[str, LayerSpectrum], path: Path, *, title: 
     _save(figure, path)
 
 
-def _smoothed(points: Sequence[tuple[float, float]], decay: float = 0.8) -> list[tuple[float, float]]:
+def _smoothed(points: Sequence[tuple[float, float]], decay: float = 0.9) -> list[tuple[float, float]]:
     """Exponential running mean, corrected for its start."""
     mean, weight, smoothed = 0.0, 0.0, []
     for step, value in points:
