@@ -53,5 +53,5 @@ $(VENV)/.installed: $(VENV)/.created $(PINS)
 
 $(VENV)/.installed-test: $(VENV)/.created $(PINS)
 	@echo "Installing kasa_tune and what its tests need into $(VENV); the first time this takes a few minutes."
-	$(PIP) -e '.[test,parity]'
+	$(PIP) -e '.[test,parity,tensorboard]'
 	@touch $@ $(VENV)/.installed

@@ -227,6 +227,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def train(self, cfg: DictConfig) -> int:
         """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
         self._model.train()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
         profiler = training.DummyProfiler()
         if cfg.profiler.enabled:
             profiler, _ = config.instantiate(cfg.profiler)
