@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-PINS := pyproject.toml constraints.txt hatch_build.py
+PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 # One thread is several times faster than many on models this small.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
