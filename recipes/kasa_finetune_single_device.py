@@ -1,7 +1,6 @@
 """Fine-tune a language model with KaSA (or LoRA) on one device.
 
     tune run kasa_finetune_single_device --config tiny_kasa
-    tune run kasa_finetune_single_device --config llama3_8b_kasa batch_size=8 output_dir=/data/run
     tune cp kasa_finetune_single_device my_kasa.py && tune run my_kasa.py --config my.yaml
 
 The algorithm (KaSA, arXiv 2412.06071):
@@ -114,9 +113,6 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
-        self._logger.log_config(cfg)
-        if hasattr(self._logger, "rewind"):
-            self._logger.rewind(self.step if self._resume_path else -1)
         log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
 
     def _find_checkpoint(self, cfg: DictConfig) -> Path | None:
@@ -232,12 +228,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         profiler = training.DummyProfiler()
         if cfg.profiler.enabled:
             profiler, _ = config.instantiate(cfg.profiler)
-        if self.step == 0 and cfg.run_val_every_n_steps:
-            with disable_adapter(self._model):
-                before = {"val_loss_base": self.validate()}
-            self._logger.log_dict(before | {"val_loss": self.validate()}, step=0)
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
         with run_lock(self._checkpoints), profiler, StopSignals() as self._stop:
+            self._open_log(cfg)
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
                 for window in self._windows(cfg):
@@ -259,6 +252,16 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             return 128 + self._stop.received
         log.info(f"Finished. Adapter: {list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
         return 0
+
+    def _open_log(self, cfg: DictConfig) -> None:
+        """The config, no line of steps that will be done again, and the losses before the first step."""
+        self._logger.log_config(cfg)
+        if hasattr(self._logger, "rewind"):
+            self._logger.rewind(self.step if self._resume_path else -1)
+        if self.step == 0 and cfg.run_val_every_n_steps:
+            with disable_adapter(self._model):
+                base_loss = self.validate()
+            self._logger.log_dict({"val_loss_base": base_loss, "val_loss": self.validate()}, step=0)
 
     def _windows(self, cfg: DictConfig) -> Iterator[list[dict[str, Any]]]:
         """Batches of one optimizer step each, fewer in an epoch's last. A bad row costs no finished step."""

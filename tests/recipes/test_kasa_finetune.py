@@ -177,6 +177,18 @@ def test_saving_does_not_touch_the_live_weights(finetune, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_touches_nothing(finetune, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    with (
+        checkpointing.run_lock(tmp_path / "run" / "checkpoints"),
+        pytest.raises(ValueError, match="another run is writing"),
+    ):
+        finetune("max_steps=2")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 3.0}\n'
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_full_disk_while_saving_loses_nothing(finetune, tmp_path, monkeypatch):
     real_fsync, calls = os.fsync, []
 
