@@ -30,7 +30,7 @@ from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from kasa_tune.components.linear import adapter_linears
+from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.models.llama3 import kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2

@@ -20,10 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import reading, registry, rules
 from kasa_tune.schema import (
-    FINETUNE,
-    GENERATE,
     REQUIRED,
-    SCHEMAS,
     Check,
     Component,
     ConfigError,
@@ -35,30 +32,31 @@ from kasa_tune.schema import (
     above,
     at_least,
 )
+from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, SCHEMAS, by_keys
 from kasa_tune.validation import Checker
 
-__all__ = ["FINETUNE", "GENERATE", "REQUIRED", "Check", "Component", "ConfigError", "Key", "OneOrMany", "Section"]
-__all__ += ["above", "at_least", "instantiate", "load", "parse", "validate_file"]
+__all__ = ["CORDA", "FINETUNE", "GENERATE", "REQUIRED", "Check", "Component", "ConfigError", "Key", "OneOrMany"]
+__all__ += ["Section", "above", "at_least", "instantiate", "load", "parse", "validate_file"]
 
 Recipe = Callable[[DictConfig], Any]
 _USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"
 
 
-def parse(schema: Schema) -> Callable[[Recipe], Callable[[], Any]]:
+def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
     """Decorator of a recipe's main function, which is then called without arguments and reads the command line.
 
     The command line is `--config NAME_OR_PATH key=value ... ~key ...`. The function gets the checked config, overrides
     applied, interpolations resolved and defaults filled in, and its result is returned. A config error is printed to
-    stderr (by rank 0 alone) and ends the process with status 2.
+    stderr (by rank 0 alone) and ends the process with status 2. Without a schema (None) any recipe's config is taken.
     """
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping | None):
         raise TypeError("config.parse takes the recipe's schema: write @config.parse(config.FINETUNE)")
 
     def decorate(recipe_main: Recipe) -> Callable[[], Any]:
         @functools.wraps(recipe_main)
         def main() -> Any:
             if {"-h", "--help"} & set(sys.argv[1:]):
-                print(_USAGE.format(program=os.path.basename(sys.argv[0])), *_help(schema), sep="\n")
+                print(_USAGE.format(program=os.path.basename(sys.argv[0])), *_help(schema or FINETUNE), sep="\n")
                 return 0
             try:
                 name, overrides = _command_line(sys.argv[1:])
@@ -104,7 +102,7 @@ def load(
     Args:
         path: a YAML file, or the name of a shipped config.
         overrides: as on the command line: `key=value`, `section.key=value`, `list.0.key=value`, `~key`.
-        schema: what it may contain; None: what the end of the file's name stands for.
+        schema: what it may contain; None: what the end of the file's name stands for, or else what its keys tell.
         check_files: look for the files and folders it names.
         about_to_run: also check what needs torch: components that only an import tells about, and the device.
 
@@ -118,15 +116,16 @@ def load(
         file = registry.find_config(path)
     except OSError as error:
         raise ConfigError("--config", [Problem("", str(error))]) from None
-    schema = schema or next(schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
     try:
         given = reading.read(file)
     except ValueError as error:
         raise ConfigError(str(file), [Problem("", str(error))]) from None
+    by_name = (schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
+    schema = schema or next(by_name, None) or by_keys(given)
     problems: list[Problem] = []
     for override in overrides:
         try:
-            reading.override(given, override, schema)
+            _override(given, override, schema)
         except ValueError as error:
             problems.append(Problem(override, str(error)))
     check = Checker(problems, may_import=about_to_run)
@@ -175,6 +174,33 @@ def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
     return name, overrides
 
 
+def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
+    """`reading.override`, with components inside sections set the way those at the top are.
+
+    Raises:
+        ValueError: it cannot be applied.
+    """
+    section, _, rest = text.partition(".")
+    path, _, value = rest.partition("=")
+    name, _, inner = path.partition(".")
+    spec, given = schema.get(section), tree.get(section) or {}
+    is_component = isinstance(spec, Section) and isinstance(spec.keys.get(name), (Component, OneOrMany))
+    if not is_component or not isinstance(given, dict):
+        return reading.override(tree, text, schema)
+    if inner and _is_reference(given.get(name)):
+        raise ValueError(f"{section}.{name} is {given[name]}, another key's; set {section}.{name} to a component first")
+    tree[section] = given
+    if not inner and _is_reference(value):
+        given[name] = value
+    else:
+        reading.override(given, rest, spec.keys)
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether a value is another key's as a whole, such as `${dataset}`."""
+    return isinstance(value, str) and re.fullmatch(r"\$\{[\w.]+\}", value) is not None
+
+
 def _fill(tree: dict[str, Any], schema: Schema) -> dict[str, Any]:
     """`tree` in the schema's order, with defaults for what is absent; unknown keys stay, last."""
     filled = {}
@@ -207,13 +233,13 @@ def _without_echoes(problems: list[Problem], tree: dict[str, Any]) -> list[Probl
 
 
 def _references(tree: Any, key: str) -> set[str]:
-    """The keys that the value at dotted `key` refers to."""
-    for name in key.split("."):
-        if isinstance(tree, list):
-            tree = tree[int(name)] if name.isdigit() and int(name) < len(tree) else None
-        else:
-            tree = tree.get(name) if isinstance(tree, dict) else None
-    return set(re.findall(r"\$\{([\w.]+)\}", tree)) if isinstance(tree, str) else set()
+    """The keys that the value at dotted `key` refers to; where a whole node is another's, the key in that one."""
+    name, _, rest = key.partition(".")
+    if isinstance(tree, str):
+        return {f"{other}.{key}" if key else other for other in re.findall(r"\$\{([\w.]+)\}", tree)}
+    if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
+        return _references(tree[int(name)], rest)
+    return _references(tree[name], rest) if isinstance(tree, dict) and name in tree else set()
 
 
 def _each_string(tree: Any, change: Callable[[str], str]) -> Any:

@@ -14,8 +14,10 @@ from types import ModuleType
 PACKAGE_ROOT = Path(__file__).resolve().parent
 RESOURCE_SCHEME = "kasa_tune://"
 
-# A config belongs to the recipe whose suffix ends the stem of its file: tiny_kasa.yaml, tiny_kasa_generate.yaml.
+# A config belongs to the recipe whose suffix ends the stem of its file: tiny_kasa.yaml, tiny_kasa_generate.yaml. No
+# suffix ends another, so only one recipe can be meant.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "corda_finetune_single_device": ("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"),
     "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
 }

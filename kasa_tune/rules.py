@@ -26,6 +26,59 @@ def adapted(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("model.attn_modules", "nothing to adapt; set attn_modules, apply_to_mlp or apply_to_output")
 
 
+def builder(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The model has the adapters that the recipe trains; generation takes any."""
+    given = (cfg.get("model") or {}).get("_component_")
+    if given is None or "adapter_checkpoint" in cfg:
+        return
+    kind, _, name = given.rpartition(".")[2].partition("_")
+    method = (cfg.get("adapter") or {}).get("method")
+    of_corda = method is not None or "calibration" in cfg
+    wrong = None
+    if of_corda and kind == "kasa":
+        wrong = f"which kasa_finetune_single_device trains; use that recipe, or corda_{name} or lora_{name} in this one"
+    elif not of_corda and kind == "corda":
+        wrong = f"which corda_finetune_single_device trains; use that recipe, or kasa_{name} or lora_{name} in this one"
+    elif method in ("corda", "pissa", "milora") and kind != "corda":
+        wrong = f"but adapter.method {method} needs a corda_<model> builder; use one, or adapter.method=lora"
+    elif method == "lora" and kind not in ("corda", "lora"):
+        wrong = "but adapter.method lora needs a lora_<model> or corda_<model> builder; use one"
+    if wrong:
+        yield Problem("model._component_", f"got {given!r}, {wrong}")
+
+
+def calibration(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """CorDA has data to look at, and what only CorDA does is asked of CorDA."""
+    method, node = (cfg.get("adapter") or {}).get("method"), cfg.get("calibration") or {}
+    if method == "corda" and "dataset" in node and not node["dataset"]:
+        what = "${dataset} for mode ipm, a set of questions of the knowledge to keep for mode kpm"
+        yield Problem("calibration.dataset", f"missing, and adapter.method corda needs it; set it to {what}")
+    if method in ("pissa", "milora", "lora"):
+        only = f"with adapter.method {method}; it belongs to adapter.method corda"
+        if cfg["adapter"].get("dynamic_ranks"):
+            yield Problem("adapter.dynamic_ranks", f"got True {only}, set it to False")
+        if node.get("rounds", 1) > 1:
+            yield Problem("calibration.rounds", f"got {node['rounds']} {only}, set it to 1")
+
+
+def rank_bounds(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Per-layer ranks have room, and the budget's mean rank lies in it."""
+    node, rank = cfg.get("adapter") or {}, (cfg.get("model") or {}).get("rank")
+    least, most = node.get("min_rank"), node.get("max_rank")
+    if least is not None and most is not None and least > most:
+        yield Problem("adapter.min_rank", f"got {least}, which is more than max_rank {most}")
+    elif node.get("dynamic_ranks") and "rank" not in cfg.get("model", {"rank": None}):
+        yield Problem(
+            "model.rank", "missing; adapter.dynamic_ranks=True shares its parameters out to the layers, set it"
+        )
+    elif node.get("dynamic_ranks"):
+        budget = f"but the layers share the budget of model.rank {rank}"
+        if least is not None and least > rank:
+            yield Problem("adapter.min_rank", f"got {least}, {budget}; set at most {rank}")
+        if most is not None and most < rank:
+            yield Problem("adapter.max_rank", f"got {most}, {budget}; set at least {rank}")
+
+
 def offloading(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Activations are offloaded from a GPU, and only where they are checkpointed."""
     key = "enable_activation_offloading"
@@ -133,8 +186,10 @@ def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
 
 def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Local data is there; names on the hub and addresses are not looked up."""
-    for name in ("dataset", "dataset_val"):
-        nodes = cfg.get(name) or []
+    calibrated = (cfg.get("calibration") or {}).get("dataset")
+    datasets = {"dataset": cfg.get("dataset"), "dataset_val": cfg.get("dataset_val"), "calibration.dataset": calibrated}
+    for name, nodes in datasets.items():
+        nodes = nodes or []
         for i, node in enumerate(nodes if isinstance(nodes, list) else [nodes]):
             key = f"{name}.{i}" if isinstance(nodes, list) else name
             source, folder = node.get("source"), node.get("data_dir")
@@ -165,29 +220,32 @@ def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """Results can be written, and not among the base model's files."""
+    """Results can be written, and checkpoints not among the base model's files."""
     checkpointer = cfg.get("checkpointer") or {}
     base = checkpointer.get("checkpoint_dir")
     folders = {"checkpointer.output_dir": checkpointer.get("output_dir"), "output_dir": cfg.get("output_dir")}
     for folder, key in {folder: key for key, folder in folders.items() if isinstance(folder, str)}.items():
         if isinstance(base, str) and Path(folder).resolve().is_relative_to(Path(base).resolve()):
             yield Problem(key, f"got {folder!r}, which lies in checkpoint_dir {base}; choose a folder outside it")
-        reason = _unwritable(Path(folder).absolute())
-        if reason:
-            yield Problem(key, f"got {folder!r}, where nothing can be written: {reason}")
+        yield from _unwritable(key, folder)
+    cache = (cfg.get("calibration") or {}).get("cache_dir")
+    if cache is not None:
+        yield from _unwritable("calibration.cache_dir", cache)
 
 
-def _unwritable(folder: Path) -> str:
-    """Why no file can be made in `folder`, or in the part of its path that exists; empty when one can be."""
+def _unwritable(key: str, given: str) -> Iterator[Problem]:
+    """A problem when no file can be made in the folder `given`, or in the part of its path that exists."""
+    folder = Path(given).absolute()
     try:
         while not folder.exists():
             folder = folder.parent
-        if not folder.is_dir():
-            return f"{folder} is a file"
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
+        if folder.is_dir():
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        reason = f"{folder} is a file"
     except OSError as error:
-        return f"{folder}: {error.strerror or error}"
+        reason = f"{folder}: {error.strerror or error}"
+    yield Problem(key, f"got {given!r}, where nothing can be written: {reason}")
 
 
 def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
@@ -212,6 +270,16 @@ def device(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("device", f"got {show(cfg['device'])}, {wrong}")
 
 
-BETWEEN_KEYS = (adapted, offloading, warmup, validation, something_to_complete, model_type)
+BETWEEN_KEYS = (
+    adapted,
+    builder,
+    calibration,
+    rank_bounds,
+    offloading,
+    warmup,
+    validation,
+    something_to_complete,
+    model_type,
+)
 FILES = (tokenizer_files, checkpoint_files, data_files, results_to_load, output_folder)
 MACHINE = (device,)

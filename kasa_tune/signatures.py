@@ -2,7 +2,8 @@
 
 Importing torchtune to check a config takes seconds; parsing the few files between `torchtune.models.llama3.llama3_8b`
 and its `def` takes milliseconds. Followed are re-exports, aliases, `functools.partial`, base classes and our own
-`kasa_x, lora_x = builders(x)`. For whatever else Python can do to a name there is `imported`, which asks Python.
+`kasa_x, lora_x, corda_x = builders(x)`. For whatever else Python can do to a name there is `imported`, which asks
+Python.
 """
 
 import ast
@@ -29,6 +30,7 @@ _SIMPLE = {
     "tuple": list,
     "Tuple": list,
 }
+_LINEARS = {"kasa": "KaSALinear", "lora": "LoRALinear", "corda": "CorDALinear"}  # by the beginning of a builder's name
 
 
 class UnreadableError(Exception):
@@ -302,14 +304,17 @@ def _constructor(module: _Module, node: ast.ClassDef) -> Signature:
 
 
 def _called(module: _Module, binding: _Call) -> Signature:
-    """`name = partial(f, ...)`, or `kasa_x, lora_x = builders(x)`."""
+    """`name = partial(f, ...)`, or `kasa_x, lora_x, corda_x = builders(x)`."""
     name, call = binding
     function = ast.unparse(call.func).split(".")[-1]
     if function not in ("partial", "builders") or not call.args:
         raise UnreadableError(f"{name} in {module.name} is the value of a call")
     base = _signature(*_expression(module, call.args[0]))
     if function == "builders":
-        return _adapted(base, "KaSALinear" if name.startswith("kasa_") else "LoRALinear")
+        linear = _LINEARS.get(name.partition("_")[0])
+        if linear is None:
+            raise UnreadableError(f"{name} in {module.name} does not say which linears it has")
+        return _adapted(base, linear)
     given = [*list(base.parameters)[: len(call.args) - 1], *(keyword.arg for keyword in call.keywords)]
     parameters = {
         name: parameter._replace(required=False, positional=False) if name in given else parameter

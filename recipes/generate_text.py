@@ -23,11 +23,11 @@ from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 from kasa_tune import config
+from kasa_tune.components.adapters import load_adapter_state_dict
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
 from kasa_tune.components.data import build_dataset
 from kasa_tune.components.datasets import prompt_tokens
 from kasa_tune.components.generation import complete
-from kasa_tune.components.linear import load_adapter_state_dict
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 
 log = utils.get_logger("INFO")

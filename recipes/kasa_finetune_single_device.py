@@ -30,12 +30,11 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
+from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict
 from kasa_tune.components.checkpointing import (
     StopSignals,
     check_belongs,
     check_saveable,
-    find_checkpoint,
-    latest_checkpoint,
     list_checkpoints,
     load_part,
     rng_state,
@@ -46,22 +45,13 @@ from kasa_tune.components.checkpointing import (
 )
 from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
 from kasa_tune.components.fingerprint import data_fingerprint
-from kasa_tune.components.linear import adapter_linears, adapter_state_dict, load_adapter_state_dict
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import memory_budget, stepped_optimizer
+from kasa_tune.components.memory import budget_report, memory_budget, stepped_optimizer
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
+from kasa_tune.components.resuming import resume_point
 
 log = utils.get_logger("INFO")
-
-# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, how long it
-# is, and where its inputs lie. That weights and data are the same is checked on what they hold.
-RESUMABLE_KEYS = {
-    "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
-    "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
-    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
-    "checkpointer", "tokenizer", "dataset", "dry_run",
-}  # fmt: skip
 
 
 class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
@@ -83,7 +73,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
-        self._resume_path = None if cfg.dry_run else self._find_checkpoint(cfg)
+        settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
+        self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
         self._resumed = load_part(self._resume_path, "run") if self._resume_path else {}
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
@@ -105,43 +96,14 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             training.compile_model(self._model, verbose=False)
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
         self._optimizer = config.instantiate(cfg.optimizer, self._trained)
-        self._lr_scheduler = (
-            config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
-            if cfg.lr_scheduler
-            else None
-        )
+        steps = {"num_training_steps": self._total_steps}
+        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, **steps)
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
         log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
 
-    def _find_checkpoint(self, cfg: DictConfig) -> Path | None:
-        """The checkpoint to go on from; a run that would overwrite another one's checkpoints is refused."""
-        existing = list_checkpoints(self._checkpoints)
-        if cfg.resume_from_checkpoint is True:
-            path, passed_over = latest_checkpoint(self._checkpoints)
-            for reason in passed_over:
-                log.warning(reason)
-        else:
-            path = find_checkpoint(Path(cfg.resume_from_checkpoint)) if cfg.resume_from_checkpoint else None
-            own = path is not None and path.parent.resolve() == self._checkpoints.resolve()
-            if ahead := [other for other in existing if not (own and other.name <= path.name)]:
-                raise ValueError(
-                    f"{self._checkpoints} already holds checkpoints, the newest {ahead[-1].name}. Set "
-                    "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete them."
-                )
-        if path is None:
-            log.info("Starting from the beginning.")
-            return None
-        saved, now = load_part(path, "run")["config"], OmegaConf.to_container(cfg, resolve=True)
-        if changed := sorted(key for key in saved.keys() - RESUMABLE_KEYS if saved[key] != now.get(key)):
-            raise ValueError(
-                f"{path} was saved by a run with other settings; going on would be neither run. Different: "
-                + "; ".join(f"{key}: saved {saved[key]}, now {now.get(key)}" for key in changed)
-            )
-        log.info(f"Resuming from {path}.")
-        return path
-
+    # --- shared: data
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
@@ -150,14 +112,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         check_token_ids(self._dataset, self._vocab_size)
-        loader = partial(
-            build_dataloader,
-            tokenizer=self._tokenizer,
-            seed=cfg.seed,
-            num_workers=cfg.num_workers,
-            device=self._device,
-            dense_mask=any(isinstance(module, Gemma2Attention) for module in self._model.modules()),
-        )
+        self._dense_mask = any(isinstance(module, Gemma2Attention) for module in self._model.modules())
+        options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
+        loader = partial(build_dataloader, **options, device=self._device, dense_mask=self._dense_mask)
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         if cfg.dataset_val:
             dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
@@ -168,6 +125,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.max_steps_per_epoch:
             self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
         self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
+
+    # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
@@ -189,6 +148,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 raise ValueError(f"{name}: {error}") from error
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
+    # --- shared: restore
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
@@ -200,9 +160,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
         set_rng_state(load_part(self._resume_path, "rng"))
 
+    # --- end
+
     def _print_budget(self, cfg: DictConfig) -> None:
-        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        diagonals = sum(p.numel() for name, p in self._model.named_parameters() if name.endswith("lora_diag"))
         budget = memory_budget(
             self._model,
             partial(config.instantiate, cfg.optimizer),
@@ -212,14 +172,11 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             loss_chunk=self._loss_fn.chunk_size,
             adapter_dtype=self._adapter_dtype,
         )
-        print(f"Trainable parameters: {trained:,} ({trained - diagonals:,} + {diagonals:,} in diagonals)")
-        for purpose, size in budget.items():
-            print(f"{purpose:>24} {size / 2**20:>12,.1f} MiB")
-        training_total = sum(size for purpose, size in budget.items() if purpose != "truncation workspace")
-        print(f"{'training step':>24} {training_total / 2**20:>12,.1f} MiB")
+        print(*budget_report(self._model, budget), sep="\n")
 
     # ------------------------------------------------------------------------------------------------------------ train
 
+    # --- shared: train
     def train(self, cfg: DictConfig) -> int:
         """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
         self._model.train()
@@ -279,30 +236,41 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self.batches_done += len(window)
             yield window
 
-    # --- shared: train_step
+    # --- end
+
     def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step on the mean loss per labelled token of all batches of the window, plus the regularizers.
 
         Raises:
             RuntimeError: the loss or the gradient is not finite; no weight has been touched.
         """
+        task_loss, num_tokens = self._accumulate(window)
+        l2, l3 = kasa_regularization(
+            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
+        )
+        if l2.requires_grad:
+            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
+        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {"num_tokens": num_tokens}
+
+    # --- shared: step
+    def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
+        """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
         num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
         task_loss = torch.zeros((), device=self._device)
         for batch in window:
             loss = self._loss_sum(batch) / max(1, num_tokens)
             loss.backward()
             task_loss += loss.detach()
-        l2, l3 = kasa_regularization(
-            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
-        )
-        if l2.requires_grad:
-            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
+        return task_loss, num_tokens
+
+    def _apply(self, cfg: DictConfig, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
-        values = torch.stack([v.detach().to(self._device) for v in (task_loss, l2, l3, grad_norm)]).tolist()
+        values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
         if not all(map(_is_finite, values)):
             raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[3]}. The weights are still those of "
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. The weights are still those of "
                 f"step {self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. "
                 "Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
@@ -312,10 +280,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._lr_scheduler:
             self._lr_scheduler.step()
         self.step += 1
-        names = ("loss", "l2", "l3", "grad_norm")
-        return dict(zip(names, values, strict=True)) | {"lr": lr, "num_tokens": num_tokens}
-
-    # --- end
+        return dict(zip((*losses, "grad_norm"), values, strict=True)) | {"lr": lr}
 
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
         """Summed cross-entropy of one batch."""
@@ -377,6 +342,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def cleanup(self) -> None:
         """Close the metric logger."""
         self._logger.close()
+
+    # --- end
 
 
 def _is_finite(value: float) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kasa_tune import config
+from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.linear import adapter_linears
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.loading import build_on_meta, read_base_weights
 from kasa_tune.components.plots import LayerSpectrum, loss_curve, singular_values

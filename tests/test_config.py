@@ -337,6 +337,206 @@ def test_torchtunes_own_lora_builders_are_checked_too(tree):
     assert "lora_rank" in found["model.rank"]
 
 
+# --- CorDA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corda_tree(tree) -> dict:
+    """The complete config for the CorDA recipe, calibrated on its own dataset."""
+    model = tree["model"] | {"_component_": "kasa_tune.components.models.corda_llama3_8b"}
+    return tree | {"model": model, "calibration": {"dataset": "${dataset}"}}
+
+
+CORDA_ADAPTER_KEYS, CALIBRATION_KEYS = (list(config.CORDA[name].keys) for name in ("adapter", "calibration"))
+
+
+def test_cordas_config_is_finetunings_with_its_own_adapter_and_calibration(corda_tree):
+    cfg = load(corda_tree, "seed=5")
+    assert list(cfg) == list(config.CORDA)
+    others = {key for key, spec in config.CORDA.items() if config.FINETUNE.get(key) is not spec}
+    assert others == {"adapter", "calibration"}
+    assert list(cfg).index("calibration") == list(cfg).index("adapter") + 1
+    assert (cfg.adapter.method, cfg.adapter.mode, cfg.adapter.max_rank) == ("corda", "ipm", None)
+    assert cfg.calibration.dataset == corda_tree["dataset"]
+    assert cfg.calibration.seed == 5  # follows seed
+    assert cfg.calibration.cache_dir == corda_tree["output_dir"] + "/decomposition"
+
+
+def test_calibration_takes_one_dataset_or_many_its_own_or_anothers(corda_tree):
+    many = [corda_tree["dataset"], corda_tree["dataset"] | {"weight": 2}]
+    assert load(corda_tree | {"dataset": many}).calibration.dataset == many
+    corda_tree["calibration"]["dataset"] = many[1]
+    assert load(corda_tree).calibration.dataset == many[1]
+    corda_tree["calibration"]["dataset"] = many
+    assert load(corda_tree).calibration.dataset == many
+    assert only_problem(corda_tree, "calibration.dataset.1.weight=0")[0] == "calibration.dataset.1.weight"
+
+
+def test_a_fault_of_the_dataset_is_said_once(corda_tree):
+    for override in ("dataset.weight=-1", "dataset.splitt=x", "dataset.data_files=none", "dataset._component_=a.b"):
+        assert only_problem(corda_tree, override)[0] == override.partition("=")[0]
+    assert only_problem(corda_tree, "~dataset")[0] == "dataset"
+
+
+# override -> the key it is reported under, and what the message must hold
+CORDA_REFUSED = {
+    "adapter.method=cordaa": ("adapter.method", "one of corda, pissa, milora, lora"),
+    "adapter.mode=top": ("adapter.mode", "one of ipm, kpm"),
+    "adapter.dtype=fp16": ("adapter.dtype", "gradient scaling"),
+    "adapter.split=even": ("adapter.split", "one of balanced, paper"),
+    "adapter.covariance_power=-1": ("adapter.covariance_power", "at least 0"),
+    "adapter.damping=-1": ("adapter.damping", "at least 0"),
+    "adapter.damping_search=1": ("adapter.damping_search", "True or False"),
+    "adapter.normalization=none": ("adapter.normalization", "one of unit_mean_diag, published"),
+    "adapter.dynamic_ranks=1": ("adapter.dynamic_ranks", "True or False"),
+    "adapter.min_rank=-1": ("adapter.min_rank", "at least 0"),
+    "adapter.max_rank=0": ("adapter.max_rank", "at least 1"),
+    "adapter.lr_ratio=0": ("adapter.lr_ratio", "greater than 0"),
+    "adapter.beta=1e-4": ("adapter.beta", "unknown key"),  # KaSA's
+    "calibration=3": ("calibration", "got 3", "a mapping with the keys dataset,"),
+    "calibration.concatenate=1": ("calibration.concatenate", "True or False"),
+    "calibration.num_samples=0": ("calibration.num_samples", "at least 1"),
+    "calibration.max_seq_len=0": ("calibration.max_seq_len", "at least 1"),
+    "calibration.rounds=0": ("calibration.rounds", "at least 1"),
+    "calibration.batch_size=0": ("calibration.batch_size", "at least 1"),
+    "calibration.seed=null": ("calibration.seed", "an integer"),
+    "calibration.accumulate=bf16": ("calibration.accumulate", "one of fp32, fp64"),
+    "calibration.offload=1": ("calibration.offload", "True or False"),
+    "calibration.max_selection_dim=0": ("calibration.max_selection_dim", "at least 1"),
+    "calibration.cache_dir=/proc/none": ("calibration.cache_dir", "nothing can be written"),
+    "calibration.dataset=[]": ("calibration.dataset", "empty list"),
+    "calibration.dataset=3": ("calibration.dataset", "got 3", "_component_"),
+    "calibration.dataset=kasa_tune.components.datasets.nope": ("calibration.dataset._component_", "has no 'nope'"),
+    "calibration.dataset={_component_: torchtune.datasets.alpaca_dataset, splitt: a}": (
+        "calibration.dataset.splitt",
+        "split",
+    ),
+    "calibration.dataset=${no_such_key}": ("calibration.dataset", "no_such_key"),
+    # between keys
+    "~calibration.dataset": ("calibration.dataset", "${dataset} for mode ipm", "questions of the knowledge to keep"),
+    "calibration.dataset=null": ("calibration.dataset", "adapter.method corda needs it"),
+    "model=kasa_tune.components.models.kasa_llama3_8b": (
+        "model._component_",
+        "kasa_finetune_single_device",
+        "corda_llama3_8b",
+    ),
+    "model=kasa_tune.components.models.lora_llama3_8b": (
+        "model._component_",
+        "adapter.method corda needs a corda_<model> builder",
+    ),
+    "adapter.min_rank=9 adapter.max_rank=8": ("adapter.min_rank", "got 9, which is more than max_rank 8"),
+    "adapter.dynamic_ranks=True adapter.min_rank=9": ("adapter.min_rank", "model.rank 8", "at most 8"),
+    "adapter.dynamic_ranks=True adapter.max_rank=7": ("adapter.max_rank", "model.rank 8", "at least 8"),
+    "adapter.method=pissa calibration.rounds=2": ("calibration.rounds", "adapter.method pissa", "set it to 1"),
+    "adapter.method=milora adapter.dynamic_ranks=True": ("adapter.dynamic_ranks", "adapter.method milora", "False"),
+    "adapter.method=lora adapter.dynamic_ranks=True": ("adapter.dynamic_ranks", "adapter.method lora", "False"),
+    "adapter.method=milora model=kasa_tune.components.models.lora_llama3_8b": (
+        "model._component_",
+        "adapter.method milora needs a corda_<model> builder",
+    ),
+    "adapter.method=lora model=torchtune.models.llama3.llama3": (
+        "model._component_",
+        "lora_<model> or corda_<model> builder",
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", CORDA_REFUSED)
+def test_refused_of_corda(corda_tree, overrides):
+    key, *words = CORDA_REFUSED[overrides]
+    given = [overrides] if "{_" in overrides else overrides.split(" ")
+    if "torchtune.models" in overrides:
+        corda_tree["model"] = {}
+        sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len")
+        given += [f"model.{size}=8" for size in sizes]
+    found_key, text = only_problem(corda_tree, *given)
+    assert found_key == key
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter.mode=kpm"],
+        ["adapter.dynamic_ranks=True", "calibration.rounds=5", "adapter.min_rank=8", "adapter.max_rank=8"],
+        ["adapter.min_rank=9"],  # means nothing without dynamic_ranks
+        ["adapter.method=pissa", "~calibration"],
+        ["adapter.method=milora", "calibration.dataset=null"],
+        ["adapter.method=lora", "~calibration"],
+        ["adapter.method=lora", "model=kasa_tune.components.models.lora_llama3_8b", "model.use_dora=True"],
+        ["calibration.max_selection_dim=4096", "calibration.cache_dir=decomposition"],
+    ],
+    ids=str,
+)
+def test_accepted_of_corda(corda_tree, overrides):
+    load(corda_tree, *overrides)
+
+
+def test_cordas_builders_are_the_corda_recipes(tree):
+    key, text = only_problem(tree, "model=kasa_tune.components.models.corda_llama3_8b")
+    assert key == "model._component_"
+    assert "corda_finetune_single_device" in text
+    assert "kasa_llama3_8b" in text
+
+
+def test_generation_takes_the_builders_of_every_method(tree):
+    for key in ("optimizer", "lr_scheduler"):
+        tree.pop(key)
+    tree["adapter"] = {"beta": 0.0}
+    for method in ("kasa", "lora", "corda"):
+        model = f"model=kasa_tune.components.models.{method}_llama3_8b"
+        assert f".{method}_" in load(tree, model, schema=config.GENERATE).model["_component_"]
+
+
+def test_a_component_inside_a_section_is_overridden_like_one_at_the_top(corda_tree):
+    alpaca = ("calibration.dataset=torchtune.datasets.alpaca_dataset", "calibration.dataset.split=train[:5%]")
+    expected = {"_component_": "torchtune.datasets.alpaca_dataset", "split": "train[:5%]"}
+    assert load(corda_tree, *alpaca).calibration.dataset == expected
+    chat = load(corda_tree, *alpaca, "calibration.dataset=torchtune.datasets.alpaca_cleaned_dataset")
+    assert chat.calibration.dataset == expected | {"_component_": "torchtune.datasets.alpaca_cleaned_dataset"}
+    assert load(corda_tree, *alpaca, "calibration.dataset=${dataset}").calibration.dataset == corda_tree["dataset"]
+    corda_tree.pop("calibration")
+    assert load(corda_tree, *alpaca, schema=config.CORDA).calibration.dataset == expected
+
+
+def test_keys_of_anothers_node_are_not_overridden_in_its_copy(corda_tree):
+    override = "calibration.dataset.split=test"
+    key, text = only_problem(corda_tree, override)
+    assert key == override
+    assert "calibration.dataset is ${dataset}" in text
+
+
+def test_calibration_data_is_looked_for(corda_tree):
+    corda_tree["calibration"]["dataset"] = dict(corda_tree["dataset"])
+    load(corda_tree)
+    folder = folder_of(corda_tree)
+    key, text = only_problem(corda_tree, f"calibration.dataset.data_files={folder}/row.jsonl")
+    assert key == "calibration.dataset.data_files"
+    assert "Did you mean rows.jsonl" in text
+    corda_tree["calibration"]["dataset"] = [corda_tree["dataset"], corda_tree["dataset"] | {"data_files": "none"}]
+    assert only_problem(corda_tree)[0] == "calibration.dataset.1.data_files"
+
+
+@pytest.mark.parametrize("ending", ["corda", "corda_kpm", "pissa", "milora", "dora", "lora_plus", "x"])
+def test_cordas_schema_follows_from_the_name_or_the_keys(corda_tree, tmp_path, ending):
+    config.validate_file(write(corda_tree, tmp_path, f"tiny_{ending}.yaml"))
+    only_adapter = {key: value for key, value in corda_tree.items() if key != "calibration"}
+    path = write(only_adapter | {"adapter": {"method": "pissa"}}, tmp_path, f"tiny_{ending}.yaml")
+    config.validate_file(path)
+
+
+def test_a_name_that_tells_the_recipe_is_believed(corda_tree, tmp_path):
+    with pytest.raises(config.ConfigError, match="calibration: unknown key"):
+        config.validate_file(write(corda_tree, tmp_path, "tiny_kasa.yaml"))
+
+
+def test_generations_schema_follows_from_its_keys(tree, tmp_path):
+    for key in ("dataset", "optimizer", "lr_scheduler"):
+        tree.pop(key)
+    config.validate_file(write(tree | {"prompts": ["a name"]}, tmp_path))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -627,6 +827,16 @@ def test_any_one_character_typo_in_a_section_is_caught(shared_tree, typo):
     _assert_caught(shared_tree, "adapter.", ADAPTER_KEYS, *typo)
 
 
+@settings(max_examples=60, deadline=None)
+@given(typo=typos(CORDA_ADAPTER_KEYS + CALIBRATION_KEYS))
+def test_any_one_character_typo_in_cordas_sections_is_caught(shared_tree, typo):
+    model = shared_tree["model"] | {"_component_": "kasa_tune.components.models.corda_llama3_8b"}
+    tree = shared_tree | {"model": model, "calibration": {"dataset": "${dataset}"}}
+    of_adapter = typo[0] in CORDA_ADAPTER_KEYS
+    section, keys = ("adapter.", CORDA_ADAPTER_KEYS) if of_adapter else ("calibration.", CALIBRATION_KEYS)
+    _assert_caught(tree, section, keys, *typo)
+
+
 @settings(max_examples=40, deadline=None)
 @given(typo=typos(MODEL_KEYS))
 def test_any_one_character_typo_in_a_component_is_caught(shared_tree, typo):
@@ -705,6 +915,21 @@ def test_help_lists_every_key(run, capsys):
     shown = capsys.readouterr().out
     assert all(f"  {key}:" in shown for key in (*config.FINETUNE, *ADAPTER_KEYS))
     assert "keep_last: an integer, at least 1 (default 2)" in shown
+
+
+def test_help_lists_the_components_of_sections(run, capsys):
+    assert run("--help", schema=config.CORDA) == 0
+    shown = capsys.readouterr().out
+    assert "    dataset: a component or a list of them (default null); " in shown
+    assert all(f"    {key}:" in shown for key in (*CORDA_ADAPTER_KEYS, *CALIBRATION_KEYS))
+
+
+def test_parse_for_every_recipes_configs(run, corda_tree, tmp_path, capsys):
+    path = write(corda_tree, tmp_path, "theirs.yaml")
+    assert run("--config", str(path), "adapter.mode=kpm", schema=None).adapter.mode == "kpm"
+    assert run("--config", "{config}", "adapter.beta=0.5", schema=None).adapter.beta == 0.5
+    assert run("--help", schema=None) == 0
+    assert "  output_dir:" in capsys.readouterr().out
 
 
 def test_parse_without_a_schema_says_how_to_write_it():

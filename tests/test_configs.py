@@ -29,13 +29,15 @@ from kasa_tune.components import models
 from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.loading import build_on_meta
-from kasa_tune.schema import SCHEMAS
+from kasa_tune.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 SELF_CONTAINED = [name for name in FILES if name.startswith(("tiny_", "stories260k_"))]  # their models are at hand
 FINETUNED = [name for name in FILES if name not in SELF_CONTAINED]
 KASA = [name for name in FINETUNED if name.endswith("_kasa")]
+CORDA = [name for name in FINETUNED if name.endswith("_corda")]
+STARTED = [name for name in FINETUNED if not name.endswith(("_kasa", "_lora"))]  # from their weights
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,11 @@ def trees():
 
 def schema_of(name):
     return next(schema for ending, schema in SCHEMAS.items() if name.endswith(ending))
+
+
+def recipe_of(name):
+    of_kasa = schema_of(name) is config.FINETUNE
+    return "kasa_finetune_single_device" if of_kasa else "corda_finetune_single_device"
 
 
 def needs_data(name):
@@ -70,7 +77,7 @@ def test_is_valid_as_it_stands(name):
 
 @pytest.mark.parametrize("name", FINETUNED)
 def test_keys_stand_in_the_schemas_order(name, trees):
-    assert list(trees[name]) == [key for key in config.FINETUNE if key in trees[name]]
+    assert list(trees[name]) == [key for key in schema_of(name) if key in trees[name]]
 
 
 @pytest.mark.parametrize("name", KASA)
@@ -125,6 +132,113 @@ def test_presets_are_the_papers(name, trees):
     assert (model["dropout"], tree["tokenizer"]["max_seq_len"], tree["dtype"]) == (0.05, 512, "bf16")
 
 
+# What arXiv 2406.05223 trains with; the split of a component's size between B and A is ours.
+CORDA_PRESET = {
+    "modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+    "mlp": True,
+    "rank": 128,
+    "alpha": 128,
+    "dropout": 0.0,
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "weight_decay": 0.0},
+    "schedule": {"_component_": "kasa_tune.components.lr_schedules.cosine_schedule", "warmup_ratio": 0.03},
+    "batch": 128,
+    "epochs": 1,
+    "dtype": "bf16",
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_presets_of_corda_are_the_papers(name, trees):
+    tree = trees[name]
+    model = tree["model"]
+    assert {
+        "modules": model["attn_modules"],
+        "mlp": model["apply_to_mlp"],
+        **{key: model[key] for key in ("rank", "alpha", "dropout")},
+        "optimizer": tree["optimizer"],
+        "schedule": tree["lr_scheduler"],
+        "batch": tree["batch_size"] * tree["gradient_accumulation_steps"],
+        **{key: tree[key] for key in ("epochs", "dtype")},
+    } == CORDA_PRESET
+
+
+def without(tree, *keys):
+    return {key: value for key, value in tree.items() if key not in keys}
+
+
+@pytest.mark.parametrize("name", CORDA)
+def test_corda_configs_take_model_data_and_device_from_the_kasa_ones(name, trees):
+    corda, kasa = trees[name], trees[name.removesuffix("corda") + "kasa"]
+    of_method = {"output_dir", "model", "adapter", "calibration", "optimizer", "lr_scheduler", "epochs"}
+    of_method |= {"gradient_accumulation_steps", "save_every_n_steps"}
+    assert without(corda, *of_method) == without(kasa, *of_method)
+    own = {"_component_", "attn_modules", "apply_to_mlp", "rank", "alpha", "dropout", "truncation_rank", "diag_init"}
+    assert without(corda["model"], *own) == without(kasa["model"], *own)
+    assert corda["model"]["_component_"] == kasa["model"]["_component_"].replace(".kasa_", ".corda_")
+
+
+def test_every_kasa_config_has_a_corda_one_in_both_modes():
+    models_with = {
+        method: {name.removesuffix(method) for name in FILES if name.endswith(method)}
+        for method in ("_kasa", "_corda", "_corda_kpm")
+    }
+    assert models_with["_kasa"] == models_with["_corda"] == models_with["_corda_kpm"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("_corda")])
+def test_modes_differ_in_what_they_calibrate_on_and_adapt(name, trees):
+    ipm, kpm = trees[name], trees[f"{name}_kpm"]
+    assert (ipm["adapter"]["method"], ipm["adapter"]["mode"]) == ("corda", "ipm")
+    assert ipm["calibration"]["dataset"] == "${dataset}"
+    assert not ipm["calibration"]["concatenate"]
+    assert ipm["calibration"]["max_seq_len"] >= ipm["tokenizer"]["max_seq_len"]  # no sample is cut
+    assert kpm["calibration"]["dataset"] not in ("${dataset}", ipm["dataset"])
+    assert kpm["calibration"]["concatenate"]
+    expected = ipm | {"adapter": ipm["adapter"] | {"mode": "kpm"}, "output_dir": f"{ipm['output_dir']}_kpm"}
+    assert without(kpm, "calibration") == without(expected, "calibration")
+
+
+@pytest.mark.parametrize("name", CORDA)
+def test_calibration_is_the_papers(name, trees):
+    ipm, kpm = trees[name]["calibration"], trees[f"{name}_kpm"]["calibration"]
+    assert (ipm["num_samples"], kpm["num_samples"], kpm["max_seq_len"]) == (256, 256, 2048)
+    assert kpm["dataset"]["source"] == "google-research-datasets/nq_open"
+    assert kpm["dataset"]["column"] == "question"
+
+
+BASELINES = [name for name in FILES if name.endswith(("_pissa", "_milora"))]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_pissa_and_milora_differ_from_corda_in_the_start_alone(name, trees):
+    model, _, method = name.rpartition("_")
+    corda, baseline = trees[f"{model}_corda"], trees[name]
+    adapter = without(corda["adapter"], "mode", "dynamic_ranks") | {"method": method}
+    expected = without(corda, "calibration") | {"adapter": adapter, "output_dir": f"/tmp/kasa_tune/{name}"}
+    assert baseline == expected
+
+
+def test_the_tiny_configs_train_alike(trees):
+    """Same data, places, rank and schedule, so that results can be compared; LoRA+ has two learning rates."""
+    of_method = ("output_dir", "model", "adapter", "calibration")
+    tiny = {name: trees[name] for name in FILES if name.startswith("tiny_") and not name.endswith("_generate")}
+    assert len(tiny) == 8
+    for name, tree in tiny.items():
+        optimizer = tree["optimizer"] | ({"lr": 4e-3} if name == "tiny_lora_plus" else {})
+        assert without(tree, *of_method) | {"optimizer": optimizer} == without(tiny["tiny_kasa"], *of_method), name
+        options = ("_component_", "truncation_rank", "diag_init", "use_dora")
+        assert without(tree["model"], *options) == without(tiny["tiny_kasa"]["model"], *options), name
+
+
+def test_dora_and_lora_plus_are_lora_with_one_thing_more(trees):
+    dora, plus, lora = (trees[f"tiny_{method}"] for method in ("dora", "lora_plus", "lora"))
+    assert dora["model"] == lora["model"] | {"use_dora": True}
+    assert dora["adapter"] == {"method": "lora"}
+    assert plus["model"] == lora["model"]
+    assert plus["adapter"] == {"method": "lora", "lr_ratio": 16}
+    assert plus["optimizer"]["lr"] < lora["optimizer"]["lr"] < 16 * plus["optimizer"]["lr"]
+
+
 # --------------------------------------------------------------------------------------------------------- headers
 
 
@@ -150,7 +264,7 @@ def test_commands_of_the_header_run_this_config(name):
 @pytest.mark.parametrize("name", FINETUNED)
 def test_header_shows_an_override_and_the_dry_run(name):
     runs = [words for words in header_commands(name) if words[1] == "run"]
-    assert {tuple(words[:5]) for words in runs} == {("tune", "run", "kasa_finetune_single_device", "--config", name)}
+    assert {tuple(words[:5]) for words in runs} == {("tune", "run", recipe_of(name), "--config", name)}
     overrides = [words[5:] for words in runs]
     assert [] in overrides
     assert ["dry_run=true"] in overrides
@@ -277,6 +391,7 @@ SIZES = {
 ROWS = {
     "alpaca_dataset": {"instruction": "Name a colour.", "input": "", "output": "Red, like the sun."},
     "commonsense_dataset": {"instruction": "Is the sun hot?", "input": "", "output": "the correct answer is true"},
+    "completion_dataset": {"question": "who wrote the song of the sun"},
     "gsm8k_dataset": {"question": "Tom has 2 cats and 3 dogs. How many pets?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
 }
 
@@ -399,6 +514,9 @@ def quiet_and_on_one_thread():
 def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
     """A shipped config with everything large taken away: sizes, files, device; written to a file and loaded from it."""
 
+    def local(node):
+        return node | {"source": "json", "data_files": rows(node), "split": "train"}
+
     def make(name, *overrides):
         tree, family = trees[name], family_of(trees[name])
         method = tree["model"]["_component_"].rpartition(".")[2].partition("_")[0]
@@ -411,18 +529,22 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
                 "max_seq_len": 224,
                 "prompt_template": None,
             },
-            "model": tree["model"] | builder | family.model,
+            "model": tree["model"] | builder | family.model | ({"rank": 4, "alpha": 4} if name in STARTED else {}),
             "checkpointer": tree["checkpointer"]
             | {"checkpoint_dir": str(toy_checkpoint(family)), "checkpoint_files": ["model.safetensors"]},
-            "dataset": tree["dataset"] | {"source": "json", "data_files": rows(tree["dataset"])},
+            "dataset": local(tree["dataset"]),
             "batch_size": min(2, tree["batch_size"]),
             "gradient_accumulation_steps": 2,
             "max_steps": 2,
             "device": "cpu",
         }
+        if "calibration" in tree:
+            toy["calibration"] = tree["calibration"] | {"num_samples": 4, "max_seq_len": 32}
+            if isinstance(tree["calibration"]["dataset"], dict):
+                toy["calibration"]["dataset"] = local(tree["calibration"]["dataset"])
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(toy, sort_keys=False), encoding="utf-8")
-        return config.load(path, overrides, config.FINETUNE, about_to_run=True)
+        return config.load(path, overrides, schema_of(name), about_to_run=True)
 
     return make
 

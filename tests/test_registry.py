@@ -49,6 +49,24 @@ def test_each_config_belongs_to_the_recipe_its_suffix_names(package):
     assert "_draft" not in found
 
 
+CORDA_SUFFIXES = ["corda", "corda_kpm", "pissa", "milora", "dora", "lora_plus"]
+
+
+def test_the_suffixes_of_corda_are_not_taken_for_others(package):
+    (package / "recipes" / "corda_finetune_single_device.py").touch()
+    for ending in (*CORDA_SUFFIXES, "corda_generate"):
+        (package / "configs" / f"toy_{ending}.yaml").touch()
+    found = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
+    assert found["corda_finetune_single_device"] == {f"toy_{ending}" for ending in CORDA_SUFFIXES}
+    assert found["kasa_finetune_single_device"] == {"toy_kasa", "toy_lora"}
+    assert found["generate_text"] == {"toy_kasa_generate", "toy_corda_generate"}
+
+
+def test_no_config_belongs_to_two_recipes():
+    listed = [config.name for recipe in registry.recipes() for config in recipe.configs]
+    assert len(listed) == len({*listed})
+
+
 def test_only_distributed_recipes_run_distributed(package):
     distributed = {recipe.name for recipe in registry.recipes() if recipe.supports_distributed}
     assert distributed == {"kasa_finetune_distributed"}
@@ -66,7 +84,8 @@ def test_a_checkout_is_read_next_to_the_package(package, monkeypatch):
 def test_shipped_recipes_and_configs_are_listed():
     shipped = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
     assert {"tiny_kasa", "tiny_lora", "llama3_8b_kasa"} <= shipped["kasa_finetune_single_device"]
-    assert "tiny_kasa_generate" in shipped["generate_text"]
+    assert {"tiny_corda", "tiny_corda_kpm", "tiny_pissa", "llama3_8b_corda"} <= shipped["corda_finetune_single_device"]
+    assert {"tiny_kasa_generate", "tiny_corda_generate"} <= shipped["generate_text"]
 
 
 def test_no_shipped_config_is_an_orphan():

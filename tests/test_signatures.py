@@ -56,10 +56,28 @@ def test_source_and_import_agree(path):
 def test_source_and_import_agree_on_every_builder_of_ours():
     from kasa_tune.components import models
 
-    names = [name for name in vars(models) if name.startswith(("kasa_", "lora_"))]
-    assert names
+    names = [name for name in vars(models) if name.startswith(("kasa_", "lora_", "corda_"))]
+    assert {name.partition("_")[0] for name in names} == {"kasa", "lora", "corda"}
     for name in names:
         assert_as_python_says(f"kasa_tune.components.models.{name}")
+
+
+def test_each_builder_takes_the_options_of_its_own_linears():
+    options = {"truncation_rank", "truncation", "diag_init", "edit_storage", "use_dora"}
+    expected = {"kasa": options - {"use_dora"}, "lora": {"use_dora"}, "corda": {"edit_storage"}}
+    for method, own in expected.items():
+        taken = signatures.static(f"kasa_tune.components.models.{method}_llama3_8b").parameters
+        assert options & taken.keys() == own
+
+
+def test_builders_under_names_that_tell_no_method(tmp_path, monkeypatch):
+    source = "from kasa_tune.components.models.attach import builders\ndef base(size: int): ...\n"
+    (tmp_path / "own_builders.py").write_text(source + "kasa_base, mine, corda_base = builders(base)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "size" in signatures.static("own_builders.corda_base").parameters
+    with pytest.raises(signatures.UnreadableError):
+        signatures.static("own_builders.mine")
+    assert "use_dora" in signatures.imported("own_builders.mine").parameters
 
 
 def test_types_are_read_from_annotations():

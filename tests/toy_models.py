@@ -30,24 +30,27 @@ class Family(NamedTuple):
     lora_peer: Callable[..., nn.Module]
     kasa: Callable[..., nn.Module]
     lora: Callable[..., nn.Module]
+    corda: Callable[..., nn.Module]
     sizes: dict
     tied: bool
 
 
+def family(base: Callable, lora_peer: Callable, sizes: dict = SIZES, *, tied: bool = False) -> Family:
+    """A family with our builders, which carry torchtune's name after the method's."""
+    ours = [getattr(models, f"{method}_{base.__name__}") for method in ("kasa", "lora", "corda")]
+    return Family(base, lora_peer, *ours, sizes, tied)
+
+
 FAMILIES = {
-    "llama2": Family(llama2.llama2, llama2.lora_llama2, models.kasa_llama2, models.lora_llama2, SIZES, False),
-    "llama3": Family(llama3.llama3, llama3.lora_llama3, models.kasa_llama3, models.lora_llama3, SIZES, False),
-    "llama3_1": Family(
-        llama3_1.llama3_1, llama3_1.lora_llama3_1, models.kasa_llama3_1, models.lora_llama3_1, SIZES, False
-    ),
-    "llama3_2": Family(
-        llama3_2.llama3_2, llama3_2.lora_llama3_2, models.kasa_llama3_2, models.lora_llama3_2, SIZES, True
-    ),
-    "mistral": Family(mistral.mistral, mistral.lora_mistral, models.kasa_mistral, models.lora_mistral, SIZES, False),
-    "gemma": Family(gemma.gemma, gemma.lora_gemma, models.kasa_gemma, models.lora_gemma, WIDE_HEADS, True),
-    "gemma2": Family(published_gemma2, gemma2.lora_gemma2, models.kasa_gemma2, models.lora_gemma2, WIDE_HEADS, True),
-    "qwen2": Family(qwen2.qwen2, qwen2.lora_qwen2, models.kasa_qwen2, models.lora_qwen2, SIZES, False),
-    "phi3": Family(phi3.phi3, phi3.lora_phi3, models.kasa_phi3, models.lora_phi3, SIZES, False),
+    "llama2": family(llama2.llama2, llama2.lora_llama2),
+    "llama3": family(llama3.llama3, llama3.lora_llama3),
+    "llama3_1": family(llama3_1.llama3_1, llama3_1.lora_llama3_1),
+    "llama3_2": family(llama3_2.llama3_2, llama3_2.lora_llama3_2, tied=True),
+    "mistral": family(mistral.mistral, mistral.lora_mistral),
+    "gemma": family(gemma.gemma, gemma.lora_gemma, WIDE_HEADS, tied=True),
+    "gemma2": family(published_gemma2, gemma2.lora_gemma2, WIDE_HEADS, tied=True),
+    "qwen2": family(qwen2.qwen2, qwen2.lora_qwen2),
+    "phi3": family(phi3.phi3, phi3.lora_phi3),
 }
 
 

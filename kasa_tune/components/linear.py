@@ -1,13 +1,12 @@
 """Linears with an SVD-based adapter: ``W_eff = W0 - E + s · B diag(d) A``.
 
 ``W0`` is frozen, ``E`` is a low-rank edit of it, ``A``, ``B`` and (for KaSA) ``d`` are trained. LoRA is the case of
-E = 0 and d = 1.
+E = 0 and d = 1; PiSSA, MiLoRA and CorDA are that of E = s · B A at the start and d = 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +142,7 @@ class AdapterLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.disabled:
-            return _add_product(y, F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out) if self.folded else y
+            return _add_product(y, F.linear(x, self.lora_edit_in.to(x)), self.lora_edit_out.to(x)) if self.folded else y
         if self.lora_edit_in.shape[0] and not self.folded:
             y = _add_product(y, -F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out)
         h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype))  # [..., r]
@@ -159,10 +158,14 @@ class AdapterLinear(nn.Module):
 
 
 class LoRALinear(AdapterLinear):
-    """Low-rank adaptation (arXiv 2106.09685): no edit, ``y = W x + s · B A dropout(x)``.
+    """Low-rank adaptation (arXiv 2106.09685): no edit, ``y = W x + s · B A dropout(x)``; DoRA as an option.
+
+    DoRA (arXiv 2402.09353, equation 5) trains a magnitude ``m (d_out,)`` besides: row i of ``W + s B A`` is scaled to
+    the length ``m_i``, which starts as that of W's row. The length it had is a constant to the gradient, as published.
 
     Args:
         in_dim, out_dim, rank, alpha, dropout, use_bias: as :class:`AdapterLinear`.
+        use_dora: train magnitudes besides.
     """
 
     def __init__(
@@ -173,8 +176,128 @@ class LoRALinear(AdapterLinear):
         alpha: float = 16.0,
         dropout: float = 0.0,
         use_bias: bool = False,
+        *,
+        use_dora: bool = False,
     ) -> None:
+        self.use_dora = use_dora
         super().__init__(in_dim, out_dim, rank, alpha, dropout, use_bias)
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(torch.ones(out_dim))
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Start of LoRA; DoRA's magnitudes are the lengths of the loaded weight's rows."""
+        self.reset_update()
+        if self.use_dora:
+            self.lora_magnitude.copy_(self._row_norms())
+
+    def adapter_params(self) -> list[str]:
+        """Names of the trained parameters (torchtune's adapter protocol)."""
+        return super().adapter_params() + ["lora_magnitude"] * self.use_dora
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """Lengths of the rows of ``W + s B A``, ``(d_out,)`` float32, from ``|w + c|² = |w|² + 2 w·c + |c|²``."""
+        a, b = self.lora_a.weight.float(), self.scaling * self.lora_b.weight.float()
+        inner = (self.weight @ a.to(self.weight.dtype).T).float()  # [d_out, r]
+        squares = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32).square()
+        return (squares + ((2 * inner + b @ (a @ a.T)) * b).sum(dim=1)).clamp_min(0).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.use_dora or self.disabled:
+            return super().forward(x)
+        h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype)) * self.scaling  # [..., r]
+        y = _add_product(F.linear(x, self.weight), h, self.lora_b.weight)
+        y = y * (self.lora_magnitude / self._row_norms()).to(y.dtype)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W_eff`` ``(d_out, d_in)`` in float32."""
+        merged = super().merged_weight()
+        return merged * (self.lora_magnitude / self._row_norms())[:, None] if self.use_dora else merged
+
+
+class CorDALinear(AdapterLinear):
+    """A linear whose update can start as a part of its own weight: CorDA (arXiv 2406.05223), PiSSA, MiLoRA.
+
+    ``y = W x + bias - s · B0 (A0 x) + s · B (A dropout(x))``, where ``A0, B0`` are where ``A, B`` started: at first the
+    output is that of W. With a factored edit and no dropout it is so bit for bit. Until :meth:`start_from` it is
+    LoRA's linear.
+
+    Args:
+        in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage: as :class:`AdapterLinear`; ``auto`` folds in
+            every dtype, since what is taken out of the weight is large.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        use_bias: bool = False,
+        *,
+        edit_storage: str = "auto",
+    ) -> None:
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage=edit_storage)
+        if edit_storage == "auto":
+            self.edit_storage = "folded"
+
+    @torch.no_grad()
+    def start_from(self, start: LowRank) -> None:
+        """Start the update as ``s · out @ into`` and take the same out of the frozen weight.
+
+        Args:
+            start: ``(d_out, d_in)`` of any rank, which becomes the linear's.
+
+        Raises:
+            ValueError: the shape is not the weight's.
+            RuntimeError: an edit is folded into the weight already.
+        """
+        self.set_rank(start.rank)
+        self.lora_b.weight.copy_(start.out)
+        self.lora_a.weight.copy_(start.into)
+        # Of the parameters, which may be bfloat16: what is taken out is exactly what the update puts back.
+        self.set_edit(LowRank(self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()))
+
+    def set_edit(self, edit: LowRank) -> None:
+        """Take ``edit`` out of the frozen weight; once folded, its factors, large as the update, wait on the host."""
+        super().set_edit(edit)
+        if self.folded:
+            self.lora_edit_out, self.lora_edit_in = self.lora_edit_out.cpu(), self.lora_edit_in.cpu()
+
+    @torch.no_grad()
+    def set_rank(self, rank: int, edit_rank: int | None = None) -> None:
+        """Make room for an update of another rank, at the same scaling, and for an edit of ``edit_rank``.
+
+        Raises:
+            ValueError: a rank is negative or above ``min(d_in, d_out)``.
+        """
+        if not 0 <= rank <= min(self.in_dim, self.out_dim):
+            raise ValueError(f"rank must be between 0 and {min(self.in_dim, self.out_dim)}; got {rank}.")
+        like = {"device": self.lora_a.weight.device, "dtype": self.lora_a.weight.dtype}
+        if rank != self.rank:
+            self.rank, self.alpha = rank, self.scaling * rank
+            self.lora_a.in_features, self.lora_a.out_features = self.in_dim, rank
+            self.lora_b.in_features, self.lora_b.out_features = rank, self.out_dim
+            self.lora_a.weight = nn.Parameter(torch.zeros(rank, self.in_dim, **like))
+            self.lora_b.weight = nn.Parameter(torch.zeros(self.out_dim, rank, **like))
+            if rank:
+                self.reset_update()
+        if edit_rank is not None:
+            self.lora_edit_out = torch.zeros(self.out_dim, edit_rank, device=like["device"])
+            self.lora_edit_in = torch.zeros(edit_rank, self.in_dim, device=like["device"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled or self.folded or not self.lora_edit_in.shape[0]:
+            return super().forward(x)
+        h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype))  # [..., r]
+        update = F.linear(h, (self.lora_b.weight.float() * self.scaling).to(x.dtype))
+        # The same products in the same order as the update's, so that equal factors cancel to zero.
+        edit = F.linear(F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + (update - edit)
 
 
 class KaSALinear(AdapterLinear):
@@ -233,50 +356,6 @@ class KaSALinear(AdapterLinear):
 
     def _scale(self) -> Tensor:
         return self.scaling * self.lora_diag
-
-
-def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
-    """Names and modules of every adapter linear in the model, in the model's order.
-
-    The names are those of the bare model, without the parts that activation checkpointing puts between.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLinear):
-            yield name.replace("_checkpoint_wrapped_module.", ""), module
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
-    the model.
-    """
-    return {
-        f"{name}.{key}": value
-        for name, linear in adapter_linears(model)
-        for key, value in linear.state_dict().items()
-        if key.startswith("lora_")
-    }
-
-
-@torch.no_grad()
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a saved adapter onto a model that holds the untouched base weights.
-
-    Raises:
-        ValueError: names or shapes differ from the model's adapter; the first differences are listed.
-    """
-    expected = {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    if expected != given:
-        wrong = [
-            f"{name}: model {expected.get(name, 'has none')}, adapter {given.get(name, 'has none')}"
-            for name in sorted(expected.keys() | given.keys())
-            if expected.get(name) != given.get(name)
-        ]
-        raise ValueError(f"The adapter does not fit the model in {len(wrong)} tensors: " + "; ".join(wrong[:3]))
-    for name, linear in adapter_linears(model):
-        for parameter in linear.adapter_params():
-            linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
-        linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))
 
 
 def _check_rank(rank: int, in_dim: int, out_dim: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from kasa_tune.components.linear import adapter_linears
+from kasa_tune.components.adapters import adapter_linears
+
+# Purposes in a budget that are over when training begins.
+BEFORE_TRAINING = ("truncation workspace", "calibration hidden states", "covariances of one block", "CO-SVD workspace")
 
 
 @torch.no_grad()
@@ -63,6 +66,17 @@ def memory_budget(
             default=0,
         ),
     }
+
+
+def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
+    """Lines to print: the trained parameters of a model, a :func:`memory_budget` in MiB, and its sum in training."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total, diagonals = sum(trained.values()), sum(n for name, n in trained.items() if name.endswith("lora_diag"))
+    parts = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if diagonals else ""
+    step = sum(size for purpose, size in budget.items() if purpose not in BEFORE_TRAINING)
+    sizes = [*budget.items(), ("training step", step)]
+    lines = [f"{purpose:>25} {size / 2**20:>12,.1f} MiB" for purpose, size in sizes]
+    return [f"Trainable parameters: {total:,}{parts}", *lines]
 
 
 def truncation_workspace(d_out: int, d_in: int) -> int:
@@ -122,7 +136,7 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
-    _build_rotary_caches(model)
+    build_rotary_caches(model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionAsOnDevice():
         output = model(tokens)
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
@@ -130,7 +144,7 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
     return total
 
 
-def _build_rotary_caches(model: nn.Module) -> None:
+def build_rotary_caches(model: nn.Module) -> None:
     """Llama 3.1's rotary embedding leaves its cache unbuilt on meta and then refuses to run: give it one."""
     for module in model.modules():
         if getattr(module, "is_cache_built", True) is False:

@@ -1,7 +1,8 @@
 """Singular subspaces, each by the cheapest way that is accurate for its shape.
 
 Everything runs in float64: the smallest singular values of a trained weight are 1e-3 to 1e-5 of the largest, and
-squaring them into a float32 Gram matrix would leave no correct digit.
+squaring them into a float32 Gram matrix would leave no correct digit. Those of a weight times a covariance span more
+still; for them nothing is squared at all (`extreme_singular_subspace`).
 
 Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b in a block, p in a basis.
 """
@@ -9,12 +10,16 @@ Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b in a b
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # Below this size, or for more than a sixteenth of all vectors, a full eigendecomposition of G costs less than a search.
 EXACT_BELOW = 640
@@ -28,6 +33,8 @@ MAX_STEPS = 40
 SHIFT_AT = 5
 # Blocks a basis may hold; beyond, its best two are kept and the others dropped.
 MAX_BLOCKS = 12
+# The search for extreme subspaces stops when ‖A v - θ v‖ is below this share of θ for every wanted vector.
+RELATIVE_RESIDUAL = 1e-6
 # σ² below this share of ‖W‖_F² is the rounding of float32 weights: any vectors from there are as good as the others.
 NOISE = 1e-15
 
@@ -93,22 +100,69 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     return Subspace(vectors, values, found.solver, found.residual)
 
 
+def extreme_singular_subspace(matrix: Tensor, k: int, *, largest: bool, solver: str = "auto") -> Subspace:
+    """Left singular vectors of the ``k`` largest, or smallest, singular values, whatever the matrix's condition.
+
+    Args:
+        matrix: ``(n, m)`` with ``n <= m``, float64.
+        k: number of vectors, ``1 <= k <= n``.
+        largest: which end; the most extreme vector comes first.
+        solver: ``auto`` chooses by shape; ``svd`` (all of them) or ``krylov`` (a search, for ``k`` at most
+            ``n / 4 - 8``: for the largest of ``M Mᵀ``, for the smallest of its inverse through the LU factors of M, so
+            that the product is never formed).
+
+    Raises:
+        ValueError: ``n > m``, ``k`` outside what the solver can do, or an unknown solver.
+
+    A search that does not converge is answered by ``svd`` and a line in the log.
+    """
+    n, m = matrix.shape
+    if n > m or not 1 <= k <= n:
+        raise ValueError(f"extreme_singular_subspace needs n <= m and 1 <= k <= n; got a {n} x {m} matrix, k = {k}.")
+    if solver not in ("auto", "svd", "krylov"):
+        raise ValueError(f"Unknown solver {solver!r}: use auto, svd or krylov.")
+    if solver == "krylov" and n < 4 * (k + OVERSAMPLING):
+        raise ValueError(f"krylov needs n >= 4 (k + {OVERSAMPLING}); got n = {n}, k = {k}. Use svd.")
+    if solver == "auto":
+        solver = "svd" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "krylov"
+    if not largest and n < m:  # the small side's triangle has the same left vectors and values, and an LU factor
+        matrix = torch.linalg.qr(matrix.T, mode="r").R.T
+    if solver == "krylov":
+        try:
+            return _krylov(matrix, k, largest=largest)
+        except torch.linalg.LinAlgError as error:
+            log.warning("krylov failed for a %d x %d matrix (%s); taking the whole SVD.", n, m, error)
+    U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
+    if not largest:
+        U, S = U.flip(1), S.flip(0)
+    return Subspace(U[:, :k].contiguous(), S[:k].clone(), "svd", 0.0)
+
+
+def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what: str) -> Result:
+    """``work(*tensors)``; where a CUDA device has no room for it, the same on the CPU, with a line in the log."""
+    try:
+        return work(*tensors)
+    except torch.cuda.OutOfMemoryError:
+        log.warning("No room on the GPU for %s; doing it on the CPU.", what)
+        return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
+
+
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
     """``W Wᵀ`` in float64 of a ``(n, m)`` matrix, converting ``column_chunk`` columns at a time."""
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(column_chunk, dim=1):
-        _add_lower_gram(gram, columns.double())
+        add_lower_gram(gram, columns.double())
     return gram.tril_().add_(gram.tril(-1).T)
 
 
-def _add_lower_gram(gram: Tensor, rows: Tensor) -> None:
+def add_lower_gram(gram: Tensor, rows: Tensor) -> None:
     """Add ``X Xᵀ`` to the lower triangle of ``gram``, in place; leaving most of the upper one out halves the work."""
     half = len(rows) // 2
     if half < 192:
         gram.addmm_(rows, rows.T)
         return
-    _add_lower_gram(gram[:half, :half], rows[:half])
-    _add_lower_gram(gram[half:, half:], rows[half:])
+    add_lower_gram(gram[:half, :half], rows[:half])
+    add_lower_gram(gram[half:, half:], rows[half:])
     gram[half:, :half].addmm_(rows[half:], rows[:half].T)
 
 
@@ -150,6 +204,36 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
         # Twice is enough (Kahan): one pass loses orthogonality where the correction lies almost inside the basis.
         newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(correction, basis)).Q, basis)).Q
     raise torch.linalg.LinAlgError(f"no convergence in {MAX_STEPS} steps, last correction {residual:.1e}")
+
+
+def _krylov(matrix: Tensor, k: int, *, largest: bool) -> Subspace:
+    """Rayleigh-Ritz on the block Krylov space of ``A = M Mᵀ``, or of ``A⁻¹``, whose largest eigenvectors are wanted.
+
+    Raises:
+        torch.linalg.LinAlgError: no convergence.
+    """
+    inverse = None if largest else _SquareInverse(matrix)
+    block = k + OVERSAMPLING
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), block, generator=generator, dtype=torch.float64).to(matrix.device)
+    newest = torch.linalg.qr(start).Q  # [n, b]
+    basis = images = newest[:, :0]  # [n, p]: V and A V
+    for _ in range(MAX_STEPS):
+        image = matrix @ (matrix.T @ newest) if inverse is None else inverse.solve(newest)
+        basis, images = torch.cat((basis, newest), dim=1), torch.cat((images, image), dim=1)
+        projected = basis.T @ images
+        ritz, rotation = (part.flip(-1) for part in torch.linalg.eigh((projected + projected.T) / 2))
+        vectors = basis @ rotation[:, :block]
+        residuals = images @ rotation[:, :block] - vectors * ritz[:block]
+        lengths = torch.linalg.vector_norm(residuals[:, :k], dim=0)
+        residual = (lengths / ritz[:k].clamp_min(1e-14 * ritz[0])).max()
+        if residual < RELATIVE_RESIDUAL:
+            values = ritz[:k].clamp_min(0).sqrt() if largest else ritz[:k].rsqrt()
+            return Subspace(vectors[:, :k], values, "krylov", float(residual))
+        if basis.shape[1] + block > min(len(matrix), MAX_BLOCKS * block):
+            basis, images = basis @ rotation[:, : 2 * block], images @ rotation[:, : 2 * block]
+        newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(residuals, basis)).Q, basis)).Q
+    raise torch.linalg.LinAlgError(f"no convergence in {MAX_STEPS} steps, last residual {residual:.1e}")
 
 
 def _outside(vectors: Tensor, basis: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torchtune import modules, training
 from torchtune.modules.model_fusion import DeepFusionModel, FusionLayer
 
 from kasa_tune.components import models
-from kasa_tune.components.linear import KaSALinear, LoRALinear, adapter_linears, adapter_state_dict
+from kasa_tune.components.adapters import adapter_linears, adapter_state_dict
+from kasa_tune.components.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.models.attach import ATTN_MODULES, attach
 from kasa_tune.components.models.loading import build_on_meta
 from tests.tolerances import MODEL_FP32
@@ -65,6 +67,39 @@ def test_kasa_without_truncation_starts_as_the_base_bit_for_bit_and_trains_nothi
     }
     assert {key for key, parameter in adapted.named_parameters() if parameter.requires_grad} == expected
     assert all(isinstance(linear, KaSALinear) for _, linear in adapter_linears(adapted))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_corda_starts_as_the_base_bit_for_bit_and_trains_nothing_else(name):
+    family = FAMILIES[name]
+    base = randomized(family.base(**family.sizes)).eval()
+    options = {"rank": 4, "alpha": 4.0, "edit_storage": "factored"}
+    adapted = family.corda(ALL_ATTENTION, apply_to_mlp=True, **options, **family.sizes).eval()
+    assert not adapted.load_state_dict(base.state_dict(), strict=False).unexpected_keys
+    for _, linear in adapter_linears(adapted):
+        assert isinstance(linear, CorDALinear)
+        linear.start_from(LowRank(torch.randn(linear.out_dim, 3), torch.randn(3, linear.in_dim)))
+    assert torch.equal(adapted(tokens()), base(tokens()))
+    expected = {
+        f"layers.{layer}.{place}.{leaf}.weight"
+        for layer in range(2)
+        for place in [*(f"attn.{m}" for m in ALL_ATTENTION), "mlp.w1", "mlp.w2", "mlp.w3"]
+        for leaf in ("lora_a", "lora_b")
+    }
+    assert {key for key, parameter in adapted.named_parameters() if parameter.requires_grad} == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dora_starts_as_the_base_and_trains_magnitudes_besides(name):
+    family = FAMILIES[name]
+    base = randomized(family.base(**family.sizes)).eval()
+    adapted = family.lora(["q_proj"], apply_to_mlp=["w2"], rank=4, use_dora=True, **family.sizes).eval()
+    adapted.load_state_dict(base.state_dict(), strict=False)
+    for _, linear in adapter_linears(adapted):
+        linear.initialize()
+    torch.testing.assert_close(adapted(tokens()), base(tokens()), **MODEL_FP32)
+    trained = {key.split(".lora_")[1] for key, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained == {"a.weight", "b.weight", "magnitude"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -203,17 +238,17 @@ def published_builders():
                 yield name, getattr(package, name)
 
 
-def test_every_decoder_of_torchtune_has_its_two_builders():
+def test_every_decoder_of_torchtune_has_its_three_builders():
     names = [name for name, _ in published_builders()]
     assert len(names) > 30
     for name in names:
-        assert {f"kasa_{name}", f"lora_{name}"} <= set(models.__all__)
+        assert {f"kasa_{name}", f"lora_{name}", f"corda_{name}"} <= set(models.__all__)
 
 
 @pytest.mark.parametrize(("name", "base"), list(published_builders()))
 def test_builders_show_all_their_arguments(name, base):
     of_base = inspect.signature(base).parameters
-    for method, linear in (("kasa", KaSALinear), ("lora", LoRALinear)):
+    for method, linear in (("kasa", KaSALinear), ("lora", LoRALinear), ("corda", CorDALinear)):
         build = getattr(models, f"{method}_{name}")
         shown = inspect.signature(build).parameters
         options = {p for p in inspect.signature(linear).parameters if p not in ("in_dim", "out_dim", "use_bias")}
@@ -224,10 +259,11 @@ def test_builders_show_all_their_arguments(name, base):
         assert base.__name__ in build.__doc__
 
 
-def test_kasa_builders_have_kasas_options_and_lora_builders_do_not():
-    only_kasa = {"truncation_rank", "truncation", "diag_init", "edit_storage"}
-    assert only_kasa <= set(inspect.signature(models.kasa_llama3_8b).parameters)
-    assert not only_kasa & set(inspect.signature(models.lora_llama3_8b).parameters)
+def test_builders_have_the_options_of_their_method_and_no_other():
+    options = {"truncation_rank", "truncation", "diag_init", "edit_storage", "use_dora"}
+    expected = {"kasa": options - {"use_dora"}, "lora": {"use_dora"}, "corda": {"edit_storage"}}
+    for method, own in expected.items():
+        assert options & inspect.signature(getattr(models, f"{method}_llama3_8b")).parameters.keys() == own
 
 
 def test_llama3_8b_on_q_and_v_trains_the_published_number_of_parameters():
@@ -238,6 +274,15 @@ def test_llama3_8b_on_q_and_v_trains_the_published_number_of_parameters():
     assert matrices == 3_407_872  # 3.41 M in the paper's table
     assert sum(trained.values()) == matrices + 2 * 32 * 8
     assert sum(size for name, size in trained.items() if name.endswith("lora_diag")) == 512
+
+
+def test_llama2_7b_at_rank_128_trains_as_many_parameters_as_cordas_paper_says():
+    """320 M: in each of 32 layers four linears of 4096 x 4096 and three of 4096 x 11008."""
+    build = partial(models.corda_llama2_7b, ALL_ATTENTION, apply_to_mlp=True, rank=128, alpha=128)
+    model = build_on_meta(build, dtype=torch.bfloat16)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11_008))
+    assert round(trained / 1e6) == 320
 
 
 # --------------------------------------------------------------------------------- other wrappings

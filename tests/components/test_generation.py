@@ -9,8 +9,8 @@ from torch import nn
 from torchtune.models.llama2 import llama2
 from torchtune.training import FullModelHFCheckpointer
 
+from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.generation import complete
-from kasa_tune.components.linear import adapter_linears
 from tests.toy_models import FAMILIES, SIZES, VOCAB, randomized, tokens
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [31, 32], [8, 8, 8, 8], [7, 1], list(range(12))]

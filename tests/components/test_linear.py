@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torchtune.modules import peft
 
-from kasa_tune.components.linear import (
-    AdapterLinear,
-    KaSALinear,
-    LoRALinear,
-    adapter_linears,
-    adapter_state_dict,
-    load_adapter_state_dict,
-)
+from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict
+from kasa_tune.components.linear import AdapterLinear, KaSALinear, LoRALinear
 from kasa_tune.components.low_rank import LowRank
 from tests.tolerances import EDIT_DTYPE, FP64, GRADCHECK, MODEL_FP32, assert_rounding_only
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kasa_tune.components import models
-from kasa_tune.components.linear import adapter_linears
+from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.toy_models import FAMILIES, SIZES, randomized, tokens
 

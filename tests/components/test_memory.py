@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtune import modules, training
 
-from kasa_tune.components.linear import adapter_linears
+from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.loss import return_hidden_states
 from kasa_tune.components.memory import memory_budget, state_bytes, truncation_workspace
 from kasa_tune.components.models.llama3 import kasa_llama3_8b

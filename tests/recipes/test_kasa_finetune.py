@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
 from kasa_tune.components import checkpointing
-from kasa_tune.components.linear import KaSALinear, LoRALinear, adapter_linears
+from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.linear import KaSALinear, LoRALinear
 from kasa_tune.registry import PACKAGE_ROOT
 
 TINY_MODEL = PACKAGE_ROOT / "tiny_world" / "model"

@@ -8,11 +8,13 @@ from typing import get_type_hints
 
 from torch import nn
 
-from kasa_tune.components.linear import AdapterLinear, KaSALinear, LoRALinear
+from kasa_tune.components.linear import AdapterLinear, CorDALinear, KaSALinear, LoRALinear
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_MODULES = ("w1", "w2", "w3")  # torchtune's names of gate, down and up projection
 OUTPUTS = ("output", "decoder.output")  # of a decoder, and of one fused with an encoder
+
+Builder = Callable[..., nn.Module]
 
 
 def attach(
@@ -78,16 +80,17 @@ def _check_names(given: Sequence[str], known: Sequence[str], key: str) -> None:
         raise ValueError(f"{key} must be a list of names out of {', '.join(known)}; got {given!r}.")
 
 
-def builders(base: Callable[..., nn.Module]) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """``kasa_<name>`` and ``lora_<name>`` of a torchtune builder.
+def builders(base: Builder) -> tuple[Builder, Builder, Builder]:
+    """``kasa_<name>``, ``lora_<name>`` and ``corda_<name>`` of a torchtune builder.
 
-    Both take ``attn_modules``, ``apply_to_mlp``, ``apply_to_output`` and the adapter linear's options next to the base
+    All take ``attn_modules``, ``apply_to_mlp``, ``apply_to_output`` and the adapter linear's options next to the base
     builder's own arguments, all visible in their signature.
     """
-    return _builder(base, "kasa", KaSALinear), _builder(base, "lora", LoRALinear)
+    kasa, lora = _builder(base, "kasa", KaSALinear), _builder(base, "lora", LoRALinear)
+    return kasa, lora, _builder(base, "corda", CorDALinear)
 
 
-def _builder(base: Callable[..., nn.Module], method: str, linear: type[AdapterLinear]) -> Callable[..., nn.Module]:
+def _builder(base: Builder, method: str, linear: type[AdapterLinear]) -> Builder:
     base_names = set(inspect.signature(base).parameters)
 
     def build(attn_modules: Sequence[str], apply_to_mlp=False, apply_to_output: bool = False, **options) -> nn.Module:
@@ -103,7 +106,7 @@ def _builder(base: Callable[..., nn.Module], method: str, linear: type[AdapterLi
     return build
 
 
-def _signature(base: Callable[..., nn.Module], linear: type[AdapterLinear]) -> inspect.Signature:
+def _signature(base: Builder, linear: type[AdapterLinear]) -> inspect.Signature:
     """What a builder takes: where to adapt, the linear's options, the base builder's arguments."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     types = get_type_hints(linear.__init__)

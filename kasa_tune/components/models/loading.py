@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.linear import adapter_linears
+from kasa_tune.components.adapters import adapter_linears
 
 
 def read_base_weights(checkpointer: Any) -> dict[str, Tensor]:

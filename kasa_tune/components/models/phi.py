@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 with KaSA or LoRA linears; see :func:`~kasa_tune.components.models.attach.builders`."""
+"""Phi-3 and Phi-4 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.models.attach.builders`."""
 
 from torchtune.models.phi3 import phi3, phi3_mini
 from torchtune.modules import TransformerDecoder
@@ -21,6 +21,6 @@ def phi4_14b() -> TransformerDecoder:
     )
 
 
-kasa_phi3, lora_phi3 = builders(phi3)
-kasa_phi3_mini, lora_phi3_mini = builders(phi3_mini)
-kasa_phi4_14b, lora_phi4_14b = builders(phi4_14b)
+kasa_phi3, lora_phi3, corda_phi3 = builders(phi3)
+kasa_phi3_mini, lora_phi3_mini, corda_phi3_mini = builders(phi3_mini)
+kasa_phi4_14b, lora_phi4_14b, corda_phi4_14b = builders(phi4_14b)

@@ -1,0 +1,74 @@
+"""The adapters of a whole model: which of its linears have one, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kasa_tune.components.linear import AdapterLinear, CorDALinear
+from kasa_tune.components.low_rank import LowRank
+
+
+def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
+    """Names and modules of every adapter linear in the model, in the model's order.
+
+    The names are those of the bare model, without the parts that activation checkpointing puts between.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            yield name.replace("_checkpoint_wrapped_module.", ""), module
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
+    the model.
+    """
+    return {
+        f"{name}.{key}": value
+        for name, linear in adapter_linears(model)
+        for key, value in linear.state_dict().items()
+        if key.startswith("lora_")
+    }
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a saved adapter onto a model that holds the untouched base weights.
+
+    Linears whose ranks are found by data (:class:`CorDALinear`) take the saved ones.
+
+    Raises:
+        ValueError: names or shapes differ from the model's adapter; the first differences are listed.
+    """
+    for name, linear in adapter_linears(model):
+        saved = [state.get(f"{name}.{key}") for key in ("lora_a.weight", "lora_edit_in")]
+        if isinstance(linear, CorDALinear) and all(factor is not None for factor in saved):
+            linear.set_rank(*(len(factor) for factor in saved))
+    expected = {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != given:
+        wrong = [
+            f"{name}: model {expected.get(name, 'has none')}, adapter {given.get(name, 'has none')}"
+            for name in sorted(expected.keys() | given.keys())
+            if expected.get(name) != given.get(name)
+        ]
+        raise ValueError(f"The adapter does not fit the model in {len(wrong)} tensors: " + "; ".join(wrong[:3]))
+    for name, linear in adapter_linears(model):
+        for parameter in linear.adapter_params():
+            linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
+        linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer in which every B learns ``ratio`` times as fast as the rest (LoRA+, arXiv
+    2402.12354, with its λ as ``ratio``). One group for a ratio of 1.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if ratio == 1:
+        return [{"params": list(trained.values())}]
+    fast = [parameter for name, parameter in trained.items() if name.endswith("lora_b.weight")]
+    rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_b.weight")]
+    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]

@@ -1,0 +1,191 @@
+"""Decompositions on disk: found once, read by every later run on the same weights and the same calibration.
+
+A folder holds ``spectra`` (of every layer, from which any mode and budget can be allocated) and one file of components
+for each mode, from which any smaller rank can be cut. Each file carries the key it was made under.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kasa_tune.components.allocation import LayerSpectrum
+from kasa_tune.components.decomposition import Component
+from kasa_tune.components.files import sync_folder, write_synced
+
+FORMAT_VERSION = 1
+
+
+# Of the adapter and calibration sections, what a decomposition depends on.
+OPTIONS = ("method", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
+           "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim")  # fmt: skip
+
+
+class CacheError(ValueError):
+    """A cached decomposition is damaged or belongs to another run."""
+
+
+class DecompositionCache:
+    """Spectra and components of one model under one key.
+
+    Args:
+        folder: made when something is written.
+        base: fingerprint of the base weights.
+        data: digest of the calibration rows; None without.
+        layers: names of the adapted linears.
+        options: of the adapter and calibration sections; those of OPTIONS count.
+        dtype: that the base computes in.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        base: str,
+        data: str | None,
+        layers: Iterable[str],
+        options: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        names = hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]
+        self.folder = folder
+        self.key = {"base weights": base, "calibration data": data, "adapted layers": names, "dtype": str(dtype)}
+        self.key |= {name: options[name] for name in OPTIONS if data is not None or name == "method"}
+
+    def spectra(self) -> dict[str, LayerSpectrum] | None:
+        """The stored spectra, or None where there are none.
+
+        Raises:
+            CacheError: the file is damaged or of another key; the message says what differs.
+        """
+        read = self._read("spectra")
+        if read is None:
+            return None
+        tensors, about = read
+        return {
+            name: LayerSpectrum(tensors[name], layer["log_compactness"], layer["round"], tuple(layer["scores"]))
+            for name, layer in about.items()
+        }
+
+    def save_spectra(self, spectra: Mapping[str, LayerSpectrum]) -> None:
+        """Store the spectra of all layers."""
+        about = {
+            name: {"log_compactness": s.log_compactness, "round": s.round, "scores": s.scores}
+            for name, s in spectra.items()
+        }
+        self._write("spectra", {name: s.singular_values for name, s in spectra.items()}, about)
+
+    def components(self, mode: str, ranks: Mapping[str, int]) -> dict[str, Component] | None:
+        """The stored components, cut to ``ranks``; None where there are none or they are of smaller ranks.
+
+        Raises:
+            CacheError: the file is damaged or of another key; the message says what differs.
+        """
+        read = self._read(mode)
+        if read is None:
+            return None
+        tensors, about = read
+        if any(about[name]["rank"] < rank for name, rank in ranks.items()):
+            return None
+        parts = ("vectors", "singular_values", "projection")
+        return {
+            name: Component(*(tensors[f"{name}.{part}"] for part in parts), about[name]["solver"]).first(rank)
+            for name, rank in ranks.items()
+        }
+
+    def save_components(self, mode: str, components: Mapping[str, Component]) -> None:
+        """Store the components of all layers."""
+        tensors, about = {}, {}
+        for name, component in components.items():
+            about[name] = {"rank": len(component.singular_values), "solver": component.solver}
+            for part in ("vectors", "singular_values", "projection"):
+                tensors[f"{name}.{part}"] = getattr(component, part)
+        self._write(mode, tensors, about)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """All or nothing: another run may read the folder, and this one may be killed."""
+        content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        metadata = {"version": FORMAT_VERSION, "key": self.key, "layers": about, "sha256": _digest(content)}
+        temporary = self._path(f".{name}.{os.getpid()}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            write_synced(temporary, save(content, metadata={"decomposition": json.dumps(metadata)}))
+            temporary.replace(self._path(name))
+            sync_folder(self.folder)
+        except OSError as error:
+            raise OSError(error.errno, f"Could not write the decomposition to {self._path(name)} ({error}).") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {})["decomposition"])
+                self._check_key(path, metadata)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise CacheError(
+                f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
+            ) from error
+        if _digest(tensors) != metadata["sha256"]:
+            raise CacheError(f"{path} is damaged: its content is not what was written. Delete it.")
+        return tensors, metadata["layers"]
+
+    def _check_key(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        stored = metadata["key"] if metadata["version"] == FORMAT_VERSION else {}
+        wrong = [
+            f"{part}: stored {stored.get(part, 'none')}, now {self.key.get(part, 'none')}"
+            for part in sorted(stored.keys() | self.key.keys())
+            if stored.get(part) != self.key.get(part)
+        ]
+        if wrong:
+            raise CacheError(
+                f"{path} was found under other conditions and is not used. Different: {'; '.join(wrong)}. Set "
+                "another calibration.cache_dir, or delete it."
+            )
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy() if tensors[name].numel() else b"")
+    return digest.hexdigest()
+
+
+def write_decomposition(
+    path: Path, components: Mapping[str, Component], spectra: Mapping[str, LayerSpectrum] | None, *, mode: str
+) -> None:
+    """What was chosen, as JSON for people and plots.
+
+    Per layer ``rank``, ``solver``, ``singular_values`` (of the adapted components; where spectra were taken, of all)
+    and, for CorDA++, ``round``, ``scores`` of all rounds and ``log_compactness``.
+    """
+    layers = {}
+    for name, component in components.items():
+        values = component.singular_values
+        layers[name] = {"rank": len(values), "solver": component.solver}
+        if spectra:
+            found = spectra[name]
+            values = found.singular_values
+            layers[name] |= {"round": found.round, "scores": found.scores, "log_compactness": found.log_compactness}
+        layers[name]["singular_values"] = values.tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_synced(temporary, json.dumps({"mode": mode, "layers": layers}, indent=1).encode())
+    temporary.replace(path)

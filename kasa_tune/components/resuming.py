@@ -1,0 +1,71 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtune import utils
+
+from kasa_tune.components.checkpointing import find_checkpoint, latest_checkpoint, list_checkpoints, load_part
+
+log = utils.get_logger("INFO")
+
+# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, how long it
+# is, and where its inputs lie. That weights and data are the same is checked on what they hold.
+RESUMABLE_KEYS = {
+    "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
+    "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
+    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
+    "checkpointer", "tokenizer", "dataset", "dry_run", "calibration.dataset", "calibration.batch_size",
+    "calibration.offload", "calibration.cache_dir",
+}  # fmt: skip
+
+
+def resume_point(
+    folder: Path, choice: bool | str, config: Mapping[str, Any], *, may_change: Collection[str] = RESUMABLE_KEYS
+) -> Path | None:
+    """The checkpoint to go on from, or None to start from the beginning.
+
+    Args:
+        folder: of the run's own checkpoints.
+        choice: True for the newest good one in ``folder``, if any; False for none; or the path of one or of a run.
+        config: the run's, as plain containers.
+        may_change: keys, dotted inside a section, whose value may differ from that of the saved run.
+
+    Raises:
+        ValueError: the run would overwrite another one's checkpoints, or goes on with other settings.
+    """
+    if choice is True:
+        path, passed_over = latest_checkpoint(folder)
+        for reason in passed_over:
+            log.warning(reason)
+    else:
+        path = find_checkpoint(Path(choice)) if choice else None
+        own = path is not None and path.parent.resolve() == folder.resolve()
+        if ahead := [other for other in list_checkpoints(folder) if not (own and other.name <= path.name)]:
+            raise ValueError(
+                f"{folder} already holds checkpoints, the newest {ahead[-1].name}. Set resume_from_checkpoint=True to "
+                "go on from it, choose another output_dir, or delete them."
+            )
+    if path is not None:
+        saved = load_part(path, "run")["config"]
+        if changed := list(_changed(saved, config, may_change)):
+            raise ValueError(
+                f"{path} was saved by a run with other settings; going on would be neither run. Different: "
+                + "; ".join(changed)
+            )
+    log.info(f"Resuming from {path}." if path else "Starting from the beginning.")
+    return path
+
+
+def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> Iterator[str]:
+    """``key: saved value, value now`` of what differs and may not."""
+    for key in sorted(saved.keys() - set(may_change)):
+        inside = {name.removeprefix(f"{key}.") for name in may_change if name.startswith(f"{key}.")}
+        before, after = saved[key], now.get(key)
+        if inside and isinstance(before, Mapping) and isinstance(after, Mapping):
+            before, after = ({k: v for k, v in tree.items() if k not in inside} for tree in (before, after))
+        if before != after:
+            yield f"{key}: saved {before}, now {after}"
