@@ -67,11 +67,7 @@ def rank_bounds(cfg: dict[str, Any]) -> Iterator[Problem]:
     least, most = node.get("min_rank"), node.get("max_rank")
     if least is not None and most is not None and least > most:
         yield Problem("adapter.min_rank", f"got {least}, which is more than max_rank {most}")
-    elif node.get("dynamic_ranks") and "rank" not in cfg.get("model", {"rank": None}):
-        yield Problem(
-            "model.rank", "missing; adapter.dynamic_ranks=True shares its parameters out to the layers, set it"
-        )
-    elif node.get("dynamic_ranks"):
+    elif node.get("dynamic_ranks") and rank is not None:
         budget = f"but the layers share the budget of model.rank {rank}"
         if least is not None and least > rank:
             yield Problem("adapter.min_rank", f"got {least}, {budget}; set at most {rank}")

@@ -16,6 +16,7 @@ The algorithm (CorDA, arXiv 2406.05223, and CorDA++, arXiv 2506.13187):
                                    (A, B)  <-  AdamW on the cross-entropy
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,34 +35,17 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters import (
-    adapter_linears,
-    adapter_state_dict,
-    load_adapter_state_dict,
-    lora_plus_groups,
-)
+from kasa_tune.components import checkpointing
+from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict, lora_plus_groups
 from kasa_tune.components.allocation import POOLED, LayerSpectrum, allocate_ranks, better, layer_spectra
 from kasa_tune.components.calibration import calibration_bytes, damped_covariances, shared_inputs
 from kasa_tune.components.calibration_data import batched, draw_rounds, rows_digest
-from kasa_tune.components.checkpointing import (
-    StopSignals,
-    check_belongs,
-    check_saveable,
-    list_checkpoints,
-    load_part,
-    rng_state,
-    run_lock,
-    save_checkpoint,
-    set_rng_state,
-    weights_fingerprint,
-)
 from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
 from kasa_tune.components.decomposition import Component, co_svd, split_component
-from kasa_tune.components.decomposition_cache import DecompositionCache, write_decomposition
+from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
 from kasa_tune.components.fingerprint import data_fingerprint
-from kasa_tune.components.linear import CorDALinear
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import budget_report, memory_budget, stepped_optimizer
+from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 from kasa_tune.components.resuming import resume_point
 
@@ -83,25 +67,23 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
         training.set_seed(cfg.seed)
 
-    # ------------------------------------------------------------------------------------------------------------ setup
-
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
         self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        self._resumed = load_part(self._resume_path, "run") if self._resume_path else {}
+        self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
-        self._groups = shared_inputs(self._model)
+        self._linears, self._groups = dict(adapter_linears(self._model)), shared_inputs(self._model)
         return_hidden_states(self._model)
         if cfg.enable_activation_checkpointing:
             training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
             raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
-        largest = max((p for p in self._model.parameters() if p.requires_grad), key=torch.numel)
-        check_saveable(stepped_optimizer(partial(config.instantiate, cfg.optimizer), largest).state_dict())
+        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
+        self._rounds, self._calibration_digest = [], None
         if cfg.adapter.method == "corda" and not self._resume_path:
             self._setup_calibration(cfg)
         if cfg.dry_run:
@@ -111,9 +93,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
-        self._optimizer = config.instantiate(
-            cfg.optimizer, lora_plus_groups(self._model, cfg.optimizer.lr, cfg.adapter.lr_ratio)
-        )
+        groups = lora_plus_groups(self._model, cfg.optimizer.lr, cfg.adapter.lr_ratio)
+        self._optimizer = config.instantiate(cfg.optimizer, groups)
         steps = {"num_training_steps": self._total_steps}
         self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, **steps)
         if self._resume_path:
@@ -121,7 +102,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._logger = config.instantiate(cfg.metric_logger)
         log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
 
-    # --- shared: data
+    # --- shared: data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
@@ -144,87 +125,82 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
         self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
 
+    def _restore(self) -> None:
+        """Optimizer, schedule, place in the data and random state of the resume point."""
+        state = self._resumed
+        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
+        if self._lr_scheduler:
+            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if state["total_steps"] != self._total_steps:
+                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+        checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
+
     # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._base_fingerprint = weights_fingerprint(base)
+        self._base_fingerprint = checkpointing.weights_fingerprint(base)
         if self._resume_path:
-            check_belongs(
-                self._resume_path, base_fingerprint=self._base_fingerprint, model=self._resumed["config"]["model"]
-            )
+            known = {"base_fingerprint": self._base_fingerprint, "model": self._resumed["config"]["model"]}
+            checkpointing.check_belongs(self._resume_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._resume_path:
-            return load_adapter_state_dict(self._model, load_part(self._resume_path, "adapter"))
+            return load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
         self._start_adapters(cfg)
-
-    # ---------------------------------------------------------------------------------------- calibrate and decompose
 
     def _setup_calibration(self, cfg: DictConfig) -> None:
         """The rows to calibrate on, in rounds of batches."""
-        options, pad_id = cfg.calibration, getattr(self._tokenizer, "pad_id", None)
-        dataset = build_dataset(options.dataset, self._tokenizer, name="calibration.dataset")
+        dataset = build_dataset(cfg.calibration.dataset, self._tokenizer, name="calibration.dataset")
         check_token_ids(dataset, self._vocab_size)
         names = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
-        rounds = draw_rounds(dataset, **{name: options[name] for name in names}, longest=self._model.max_seq_len)
+        options = {name: cfg.calibration[name] for name in names}
+        rounds = draw_rounds(dataset, longest=self._model.max_seq_len, **options)
         self._calibration_digest = rows_digest(rounds)
-        shape = {"batch_size": options.batch_size, "pad_id": max(0, pad_id or 0), "dense_mask": self._dense_mask}
-        self._rounds = [batched(rows, device=self._device, **shape) for rows in rounds]
+        shape = {"batch_size": cfg.calibration.batch_size, "dense_mask": self._dense_mask}
+        self._rounds = [batched(rows, tokenizer=self._tokenizer, device=self._device, **shape) for rows in rounds]
 
     def _start_adapters(self, cfg: DictConfig) -> None:
         """Every adapter's start: LoRA's zero update, or a part of its weight found by the (context-oriented) SVD."""
-        started, linears = time.perf_counter(), dict(adapter_linears(self._model))
+        started = time.perf_counter()
         if cfg.adapter.method == "lora":
-            for linear in linears.values():
+            for linear in self._linears.values():
                 linear.initialize()
             return
         mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
-        cache = DecompositionCache(
-            Path(cfg.calibration.cache_dir),
-            base=self._base_fingerprint,
-            data=self._calibration_digest,
-            layers=linears,
-            options={**cfg.adapter, **cfg.calibration},
-            dtype=self._dtype,
-        )
-        spectra, ranks = None, {name: linear.rank for name, linear in linears.items()}
+        options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype}
+        conditions = decomposition_key(self._base_fingerprint, self._linears, self._calibration_digest, options)
+        cache = DecompositionCache(Path(cfg.calibration.cache_dir), conditions)
+        spectra, ranks = {}, {name: linear.rank for name, linear in self._linears.items()}
         if cfg.calibration.rounds > 1 or cfg.adapter.dynamic_ranks:
-            spectra = cache.spectra()
-            if spectra is None:
-                spectra = self._select_covariances(cfg, linears)
-                cache.save_spectra(spectra)
+            spectra = cache.spectra(otherwise=partial(self._select_covariances, cfg))
         if cfg.adapter.dynamic_ranks:
-            sizes = {name: linear.in_dim + linear.out_dim for name, linear in linears.items()}
+            sizes = {name: linear.in_dim + linear.out_dim for name, linear in self._linears.items()}
             bounds = {"min_rank": cfg.adapter.min_rank, "max_rank": cfg.adapter.max_rank}
             ranks = allocate_ranks(spectra, sizes, rank=cfg.model.rank, mode=mode, **bounds)
-        components = cache.components(mode, ranks)
-        if components is None:
-            components = self._decompose(cfg, linears, ranks, mode, spectra)
-            cache.save_components(mode, components)
-        for name, linear in linears.items():
+        components = cache.components(mode, ranks, otherwise=partial(self._decompose, cfg, mode, ranks, spectra))
+        for name, linear in self._linears.items():
             linear.start_from(split_component(components[name].to(self._device), linear.scaling, cfg.adapter.split))
         write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode)
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
-    def _select_covariances(self, cfg: DictConfig, linears: dict[str, CorDALinear]) -> dict[str, LayerSpectrum]:
+    def _select_covariances(self, cfg: DictConfig) -> dict[str, LayerSpectrum]:
         """CorDA++: of every layer the spectrum in the round that makes it most compact."""
         limit = cfg.calibration.max_selection_dim or sys.maxsize  # wider layers take all rounds together
         best: dict[str, LayerSpectrum] = {}
 
         def wanted(name: str, round: int) -> bool:
-            return (round == POOLED) == (linears[name].in_dim > limit)
+            return (round == POOLED) == (self._linears[name].in_dim > limit)
 
         for layers, round, covariance in self._covariances(cfg, wanted, "Selecting covariances"):
-            weights = {name: linears[name].weight for name in layers}
+            weights = {name: self._linears[name].weight for name in layers}
             for name, newest in layer_spectra(weights, covariance, round, cfg.adapter.covariance_power).items():
                 best[name] = better(best.get(name), newest)
         return best
 
-    def _decompose(
-        self, cfg: DictConfig, linears: dict, ranks: dict[str, int], mode: str, spectra: dict | None
-    ) -> dict[str, Component]:
+    def _decompose(self, cfg: DictConfig, mode: str, ranks: dict, spectra: dict) -> dict[str, Component]:
         """The CO-SVD of every layer's weight, under the covariance of its chosen round."""
         power, components = cfg.adapter.covariance_power, {}
 
@@ -233,66 +209,48 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
         for layers, _, covariance in self._covariances(cfg, wanted, "Decomposing"):
             for name in layers:
-                components[name] = co_svd(linears[name].weight, covariance, ranks[name], mode, covariance_power=power)
+                weight = self._linears[name].weight
+                components[name] = co_svd(weight, covariance, ranks[name], mode, covariance_power=power)
         return components
 
     def _covariances(self, cfg: DictConfig, wanted: Callable[[str, int], bool], title: str) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance; None of PiSSA and MiLoRA, which need none."""
         if cfg.adapter.method != "corda":
-            return (([name], 0, None) for name, _ in tqdm(list(adapter_linears(self._model)), title, unit="layer"))
-        return damped_covariances(
-            self._model,
-            self._groups,
-            self._rounds,
-            wanted=wanted,
-            **{name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")},
-            dtype=training.get_dtype(cfg.calibration.accumulate),
-            offload=cfg.calibration.offload,
-            progress=partial(tqdm, desc=title, unit="batch", dynamic_ncols=True),
-        )
-
-    # --- shared: restore
-    def _restore(self) -> None:
-        """Optimizer, schedule, place in the data and random state of the resume point."""
-        state = self._resumed
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
-        self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
-        if self._lr_scheduler:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
-        set_rng_state(load_part(self._resume_path, "rng"))
-
-    # --- end
+            return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
+        options = {name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")}
+        options |= {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
+        progress = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)
+        runs = self._model, self._groups, self._rounds
+        return damped_covariances(*runs, wanted=wanted, progress=progress, **options)
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        budget = memory_budget(
-            self._model,
-            partial(config.instantiate, cfg.optimizer),
-            batch_size=cfg.batch_size,
-            seq_len=self._tokenizer.max_seq_len or self._model.max_seq_len,
-            vocab_size=self._vocab_size,
-            loss_chunk=self._loss_fn.chunk_size,
-            adapter_dtype=self._adapter_dtype,
-        )
+        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
+        make = partial(config.instantiate, cfg.optimizer)
+        budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
         if cfg.adapter.method == "corda":
             dtype = training.get_dtype(cfg.calibration.accumulate)
             budget |= calibration_bytes(self._model, self._groups, self._rounds, dtype)
         print(*budget_report(self._model, budget), sep="\n")
 
-    # ------------------------------------------------------------------------------------------------------------ train
+    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
+        """One optimizer step on the mean loss per labelled token of all batches of the window.
 
-    # --- shared: train
+        Raises:
+            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
+        """
+        task_loss, num_tokens = self._accumulate(window)
+        return self._apply(cfg, {"loss": task_loss}) | {"num_tokens": num_tokens}
+
+    # --- shared: training loop
     def train(self, cfg: DictConfig) -> int:
         """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = training.DummyProfiler()
-        if cfg.profiler.enabled:
-            profiler, _ = config.instantiate(cfg.profiler)
+        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with run_lock(self._checkpoints), profiler, StopSignals() as self._stop:
+        with checkpointing.run_lock(self._checkpoints), profiler, checkpointing.StopSignals() as self._stop:
             self._open_log(cfg)
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
@@ -313,7 +271,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._stop.received is not None and self.step < self._total_steps:
             log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
             return 128 + self._stop.received
-        log.info(f"Finished. Adapter: {list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -342,18 +300,6 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self.batches_done += len(window)
             yield window
 
-    # --- end
-
-    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step on the mean loss per labelled token of all batches of the window.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
-        """
-        task_loss, num_tokens = self._accumulate(window)
-        return self._apply(cfg, {"loss": task_loss}) | {"num_tokens": num_tokens}
-
-    # --- shared: step
     def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
         num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
@@ -369,11 +315,11 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
         values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
-        if not all(map(_is_finite, values)):
+        if not all(map(math.isfinite, values)):
+            newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. The weights are still those of "
-                f"step {self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. "
-                "Lower optimizer.lr, set clip_grad_norm, or look at the data."
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
+                f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
         lr = self._optimizer.param_groups[0]["lr"]
         self._optimizer.step()
@@ -418,37 +364,21 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._model.train()
         return total.item() / num_tokens
 
-    # ------------------------------------------------------------------------------------------------------------- save
-
     def save_checkpoint(self, cfg: DictConfig) -> None:
         """The adapter, and all that going on bit for bit takes."""
-        run = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "total_steps": self._total_steps,
-            "data": self._data_fingerprint,
-            "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None,
-            "base": self._base_fingerprint,
-            "config": OmegaConf.to_container(cfg, resolve=True),
-        }
-        parts = {
-            "adapter": adapter_state_dict(self._model),
-            "optimizer": self._optimizer.state_dict(),
-            "rng": rng_state(),
-            "run": run,
-        }
-        save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
+        run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
+        run |= {"total_steps": self._total_steps, "data": self._data_fingerprint, "base": self._base_fingerprint}
+        run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
+        run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
+        parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}
+        parts |= {"rng": checkpointing.rng_state(), "run": run}
+        checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
 
     def cleanup(self) -> None:
         """Close the metric logger."""
         self._logger.close()
 
     # --- end
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
 
 
 @config.parse(config.CORDA)

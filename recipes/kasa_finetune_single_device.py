@@ -12,6 +12,7 @@ The algorithm (KaSA, arXiv 2412.06071):
                                    (A, B, d)  <-  AdamW
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -30,23 +31,12 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
+from kasa_tune.components import checkpointing
 from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict
-from kasa_tune.components.checkpointing import (
-    StopSignals,
-    check_belongs,
-    check_saveable,
-    list_checkpoints,
-    load_part,
-    rng_state,
-    run_lock,
-    save_checkpoint,
-    set_rng_state,
-    weights_fingerprint,
-)
 from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
 from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import budget_report, memory_budget, stepped_optimizer
+from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
 from kasa_tune.components.resuming import resume_point
@@ -69,13 +59,11 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
         training.set_seed(cfg.seed)
 
-    # ------------------------------------------------------------------------------------------------------------ setup
-
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
         self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        self._resumed = load_part(self._resume_path, "run") if self._resume_path else {}
+        self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         return_hidden_states(self._model)
@@ -84,8 +72,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
             raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
-        largest = max((p for p in self._model.parameters() if p.requires_grad), key=torch.numel)
-        check_saveable(stepped_optimizer(partial(config.instantiate, cfg.optimizer), largest).state_dict())
+        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
@@ -103,7 +90,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._logger = config.instantiate(cfg.metric_logger)
         log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
 
-    # --- shared: data
+    # --- shared: data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
@@ -126,20 +113,30 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
         self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
 
+    def _restore(self) -> None:
+        """Optimizer, schedule, place in the data and random state of the resume point."""
+        state = self._resumed
+        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
+        if self._lr_scheduler:
+            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if state["total_steps"] != self._total_steps:
+                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+        checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
+
     # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._base_fingerprint = weights_fingerprint(base)
+        self._base_fingerprint = checkpointing.weights_fingerprint(base)
         if self._resume_path:
-            check_belongs(
-                self._resume_path, base_fingerprint=self._base_fingerprint, model=self._resumed["config"]["model"]
-            )
+            known = {"base_fingerprint": self._base_fingerprint, "model": self._resumed["config"]["model"]}
+            checkpointing.check_belongs(self._resume_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._resume_path:
-            return load_adapter_state_dict(self._model, load_part(self._resume_path, "adapter"))
+            return load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
         started = time.perf_counter()
         for name, linear in tqdm(list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"):
             try:
@@ -148,45 +145,36 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 raise ValueError(f"{name}: {error}") from error
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
-    # --- shared: restore
-    def _restore(self) -> None:
-        """Optimizer, schedule, place in the data and random state of the resume point."""
-        state = self._resumed
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
-        self._optimizer.load_state_dict(load_part(self._resume_path, "optimizer"))
-        if self._lr_scheduler:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
-        set_rng_state(load_part(self._resume_path, "rng"))
-
-    # --- end
-
     def _print_budget(self, cfg: DictConfig) -> None:
-        budget = memory_budget(
-            self._model,
-            partial(config.instantiate, cfg.optimizer),
-            batch_size=cfg.batch_size,
-            seq_len=self._tokenizer.max_seq_len or self._model.max_seq_len,
-            vocab_size=self._vocab_size,
-            loss_chunk=self._loss_fn.chunk_size,
-            adapter_dtype=self._adapter_dtype,
-        )
+        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
+        make = partial(config.instantiate, cfg.optimizer)
+        budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
         print(*budget_report(self._model, budget), sep="\n")
 
-    # ------------------------------------------------------------------------------------------------------------ train
+    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
+        """One optimizer step on the mean loss per labelled token of all batches of the window, plus the regularizers.
 
-    # --- shared: train
+        Raises:
+            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
+        """
+        task_loss, num_tokens = self._accumulate(window)
+        l2, l3 = kasa_regularization(
+            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
+        )
+        if l2.requires_grad:
+            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
+        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {"num_tokens": num_tokens}
+
+    # --- shared: training loop
     def train(self, cfg: DictConfig) -> int:
         """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = training.DummyProfiler()
-        if cfg.profiler.enabled:
-            profiler, _ = config.instantiate(cfg.profiler)
+        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with run_lock(self._checkpoints), profiler, StopSignals() as self._stop:
+        with checkpointing.run_lock(self._checkpoints), profiler, checkpointing.StopSignals() as self._stop:
             self._open_log(cfg)
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
@@ -207,7 +195,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._stop.received is not None and self.step < self._total_steps:
             log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
             return 128 + self._stop.received
-        log.info(f"Finished. Adapter: {list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -236,23 +224,6 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self.batches_done += len(window)
             yield window
 
-    # --- end
-
-    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step on the mean loss per labelled token of all batches of the window, plus the regularizers.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
-        """
-        task_loss, num_tokens = self._accumulate(window)
-        l2, l3 = kasa_regularization(
-            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
-        )
-        if l2.requires_grad:
-            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
-        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {"num_tokens": num_tokens}
-
-    # --- shared: step
     def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
         num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
@@ -268,11 +239,11 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
         values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
-        if not all(map(_is_finite, values)):
+        if not all(map(math.isfinite, values)):
+            newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. The weights are still those of "
-                f"step {self.step}; last checkpoint: {(list_checkpoints(self._checkpoints) or ['none'])[-1]}. "
-                "Lower optimizer.lr, set clip_grad_norm, or look at the data."
+                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
+                f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
         lr = self._optimizer.param_groups[0]["lr"]
         self._optimizer.step()
@@ -317,37 +288,21 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._model.train()
         return total.item() / num_tokens
 
-    # ------------------------------------------------------------------------------------------------------------- save
-
     def save_checkpoint(self, cfg: DictConfig) -> None:
         """The adapter, and all that going on bit for bit takes."""
-        run = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "total_steps": self._total_steps,
-            "data": self._data_fingerprint,
-            "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None,
-            "base": self._base_fingerprint,
-            "config": OmegaConf.to_container(cfg, resolve=True),
-        }
-        parts = {
-            "adapter": adapter_state_dict(self._model),
-            "optimizer": self._optimizer.state_dict(),
-            "rng": rng_state(),
-            "run": run,
-        }
-        save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
+        run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
+        run |= {"total_steps": self._total_steps, "data": self._data_fingerprint, "base": self._base_fingerprint}
+        run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
+        run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
+        parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}
+        parts |= {"rng": checkpointing.rng_state(), "run": run}
+        checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
 
     def cleanup(self) -> None:
         """Close the metric logger."""
         self._logger.close()
 
     # --- end
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
 
 
 @config.parse(config.FINETUNE)

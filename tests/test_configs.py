@@ -549,40 +549,45 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
     return make
 
 
-def check_run(folder, expected_adapters):
-    """Two finite lines, a verified checkpoint, and in it the adapters expected, with B moved away from zero."""
+def check_run(folder, cfg):
+    """Two finite lines, a verified checkpoint, and in it the adapters expected, with B moved from where it started."""
+    of_kasa, of_corda = "beta" in cfg.adapter, ".corda_" in cfg.model._component_
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"]]
     assert [line["step"] for line in lines] == [1, 2]
-    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", "l2", "l3", "grad_norm"))
+    keys = ("loss", "grad_norm", *(("l2", "l3") if of_kasa else ()))
+    assert all(math.isfinite(line[key]) for line in lines for key in keys)
     (checkpoint,) = list_checkpoints(folder / "checkpoints")
     assert verify_checkpoint(checkpoint)
     adapter = load_part(checkpoint, "adapter")
-    assert {key for key in adapter if ".lora_edit_" not in key} == expected_adapters
-    moved = [key for key, value in adapter.items() if key.endswith("lora_b.weight") and value.abs().sum() > 0]
-    assert len(moved) == sum(key.endswith("lora_b.weight") for key in expected_adapters)
+    expected = adapter_names(cfg.model)
+    assert {key for key in adapter if ".lora_edit_" not in key} == expected
+    for key in (key for key in expected if key.endswith("lora_b.weight")):
+        edit = adapter[key.replace("lora_b.weight", "lora_edit_out")]
+        start = edit / (cfg.model.alpha / cfg.model.rank) if of_corda else torch.zeros(())
+        assert not torch.equal(adapter[key], start.expand_as(adapter[key])), key
+        assert not of_corda or edit.abs().sum() > 0, key
 
 
-def adapter_names(model, num_layers):
+def adapter_names(model):
     """Names of the trained tensors, from what the config's model section says."""
     mlp = model["apply_to_mlp"]
     places = [f"attn.{leaf}" for leaf in model["attn_modules"]]
     places += [f"mlp.{leaf}" for leaf in (["w1", "w2", "w3"] if mlp is True else mlp or [])]
-    parts = ["lora_a.weight", "lora_b.weight", *(["lora_diag"] if ".kasa_" in model["_component_"] else [])]
-    return {f"layers.{i}.{place}.{part}" for i in range(num_layers) for place in places for part in parts}
+    parts = ["lora_a.weight", "lora_b.weight"]
+    parts += ["lora_diag"] * (".kasa_" in model["_component_"]) + ["lora_magnitude"] * model.get("use_dora", False)
+    return {f"layers.{i}.{place}.{part}" for i in range(model["num_layers"]) for place in places for part in parts}
 
 
-def train(module, cfg):
-    recipe = module.KaSAFinetuneRecipeSingleDevice(cfg)
+def recipe_for(name, load_recipe, cfg):
+    module = load_recipe(recipe_of(name))
+    of_kasa = schema_of(name) is config.FINETUNE
+    return (module.KaSAFinetuneRecipeSingleDevice if of_kasa else module.CorDAFinetuneRecipeSingleDevice)(cfg)
+
+
+def train(recipe, cfg):
     recipe.setup(cfg)
     assert recipe.train(cfg) == 0
     recipe.cleanup()
-
-
-@pytest.mark.parametrize("name", FINETUNED)
-def test_runs_two_steps_at_toy_size(name, toy_config, load_recipe):
-    cfg = toy_config(name)
-    train(load_recipe("kasa_finetune_single_device"), cfg)
-    check_run(Path(cfg.output_dir), adapter_names(cfg.model, SIZES["num_layers"]))
 
 
 ONE_PER_FAMILY = [
@@ -598,15 +603,32 @@ ONE_PER_FAMILY = [
 ]
 
 
+# At toy size the models of a family are one; so are their calibrations.
+STARTED_AT_TOY_SIZE = [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("corda", "corda_kpm")]
+STARTED_AT_TOY_SIZE += ["llama3_8b_gsm8k_corda", "llama3_8b_commonsense_corda", "llama3_8b_pissa", "llama3_8b_milora"]
+
+
+@pytest.mark.parametrize("name", [name for name in FINETUNED if name not in STARTED] + STARTED_AT_TOY_SIZE)
+def test_runs_two_steps_at_toy_size(name, toy_config, load_recipe):
+    cfg = toy_config(name)
+    train(recipe_for(name, load_recipe, cfg), cfg)
+    check_run(Path(cfg.output_dir), cfg)
+
+
+@pytest.mark.parametrize("method", ["kasa", "corda", "corda_kpm"])
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_dry_run_prints_the_budget_of_every_family(name, toy_config, load_recipe, capsys):
-    cfg = toy_config(f"{name}_kasa", "dry_run=true")
-    recipe = load_recipe("kasa_finetune_single_device").KaSAFinetuneRecipeSingleDevice(cfg)
-    recipe.setup(cfg)
+def test_dry_run_prints_the_budget_of_every_family(name, method, toy_config, load_recipe, capsys):
+    name = f"{name}_{method}"
+    cfg = toy_config(name, "dry_run=true")
+    recipe_for(name, load_recipe, cfg).setup(cfg)
     head_dim = 48 if name.startswith("gemma") else 32
-    trained = 2 * 8 * ((128 + 4 * head_dim) + (128 + 2 * head_dim) + 2)  # layers, rank; q, v, the two diagonals
+    q, kv, mlp = 128 + 4 * head_dim, 128 + 2 * head_dim, 128 + 160  # in and out together
+    if method == "kasa":
+        trained = 2 * 8 * (q + kv + 2)  # layers, rank; q, v, the two diagonals
+    else:
+        trained = 2 * 4 * (2 * q + 2 * kv + 3 * mlp)
     printed = capsys.readouterr().out
-    assert f"Trainable parameters: {trained:,}" in printed
+    assert re.search(rf"^Trainable parameters: {trained:,}\b", printed, re.MULTILINE)
     assert "training step" in printed
 
 
@@ -614,9 +636,11 @@ def test_dry_run_prints_the_budget_of_every_family(name, toy_config, load_recipe
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
     overrides = [f"output_dir={tmp_path}", "max_steps=2", "run_val_every_n_steps=null", "save_every_n_steps=null"]
-    cfg = config.load(name, overrides, config.FINETUNE, about_to_run=True)
-    train(load_recipe("kasa_finetune_single_device"), cfg)
-    check_run(tmp_path, adapter_names(cfg.model, cfg.model.num_layers))
+    if schema_of(name) is config.CORDA:
+        overrides.append("calibration.num_samples=8")
+    cfg = config.load(name, overrides, schema_of(name), about_to_run=True)
+    train(recipe_for(name, load_recipe, cfg), cfg)
+    check_run(tmp_path, cfg)
 
 
 @pytest.mark.parametrize("name", [name for name in SELF_CONTAINED if name.endswith("_generate")])
@@ -642,13 +666,13 @@ def documented(heading):
     return {key.strip("`"): (takes, default) for key, takes, default, _ in cells}
 
 
-def described(schema):
-    """The same of a schema, in its words; keys of components under the component's name."""
+def described(schema, prefix=""):
+    """The same of a schema, in its words; keys of sections and components under their name."""
     rows = {}
-    for name, spec in schema.items():
+    for name, spec in ((f"{prefix}{key}", spec) for key, spec in schema.items()):
         entry = spec.entry if isinstance(spec, config.OneOrMany) else spec
         if isinstance(spec, config.Section):
-            rows |= {f"{name}.{key}": (value.allowed, in_yaml(value.default)) for key, value in spec.keys.items()}
+            rows |= described(spec.keys, f"{name}.")
         elif isinstance(spec, config.Key):
             rows[name] = (spec.allowed, in_yaml(spec.default))
         else:
@@ -668,7 +692,8 @@ def in_yaml(default):
 def test_docs_describe_every_key_of_finetuning():
     expected, rows = described(config.FINETUNE), documented("Keys of `kasa_finetune_single_device`")
     not_ours = {key for key in expected if key.startswith(("dataset_val.", "model.lora_", "checkpointer."))}
-    builder = inspect.signature(models.kasa_llama3_8b).parameters
+    builders = (models.corda_llama3_8b, models.lora_llama3_8b, models.kasa_llama3_8b)
+    builder = {name: taken for build in builders for name, taken in inspect.signature(build).parameters.items()}
     assert {*rows} - {"model.apply_to_output"} == {*expected} - not_ours
     for key, (takes, default) in rows.items():
         if key in expected:
@@ -678,6 +703,26 @@ def test_docs_describe_every_key_of_finetuning():
             assert default == ("required" if given is inspect.Parameter.empty else in_yaml(given)), key
         else:
             assert default == (expected[key][1] or "of the component"), key
+
+
+def test_docs_describe_every_key_of_corda():
+    expected, rows = described(config.CORDA), documented("Keys of `corda_finetune_single_device`")
+    own = {key for key in expected if key.startswith(("adapter.", "calibration."))}
+    assert rows == {key: expected[key] for key in own if not key.startswith("calibration.dataset.")}
+    assert {key for key in expected if expected[key] != described(config.FINETUNE).get(key)} <= own
+
+
+def test_docs_tell_the_recipe_of_every_suffix():
+    text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    told = {
+        suffix: recipe
+        for suffixes, recipe in re.findall(r"^\| ((?:`_\w+`(?:, )?)+) \| `(\w+)` \|", text, re.MULTILINE)
+        for suffix in re.findall(r"_\w+", suffixes)
+    }
+    assert {*told} == {*SCHEMAS}
+    for recipe in registry.recipes():
+        endings = [suffix for suffix in told if told[suffix] == recipe.name]
+        assert all(shipped.name.endswith(tuple(endings)) for shipped in recipe.configs)
 
 
 def test_docs_describe_every_key_of_generation():

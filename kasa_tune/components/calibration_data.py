@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,27 +101,31 @@ def rows_digest(rounds: Sequence[Sequence[Row]]) -> str:
 
 
 def batched(
-    rows: Iterable[Row], *, batch_size: int, pad_id: int, device: torch.device, dense_mask: bool = False
+    rows: Iterable[Row], *, tokenizer: Any, batch_size: int, device: torch.device, dense_mask: bool = False
 ) -> list[dict[str, Any]]:
     """Rows as right-padded batches, rows of like length together.
+
+    Args:
+        rows: of one round.
+        tokenizer: gives ``pad_id``; 0 stands in for none.
+        batch_size: rows of a batch.
+        device: where the model runs; decides the kind of mask that packed rows get.
+        dense_mask: a boolean mask everywhere, see :func:`~kasa_tune.components.batches.block_mask`.
 
     Returns:
         Batches of ``tokens`` [b, s], ``valid`` [b, s] (False in the padding) and, for packed rows, ``input_pos`` and
         ``mask``, on the CPU.
     """
+    pad_id = max(0, getattr(tokenizer, "pad_id", None) or 0)
     ordered = sorted(rows, key=lambda row: len(row["tokens"]))
-    return list(_batches(ordered, batch_size, pad_id, device, dense_mask))
-
-
-def _batches(
-    rows: Sequence[Row], batch_size: int, pad_id: int, device: torch.device, dense_mask: bool
-) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
+    batches = []
+    for start in range(0, len(ordered), batch_size):
+        chosen = ordered[start : start + batch_size]
         batch = collate([row | {"labels": row["tokens"]} for row in chosen], pad_id=pad_id)
         del batch["labels"]
         lengths = torch.tensor([len(row["tokens"]) for row in chosen])
         batch["valid"] = torch.arange(batch["tokens"].shape[1]) < lengths[:, None]
         if "seq_lens" in batch:
             batch["mask"] = block_mask(batch.pop("seq_lens"), device, dense=dense_mask)
-        yield batch
+        batches.append(batch)
+    return batches

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,33 @@ from kasa_tune.components.decomposition import Component
 from kasa_tune.components.files import sync_folder, write_synced
 
 FORMAT_VERSION = 1
+PARTS = ("vectors", "singular_values", "projection")
 
 
 # Of the adapter and calibration sections, what a decomposition depends on.
-OPTIONS = ("method", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
-           "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim")  # fmt: skip
+OPTIONS = (
+    "method", "dtype", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
+    "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim",
+)  # fmt: skip
 
 
 class CacheError(ValueError):
     """A cached decomposition is damaged or belongs to another run."""
+
+
+def decomposition_key(base: str, layers: Iterable[str], data: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a decomposition depends on besides mode and ranks.
+
+    Args:
+        base: fingerprint of the base weights.
+        layers: names of the adapted linears.
+        data: digest of the calibration rows; None where there is no calibration.
+        options: the adapter and calibration sections and the base's dtype; those of OPTIONS count.
+    """
+    names = hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]
+    counting = OPTIONS if data is not None else ("method", "dtype")
+    key = {"base weights": base, "calibration data": data, "adapted layers": names}
+    return key | {name: options[name] for name in counting}
 
 
 class DecompositionCache:
@@ -39,77 +57,54 @@ class DecompositionCache:
 
     Args:
         folder: made when something is written.
-        base: fingerprint of the base weights.
-        data: digest of the calibration rows; None without.
-        layers: names of the adapted linears.
-        options: of the adapter and calibration sections; those of OPTIONS count.
-        dtype: that the base computes in.
+        key: from :func:`decomposition_key`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        base: str,
-        data: str | None,
-        layers: Iterable[str],
-        options: Mapping[str, Any],
-        dtype: torch.dtype,
-    ) -> None:
-        names = hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]
-        self.folder = folder
-        self.key = {"base weights": base, "calibration data": data, "adapted layers": names, "dtype": str(dtype)}
-        self.key |= {name: options[name] for name in OPTIONS if data is not None or name == "method"}
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.folder, self.key = folder, json.loads(json.dumps(key))
 
-    def spectra(self) -> dict[str, LayerSpectrum] | None:
-        """The stored spectra, or None where there are none.
+    def spectra(self, *, otherwise: Callable[[], dict[str, LayerSpectrum]]) -> dict[str, LayerSpectrum]:
+        """The stored spectra; where there are none, what ``otherwise`` finds, which is then stored.
 
         Raises:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
-        read = self._read("spectra")
-        if read is None:
-            return None
-        tensors, about = read
-        return {
-            name: LayerSpectrum(tensors[name], layer["log_compactness"], layer["round"], tuple(layer["scores"]))
-            for name, layer in about.items()
-        }
-
-    def save_spectra(self, spectra: Mapping[str, LayerSpectrum]) -> None:
-        """Store the spectra of all layers."""
+        if read := self._read("spectra"):
+            tensors, about = read
+            return {
+                name: LayerSpectrum(tensors[name], layer["log_compactness"], layer["round"], tuple(layer["scores"]))
+                for name, layer in about.items()
+            }
+        spectra = otherwise()
         about = {
             name: {"log_compactness": s.log_compactness, "round": s.round, "scores": s.scores}
             for name, s in spectra.items()
         }
         self._write("spectra", {name: s.singular_values for name, s in spectra.items()}, about)
+        return spectra
 
-    def components(self, mode: str, ranks: Mapping[str, int]) -> dict[str, Component] | None:
-        """The stored components, cut to ``ranks``; None where there are none or they are of smaller ranks.
+    def components(
+        self, mode: str, ranks: Mapping[str, int], *, otherwise: Callable[[], dict[str, Component]]
+    ) -> dict[str, Component]:
+        """The stored components of a mode, cut to ``ranks``; where there are none or of smaller ranks, what
+        ``otherwise`` finds, which is then stored. On the CPU, in the order of ``ranks``.
 
         Raises:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
-        read = self._read(mode)
-        if read is None:
-            return None
-        tensors, about = read
-        if any(about[name]["rank"] < rank for name, rank in ranks.items()):
-            return None
-        parts = ("vectors", "singular_values", "projection")
-        return {
-            name: Component(*(tensors[f"{name}.{part}"] for part in parts), about[name]["solver"]).first(rank)
-            for name, rank in ranks.items()
-        }
-
-    def save_components(self, mode: str, components: Mapping[str, Component]) -> None:
-        """Store the components of all layers."""
-        tensors, about = {}, {}
-        for name, component in components.items():
-            about[name] = {"rank": len(component.singular_values), "solver": component.solver}
-            for part in ("vectors", "singular_values", "projection"):
-                tensors[f"{name}.{part}"] = getattr(component, part)
+        if read := self._read(mode):
+            tensors, about = read
+            if all(about[name]["rank"] >= rank for name, rank in ranks.items()):
+                return {
+                    name: Component(*(tensors[f"{name}.{part}"] for part in PARTS), about[name]["solver"]).first(rank)
+                    for name, rank in ranks.items()
+                }
+        found = otherwise()
+        components = {name: found[name].to("cpu") for name in ranks}
+        about = {name: {"rank": ranks[name], "solver": c.solver} for name, c in components.items()}
+        tensors = {f"{name}.{part}": getattr(c, part) for name, c in components.items() for part in PARTS}
         self._write(mode, tensors, about)
+        return components
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

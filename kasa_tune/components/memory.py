@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.checkpointing import check_saveable
 
 # Purposes in a budget that are over when training begins.
 BEFORE_TRAINING = ("truncation workspace", "calibration hidden states", "covariances of one block", "CO-SVD workspace")
@@ -74,7 +75,7 @@ def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
     total, diagonals = sum(trained.values()), sum(n for name, n in trained.items() if name.endswith("lora_diag"))
     parts = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if diagonals else ""
     step = sum(size for purpose, size in budget.items() if purpose not in BEFORE_TRAINING)
-    sizes = [*budget.items(), ("training step", step)]
+    sizes = [(purpose, size) for purpose, size in budget.items() if size] + [("training step", step)]
     lines = [f"{purpose:>25} {size / 2**20:>12,.1f} MiB" for purpose, size in sizes]
     return [f"Trainable parameters: {total:,}{parts}", *lines]
 
@@ -94,6 +95,16 @@ def stepped_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
     optimizer = make_optimizer([stand_in])
     optimizer.step()
     return optimizer
+
+
+def check_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], model: nn.Module) -> None:
+    """See before any training that checkpoints can hold the optimizer's state.
+
+    Raises:
+        TypeError: they cannot; the message says what and where.
+    """
+    largest = max((p for p in model.parameters() if p.requires_grad), key=torch.numel)
+    check_saveable(stepped_optimizer(make_optimizer, largest).state_dict())
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:
