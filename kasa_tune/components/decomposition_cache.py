@@ -159,7 +159,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy() if tensors[name].numel() else b"")
+        digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 
