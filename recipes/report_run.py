@@ -3,10 +3,12 @@
     tune run report_run --config /tmp/run/config.yaml                 # every run leaves its config beside its metrics
     tune run report_run --config tiny_kasa output_dir=/tmp/run        # the same
 
-Writes loss_curve.png and singular_values.png into output_dir.
+Takes runs of every fine-tuning recipe. Writes loss_curve.png and singular_values.png into output_dir, and ranks.png
+where the layers' ranks differ.
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
+from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.loading import build_on_meta, read_base_weights
-from kasa_tune.components.plots import LayerSpectrum, loss_curve, singular_values
+from kasa_tune.components.plots import LayerSpectrum, layer_ranks, loss_curve, singular_values
 
 LAYERS_DRAWN = 6
 
@@ -42,18 +45,52 @@ def layer_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, LayerSpectrum]
     drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
     del base  # a large model's would stay in memory during the decompositions
-    model = build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)
-    scaling = {name: linear.scaling for name, linear in adapter_linears(model)}
+    linears = dict(adapter_linears(build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)))
     spectra = {}
     for name, weight in tqdm(weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True):
         part = {key: adapter[f"{name}.{key}"].double() for key in _keys_of(adapter, name)}
-        update_out = scaling[name] * part["lora_b.weight"] * part.get("lora_diag", 1.0)  # s B diag(d)
         spectra[name] = LayerSpectrum(
             torch.linalg.svdvals(weight.to(_fastest_device(), torch.float32)).cpu(),
             product_singular_values(part["lora_edit_out"], part["lora_edit_in"]),
-            product_singular_values(update_out, part["lora_a.weight"]),
+            product_singular_values(*learned_update(linears[name], part)),
+            from_start=_adapts_the_first(cfg),
         )
     return spectra
+
+
+def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Factors ``(d_out, k)`` and ``(k, d_in)`` of what training added to a weight.
+
+    ``s B diag(d) A``; where the update started as a part of the weight (CorDA), less that start: ``s (B A - B0 A0)``.
+    """
+    out, into = linear.scaling * part["lora_b.weight"] * part.get("lora_diag", 1.0), part["lora_a.weight"]
+    if not isinstance(linear, CorDALinear):
+        return out, into
+    return torch.cat((out, -part["lora_edit_out"]), dim=1), torch.cat((into, part["lora_edit_in"]))
+
+
+def _adapts_the_first(cfg: DictConfig) -> bool:
+    """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
+    method = cfg.adapter.get("method")
+    return method == "pissa" or (method == "corda" and cfg.adapter.mode == "ipm")
+
+
+def _words(cfg: DictConfig) -> dict[str, str]:
+    """What the picture calls the two things that differ between methods."""
+    match cfg.adapter.get("method"):
+        case None:
+            return {"removed": "removed", "update": "s B diag(d) A"}
+        case "lora":
+            return {"removed": "removed", "update": "s B A"}
+        case _:
+            return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
+
+
+def adapter_ranks(checkpoint: Path) -> dict[str, int]:
+    """Every adapted layer's rank in a checkpoint."""
+    suffix = ".lora_a.weight"
+    adapter = load_part(checkpoint, "adapter")
+    return {name.removesuffix(suffix): len(value) for name, value in adapter.items() if name.endswith(suffix)}
 
 
 def _spread(names: list[str]) -> list[str]:
@@ -96,15 +133,22 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
     return metrics
 
 
-@config.parse(config.FINETUNE)
+@config.parse(None)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Entry point: ``--config <name or path> [key=value ...]``, the config of any fine-tuning recipe."""
+    if "optimizer" not in cfg:
+        raise ValueError("This config trains nothing: give that of the run, --config <its output_dir>/config.yaml.")
     run = Path(cfg.output_dir)
     loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
     print(f"Loss curve: {run / 'loss_curve.png'}")
     checkpoint = find_checkpoint(run)
-    singular_values(layer_spectra(cfg, checkpoint), run / "singular_values.png", title=f"{run.name}, {checkpoint.name}")
+    title = f"{run.name}, {checkpoint.name}"
+    singular_values(layer_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg))
     print(f"Singular values: {run / 'singular_values.png'}")
+    ranks = adapter_ranks(checkpoint)
+    if len(set(ranks.values())) > 1:
+        layer_ranks(ranks, run / "ranks.png", title=title, uniform=cfg.model.rank)
+        print(f"Ranks: {run / 'ranks.png'}")
     return 0
 
 

@@ -335,6 +335,15 @@ def test_model_is_the_published_one(name, trees):
     assert (base, attention.pos_embeddings.base, model.layers[0].sa_norm.eps) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", CORDA)
+def test_header_and_docs_of_corda_count_the_parameters(name, trees):
+    """Every rank fits its layer, and rank (d_in + d_out) over the layers is what the texts say."""
+    trained = sum(p.numel() for p in on_meta(trees[name]["model"]).parameters() if p.requires_grad)
+    for file in (FILES[name], FILES[f"{name}_kpm"]):
+        assert f"#   -> {trained:,} parameters to train;" in file.read_text(encoding="utf-8")
+    assert f"| `{name}` | {trained:,} |" in (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
 def test_gemma2_caps_attention_at_50_and_logits_at_30(name, trees):
     model = on_meta(trees[f"{name}_kasa"]["model"])

@@ -42,13 +42,16 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
     Raises:
         ValueError: names or shapes differ from the model's adapter; the first differences are listed.
+        RuntimeError: an edit is folded into one of the weights already.
     """
-    for name, linear in adapter_linears(model):
-        saved = [state.get(f"{name}.{key}") for key in ("lora_a.weight", "lora_edit_in")]
-        if isinstance(linear, CorDALinear) and all(factor is not None for factor in saved):
-            linear.set_rank(*(len(factor) for factor in saved))
+    linears = dict(adapter_linears(model))
     expected = {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
+    for name, linear in linears.items():
+        linear.check_unfolded()
+        saved = [(given.get(f"{name}.{key}") or (None,))[0] for key in ("lora_a.weight", "lora_edit_in")]
+        if isinstance(linear, CorDALinear) and None not in saved:
+            expected |= {f"{name}.{key}": shape for key, shape in linear.adapter_shapes(*saved).items()}
     if expected != given:
         wrong = [
             f"{name}: model {expected.get(name, 'has none')}, adapter {given.get(name, 'has none')}"
@@ -56,7 +59,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
             if expected.get(name) != given.get(name)
         ]
         raise ValueError(f"The adapter does not fit the model in {len(wrong)} tensors: " + "; ".join(wrong[:3]))
-    for name, linear in adapter_linears(model):
+    for name, linear in linears.items():
+        if isinstance(linear, CorDALinear):
+            linear.set_rank(len(state[f"{name}.lora_a.weight"]))
         for parameter in linear.adapter_params():
             linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
         linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))

@@ -52,9 +52,10 @@ class Covariance:
 
     def add(self, x: Tensor, valid: Tensor, *, per_sample: bool) -> None:
         """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed."""
+        x = x.to(self.matrix.dtype)
         if per_sample:
             x = x / torch.stack([row[kept].max().abs() for row, kept in zip(x, valid, strict=True)])[:, None, None]
-        rows = x[valid].to(self.matrix.dtype)  # [t, d]
+        rows = x[valid]  # [t, d]
         self.num_tokens += len(rows)
         if rows.device.type == "cpu":  # half the work; a GPU is faster at one large product
             add_lower_gram(self.matrix, rows.T)
@@ -72,6 +73,8 @@ class Covariance:
         self.matrix.tril_().add_(self.matrix.tril(-1).T)
         if num_samples:
             self.matrix /= num_samples
+        if not self.matrix.diagonal().any():
+            raise ValueError(f"{self.layers[0]}: every calibration input is zero; the checkpoint is damaged.")
         if not self.matrix.sum().isfinite():
             raise ValueError(
                 f"{self.layers[0]}: its inputs hold NaN or infinity in calibration round {self.round + 1}. The "

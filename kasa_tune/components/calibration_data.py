@@ -84,7 +84,7 @@ def _windows(dataset: Dataset, order: np.ndarray, length: int, count: int) -> li
             break
         pieces.append(dataset[int(index)]["tokens"])
         missing -= len(pieces[-1])
-    stream = np.concatenate(pieces)
+    stream = np.concatenate([np.zeros(0, dtype=np.int64), *pieces])
     num_rows = min(count, len(stream) // length)
     return [{"tokens": row} for row in stream[: num_rows * length].reshape(num_rows, length)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,16 +76,23 @@ def _extreme_eigenvalues(covariance: Tensor) -> tuple[float, float]:
     return 1 / _lanczos(lambda x: torch.cholesky_solve(x, factor), len(matrix), matrix.device), largest
 
 
-def _lanczos(apply, size: int, device: torch.device) -> float:
+def _lanczos(apply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:
     """The largest eigenvalue of a symmetric operator, with full orthogonalization of the few vectors."""
     generator = torch.Generator().manual_seed(0)
-    newest = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(device)
-    basis = newest / torch.linalg.vector_norm(newest)
-    images = apply(basis)
-    for _ in range(LANCZOS_STEPS):
-        newest = images[:, -1:]
-        for _ in range(2):  # twice is enough (Kahan)
+
+    def random() -> Tensor:
+        return torch.randn(size, 1, generator=generator, dtype=torch.float64).to(device)
+
+    basis = images = torch.zeros(size, 0, dtype=torch.float64, device=device)
+    newest = random()
+    for _ in range(min(LANCZOS_STEPS, size)):
+        length = torch.linalg.vector_norm(newest)
+        newest = newest - basis @ (basis.T @ newest)
+        if torch.linalg.vector_norm(newest) <= 1e-10 * length:
+            newest = random()  # the basis holds all that the operator makes of the start
+        for _ in range(2):  # once loses orthogonality, twice is enough (Kahan)
             newest = newest - basis @ (basis.T @ newest)
-        basis = torch.cat((basis, newest / torch.linalg.vector_norm(newest).clamp_min(1e-300)), dim=1)
-        images = torch.cat((images, apply(basis[:, -1:])), dim=1)
+        newest = newest / torch.linalg.vector_norm(newest)
+        basis, images = torch.cat((basis, newest), dim=1), torch.cat((images, apply(newest)), dim=1)
+        newest = images[:, -1:]
     return torch.linalg.eigvalsh(basis.T @ images)[-1].item()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -112,7 +111,7 @@ class DecompositionCache:
     def _write(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """All or nothing: another run may read the folder, and this one may be killed."""
         content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        metadata = {"version": FORMAT_VERSION, "key": self.key, "layers": about, "sha256": _digest(content)}
+        metadata = {"version": FORMAT_VERSION, "key": self.key, "layers": about, "sha256": _digest(content, about)}
         temporary = self._path(f".{name}.{os.getpid()}")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,16 +129,19 @@ class DecompositionCache:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})["decomposition"])
+                metadata = json.loads(file.metadata()["decomposition"])
                 self._check_key(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            about, intact = metadata["layers"], _digest(tensors, metadata["layers"]) == metadata["sha256"]
+        except CacheError:
+            raise
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
             ) from error
-        if _digest(tensors) != metadata["sha256"]:
+        if not intact:
             raise CacheError(f"{path} is damaged: its content is not what was written. Delete it.")
-        return tensors, metadata["layers"]
+        return tensors, about
 
     def _check_key(self, path: Path, metadata: Mapping[str, Any]) -> None:
         stored = metadata["key"] if metadata["version"] == FORMAT_VERSION else {}
@@ -155,10 +157,10 @@ class DecompositionCache:
             )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} ".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 

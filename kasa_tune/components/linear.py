@@ -119,8 +119,7 @@ class AdapterLinear(nn.Module):
         """
         if edit.shape != (self.out_dim, self.in_dim):
             raise ValueError(f"The edit is {edit.shape}, the weight {(self.out_dim, self.in_dim)}.")
-        if self.folded:
-            raise RuntimeError("The weight already has an edit folded in; load the base weight again first.")
+        self.check_unfolded()
         self.lora_edit_out = edit.out.to(self.weight.device)
         self.lora_edit_in = edit.into.to(self.weight.device)
         full_precision = self.weight.dtype in (torch.float32, torch.float64)
@@ -131,6 +130,11 @@ class AdapterLinear(nn.Module):
             folded = torch.addmm(weight, out, into, alpha=-1.0).to(self.weight.dtype)
             self.weight = nn.Parameter(folded, requires_grad=False)
             self.folded = True
+
+    def check_unfolded(self) -> None:
+        """Raise RuntimeError if an edit has been folded into the weight already."""
+        if self.folded:
+            raise RuntimeError("The weight already has an edit folded in; load the base weight again first.")
 
     def adapter_params(self) -> list[str]:
         """Names of the trained parameters (torchtune's adapter protocol)."""
@@ -195,6 +199,12 @@ class LoRALinear(AdapterLinear):
         """Names of the trained parameters (torchtune's adapter protocol)."""
         return super().adapter_params() + ["lora_magnitude"] * self.use_dora
 
+    def materialize(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """As :class:`AdapterLinear`; magnitudes stay float32, or their rounding would change the output at once."""
+        super().materialize(device, dtype)
+        if self.use_dora:
+            self.lora_magnitude = nn.Parameter(self.lora_magnitude.detach().float())
+
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         """Lengths of the rows of ``W + s B A``, ``(d_out,)`` float32, from ``|w + c|² = |w|² + 2 w·c + |c|²``."""
@@ -203,19 +213,23 @@ class LoRALinear(AdapterLinear):
         squares = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32).square()
         return (squares + ((2 * inner + b @ (a @ a.T)) * b).sum(dim=1)).clamp_min(0).sqrt()
 
+    def _row_scale(self) -> Tensor:
+        """``m / ‖row of W + s B A‖``, ``(d_out,)``; 0 for a row that is zero."""
+        return self.lora_magnitude / self._row_norms().clamp_min(torch.finfo(torch.float32).tiny)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.use_dora or self.disabled:
             return super().forward(x)
         h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype)) * self.scaling  # [..., r]
         y = _add_product(F.linear(x, self.weight), h, self.lora_b.weight)
-        y = y * (self.lora_magnitude / self._row_norms()).to(y.dtype)
+        y = y * self._row_scale().to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """``W_eff`` ``(d_out, d_in)`` in float32."""
         merged = super().merged_weight()
-        return merged * (self.lora_magnitude / self._row_norms())[:, None] if self.use_dora else merged
+        return merged * self._row_scale()[:, None] if self.use_dora else merged
 
 
 class CorDALinear(AdapterLinear):
@@ -269,26 +283,32 @@ class CorDALinear(AdapterLinear):
             self.lora_edit_out, self.lora_edit_in = self.lora_edit_out.cpu(), self.lora_edit_in.cpu()
 
     @torch.no_grad()
-    def set_rank(self, rank: int, edit_rank: int | None = None) -> None:
-        """Make room for an update of another rank, at the same scaling, and for an edit of ``edit_rank``.
+    def set_rank(self, rank: int) -> None:
+        """Make room for an update of another rank, at the same scaling.
 
         Raises:
-            ValueError: a rank is negative or above ``min(d_in, d_out)``.
+            ValueError: the rank is negative or above ``min(d_in, d_out)``.
         """
         if not 0 <= rank <= min(self.in_dim, self.out_dim):
             raise ValueError(f"rank must be between 0 and {min(self.in_dim, self.out_dim)}; got {rank}.")
+        if rank == self.rank:
+            return
         like = {"device": self.lora_a.weight.device, "dtype": self.lora_a.weight.dtype}
-        if rank != self.rank:
-            self.rank, self.alpha = rank, self.scaling * rank
-            self.lora_a.in_features, self.lora_a.out_features = self.in_dim, rank
-            self.lora_b.in_features, self.lora_b.out_features = rank, self.out_dim
-            self.lora_a.weight = nn.Parameter(torch.zeros(rank, self.in_dim, **like))
-            self.lora_b.weight = nn.Parameter(torch.zeros(self.out_dim, rank, **like))
-            if rank:
-                self.reset_update()
-        if edit_rank is not None:
-            self.lora_edit_out = torch.zeros(self.out_dim, edit_rank, device=like["device"])
-            self.lora_edit_in = torch.zeros(edit_rank, self.in_dim, device=like["device"])
+        self.rank, self.alpha = rank, self.scaling * rank
+        self.lora_a.out_features = self.lora_b.in_features = rank
+        self.lora_a.weight = nn.Parameter(torch.zeros(rank, self.in_dim, **like))
+        self.lora_b.weight = nn.Parameter(torch.zeros(self.out_dim, rank, **like))
+        if rank:
+            self.reset_update()
+
+    def adapter_shapes(self, rank: int, edit_rank: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the adapter's tensors at other ranks than the present ones."""
+        return {
+            "lora_a.weight": (rank, self.in_dim),
+            "lora_b.weight": (self.out_dim, rank),
+            "lora_edit_out": (self.out_dim, edit_rank),
+            "lora_edit_in": (edit_rank, self.in_dim),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled or self.folded or not self.lora_edit_in.shape[0]:

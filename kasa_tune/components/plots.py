@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """Singular values of one adapted weight, each descending: ``base (R,)``, ``removed (k,)`` and ``update (r,)``."""
+    """Singular values of one adapted weight, each descending: ``base (R,)``, ``removed (k,)`` and ``update (r,)``.
+
+    ``from_start``: what was removed is to be compared with the first k of the base's, not with the last.
+    """
 
     base: Tensor
     removed: Tensor
     update: Tensor
+    from_start: bool = False
 
 
 def loss_curve(metrics: Sequence[Mapping[str, float]], path: Path, *, title: str) -> None:
@@ -53,29 +59,66 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], path: Path, *, title: str
     _save(figure, path)
 
 
-def singular_values(spectra: Mapping[str, LayerSpectrum], path: Path, *, title: str) -> None:
-    """Left: the base weights' spectra with the removed end marked. Right: the spectra of what training added.
+def singular_values(
+    spectra: Mapping[str, LayerSpectrum],
+    path: Path,
+    *,
+    title: str,
+    removed: str = "removed",
+    update: str = "s B diag(d) A",
+) -> None:
+    """Left: the base weights' spectra with what was taken out of them. Right: the spectra of what training added.
 
     Args:
         spectra: layer name to its singular values.
         path: the PNG to write.
         title: above the picture.
+        removed: what to call what was taken out.
+        update: formula of what training added.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     colors = plt.get_cmap("viridis")
     for i, (name, layer) in enumerate(spectra.items()):
         color, rank = colors(i / max(1, len(spectra) - 1)), len(layer.base)
         left.semilogy(range(1, rank + 1), layer.base.clamp_min(1e-12), color=color, linewidth=1.2, label=name)
-        removed = range(rank - len(layer.removed) + 1, rank + 1)
-        left.semilogy(removed, layer.removed.clamp_min(1e-12), "x", color="tab:red", markersize=5)
+        first = 1 if layer.from_start else rank - len(layer.removed) + 1
+        marked = range(first, first + len(layer.removed))
+        left.semilogy(marked, layer.removed.clamp_min(1e-12), "x", color="tab:red", markersize=5)
         right.plot(range(1, len(layer.update) + 1), layer.update, "o-", color=color, markersize=3, linewidth=1.2)
-    left.plot([], [], "x", color="tab:red", label="removed")
+    left.plot([], [], "x", color="tab:red", label=removed)
     left.set(xlabel="index", ylabel="singular value", title="base weights")
-    right.set(xlabel="index", ylabel="singular value", title="learned update  s B diag(d) A", ylim=(0, None))
+    right.set(xlabel="index", ylabel="singular value", title=f"learned update  {update}", ylim=(0, None))
     left.legend(frameon=False, fontsize=7)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def layer_ranks(ranks: Mapping[str, int], path: Path, *, title: str, uniform: int) -> None:
+    """The rank of every adapted layer by its block, one line for each kind of linear.
+
+    Args:
+        ranks: layer name, such as ``layers.3.attn.q_proj``, to its rank; a layer outside the blocks comes after them.
+        path: the PNG to write.
+        title: above the picture.
+        uniform: the rank of every layer that the same parameters would buy.
+    """
+    blocks = {name: int(found[1]) for name in ranks if (found := re.match(r"layers\.(\d+)\.", name))}
+    after = max(blocks.values(), default=-1) + 1
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for name, rank in ranks.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append((blocks.get(name, after), rank))
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    colors, markers = plt.get_cmap("tab10"), "os^vDPX*"
+    for i, (kind, points) in enumerate(kinds.items()):
+        style = {"color": colors(i % 10), "marker": markers[i % len(markers)], "markersize": 4, "linewidth": 1.2}
+        axes.plot(*zip(*sorted(points), strict=True), label=kind, **style)
+    axes.axhline(uniform, color="gray", linestyle="--", linewidth=1, label=f"the same everywhere, {uniform}")
+    axes.set(xlabel="block", ylabel="rank", title=title, ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

@@ -15,9 +15,14 @@ def data_files() -> dict[str, str]:
         "task_train.jsonl": task.rows("train"),
         "task_val.jsonl": task.rows("val"),
         "facts_test.jsonl": world.facts_test(),
-        "facts_calibration.jsonl": world.facts_calibration(),
+        "facts_calibration.jsonl": [row | {"text": _as_pretrained(row)} for row in world.facts_calibration()],
     }
     return {name: "".join(json.dumps(row) + "\n" for row in content) for name, content in rows.items()}
+
+
+def _as_pretrained(row: dict[str, str]) -> str:
+    """A fact as the model has read it."""
+    return f"{world.fact_prompt(row['question'])} {row['answer']}"
 
 
 def main() -> None:

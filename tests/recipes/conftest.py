@@ -1,6 +1,7 @@
-"""Runs of the fine-tuning recipe, in this process and in one of their own."""
+"""Runs of the fine-tuning recipes, in this process and in one of their own, and what makes two of them the same."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import list_checkpoints, load_part
+from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
 from kasa_tune.components.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +32,19 @@ SMALL_RUN = [
     "keep_last=9",
     "model.dropout=0.1",
 ]
+# 8 samples, all of them in every step, so that the losses of two steps can be compared; 8 to calibrate on.
+SMALL_CORDA_RUN = [
+    "dataset.split=train[:8]",
+    "dataset_val.split=train[:8]",
+    "run_val_every_n_steps=null",
+    "batch_size=8",
+    "epochs=4",
+    "max_steps=4",
+    "lr_scheduler=null",
+    "save_every_n_steps=2",
+    "keep_last=9",
+]
+SMALL_CALIBRATION = ["calibration.num_samples=8", "calibration.batch_size=8", "calibration.max_seq_len=64"]
 
 
 @dataclass
@@ -56,15 +72,28 @@ class Run:
         return load_part(self.checkpoints[index], name)
 
 
-def run_recipe(module, folder: Path, *overrides: str, config_name: str = "tiny_kasa", small: bool = True) -> Run:
-    """Run the loaded recipe in this process, on the embedded model unless told otherwise."""
-    cfg = config.load(
-        config_name,
-        [f"output_dir={folder}", *(SMALL_RUN if small else []), *overrides],
-        config.FINETUNE,
-        about_to_run=True,
-    )
-    recipe = module.KaSAFinetuneRecipeSingleDevice(cfg)
+def recipe_class(module) -> type:
+    """The recipe that a module defines."""
+    (found,) = (value for value in vars(module).values() if FTRecipeInterface in getattr(value, "__mro__", ())[1:])
+    return found
+
+
+def run_recipe(
+    module,
+    folder: Path,
+    *overrides: str,
+    config_name: str = "tiny_kasa",
+    schema=config.FINETUNE,
+    small: bool | list[str] = True,
+) -> Run:
+    """Run the recipe of a loaded module in this process, on the embedded model unless told otherwise.
+
+    ``small`` are overrides that come before all others; True for SMALL_RUN.
+    """
+    small = SMALL_RUN if small is True else small or []
+    overrides = [f"output_dir={folder}", *small, *overrides]
+    cfg = config.load(config_name, overrides, schema, about_to_run=True)
+    recipe = recipe_class(module)(cfg)
     recipe.setup(cfg)
     status = recipe.train(cfg)
     recipe.cleanup()
@@ -73,11 +102,46 @@ def run_recipe(module, folder: Path, *overrides: str, config_name: str = "tiny_k
 
 @pytest.fixture
 def finetune(tmp_path, load_recipe):
-    """Run the recipe with overrides; ``name`` gives the runs of one test their own folders."""
+    """Run the KaSA recipe with overrides; ``name`` gives the runs of one test their own folders."""
     module = load_recipe("kasa_finetune_single_device")
 
     def run(*overrides: str, name: str = "run", **options) -> Run:
         return run_recipe(module, tmp_path / name, *overrides, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corda_recipe(load_recipe):
+    """The module of the CorDA recipe."""
+    return load_recipe("corda_finetune_single_device")
+
+
+def run_corda(module, folder: Path, *overrides: str, config_name: str = "tiny_corda") -> Run:
+    """Run the CorDA recipe in this process on the embedded model and a few samples."""
+    small = SMALL_CORDA_RUN + SMALL_CALIBRATION * ("corda" in config_name)
+    return run_recipe(module, folder, *overrides, config_name=config_name, schema=config.CORDA, small=small)
+
+
+@pytest.fixture
+def corda(tmp_path, corda_recipe):
+    """Run the CorDA recipe with overrides; ``name`` gives the runs of one test their own folders."""
+
+    def run(*overrides: str, name: str = "run", **options) -> Run:
+        return run_corda(corda_recipe, tmp_path / name, *overrides, **options)
+
+    return run
+
+
+@pytest.fixture
+def run_main(load_recipe, monkeypatch):
+    """Call a recipe's entry point as the command line does; returns its status, raises what a user would be told."""
+    monkeypatch.setenv("KASA_TUNE_TRACEBACK", "1")
+
+    def run(recipe: str, *arguments: str) -> int:
+        module = load_recipe(recipe)
+        monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+        return module.recipe_main()
 
     return run
 
@@ -112,3 +176,39 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int, seconds:
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError(f"the run did not get to step {steps}: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
+
+
+def copy_run(run: Run, folder: Path, *, until_step: int) -> None:
+    """The folder as it was when the checkpoint of ``until_step`` was the newest, metrics of later steps included."""
+    shutil.copytree(run.folder, folder)
+    for path in list_checkpoints(folder / "checkpoints"):
+        if verify_checkpoint(path)["step"] > until_step:
+            shutil.rmtree(path)
+
+
+def assert_same_tree(a, b, where="") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_tree(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tree(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(resumed: Run, whole: Run) -> None:
+    """Bit for bit, in everything but the configs."""
+    assert resumed.curve == whole.curve
+    for name in ("adapter", "optimizer", "rng"):
+        assert_same_tree(resumed.part(name), whole.part(name), name)
+    ignored = ("config",)
+    assert {k: v for k, v in resumed.part("run").items() if k not in ignored} == {
+        k: v for k, v in whole.part("run").items() if k not in ignored
+    }

@@ -1,24 +1,10 @@
 """What a person looks at after a run: completions and pictures."""
 
 import json
-import sys
 
 import pytest
 
 from kasa_tune import config
-
-
-@pytest.fixture
-def run_main(load_recipe, monkeypatch):
-    """Call a recipe's entry point as the command line does; returns its status, raises what a user would be told."""
-    monkeypatch.setenv("KASA_TUNE_TRACEBACK", "1")
-
-    def run(recipe: str, *arguments: str) -> int:
-        module = load_recipe(recipe)
-        monkeypatch.setattr(sys, "argv", [recipe, *arguments])
-        return module.recipe_main()
-
-    return run
 
 
 def generate(*overrides: str) -> list[str]:

@@ -2,13 +2,16 @@
 
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kasa_tune import config
+from kasa_tune.components import plots
 from kasa_tune.components.checkpointing import load_part
+from kasa_tune.components.plots import LayerSpectrum, layer_ranks, singular_values
 
 
 @pytest.fixture
@@ -58,6 +61,22 @@ def test_the_base_spectrum_is_the_files(finetune, load_recipe):
         assert round(float(layer.base.double().norm()), 3) in norms
 
 
+@pytest.mark.parametrize(("method", "from_start"), [("pissa", True), ("milora", False)])
+def test_a_start_inside_the_weight_is_no_learned_update(method, from_start, corda, load_recipe):
+    """PiSSA takes the base's first singular values out, MiLoRA its last; what is learned is what came on top."""
+    run = corda("max_steps=1", "model.rank=5", config_name=f"tiny_{method}")
+    cfg = config.load(run.folder / "config.yaml", [], config.CORDA)
+    adapter = run.part("adapter")
+    for name, layer in load_recipe("report_run").layer_spectra(cfg, run.checkpoints[-1]).items():
+        assert layer.from_start == from_start
+        taken = layer.base[:5] if from_start else layer.base[-5:]
+        assert layer.removed.tolist() == pytest.approx(taken.tolist(), rel=1e-3)
+        part = {key.removeprefix(f"{name}."): value.double() for key, value in adapter.items() if f"{name}." in key}
+        learned = cfg.model.alpha / 5 * part["lora_b.weight"] @ part["lora_a.weight"]
+        learned -= part["lora_edit_out"] @ part["lora_edit_in"]
+        assert layer.update.tolist() == pytest.approx(dense_singular_values(learned, 10), rel=1e-6, abs=1e-9)
+
+
 @pytest.mark.parametrize(("m", "n", "r"), [(30, 20, 4), (4, 50, 4), (50, 4, 4), (6, 7, 0), (9, 9, 1)])
 def test_singular_values_of_a_product(m, n, r, load_recipe):
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +84,11 @@ def test_singular_values_of_a_product(m, n, r, load_recipe):
     into = torch.randn(r, n, generator=generator, dtype=torch.float64)
     found = load_recipe("report_run").product_singular_values(out, into)
     assert found.tolist() == pytest.approx(dense_singular_values(out @ into, r), rel=1e-12)
+
+
+def test_a_config_that_trains_nothing(run_main, tmp_path):
+    with pytest.raises(ValueError, match=r"trains nothing.*config\.yaml"):
+        run_main("report_run", "--config", "tiny_corda_generate", f"output_dir={tmp_path}")
 
 
 def test_a_run_with_other_settings_than_the_config_is_named(finetune, report):
@@ -93,3 +117,66 @@ def test_a_run_without_a_checkpoint_yet(report, tmp_path):
     with pytest.raises(ValueError, match="holds no finished checkpoint"):
         report(tmp_path)
     assert (tmp_path / "loss_curve.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure of the last picture, instead of its file."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    yield lambda: drawn[-1]
+    for each in drawn:
+        plt.close(each)
+
+
+RANKS = {
+    "layers.0.attn.q_proj": 3,
+    "layers.0.mlp.w1": 0,
+    "layers.10.attn.q_proj": 40,
+    "layers.2.attn.q_proj": 7,
+    "layers.10.mlp.w1": 5,
+    "output": 9,
+}
+
+
+def test_ranks_are_drawn_by_block_for_each_kind_of_linear(figure):
+    layer_ranks(RANKS, None, title="a run", uniform=16)
+    (axes,) = figure().get_axes()
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines.pop("q_proj") == [[0, 3], [2, 7], [10, 40]]
+    assert lines.pop("w1") == [[0, 0], [10, 5]]
+    assert lines.pop("output") == [[11, 9]]
+    ((label, uniform),) = lines.items()
+    assert label == "the same everywhere, 16"
+    assert {y for _, y in uniform} == {16}
+    assert axes.get_ylim()[0] == 0
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("block", "rank", "a run")
+
+
+def test_kinds_of_linears_are_told_apart(figure):
+    kinds = ["q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3"]
+    layer_ranks({f"layers.{i}.x.{kind}": i for i in range(3) for kind in kinds}, None, title="", uniform=1)
+    (axes,) = figure().get_axes()
+    styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if line.get_label() in kinds}
+    assert len(styles) == len(kinds)
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {*kinds, "the same everywhere, 1"}
+
+
+def test_the_picture_of_ranks_is_a_file(tmp_path):
+    layer_ranks(RANKS, tmp_path / "ranks.png", title="a run", uniform=16)
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert plt.get_fignums() == []
+
+
+def test_what_was_taken_from_the_start_of_a_spectrum_is_marked_there(figure):
+    spectrum = LayerSpectrum(torch.linspace(9, 1, 9), torch.tensor([8.5, 7.5]), torch.tensor([0.5]), from_start=True)
+    words = {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
+    singular_values({"layers.0.attn.q_proj": spectrum}, None, title="a run", **words)
+    left, right = figure().get_axes()
+    marks = [line.get_xydata().tolist() for line in left.get_lines() if line.get_marker() == "x"]
+    assert [[1, 8.5], [2, 7.5]] in marks
+    assert "moved into the adapter" in {text.get_text() for text in left.get_legend().get_texts()}
+    assert right.get_title() == "learned update  s (B A - B₀ A₀)"

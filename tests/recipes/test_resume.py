@@ -5,52 +5,16 @@ import shutil
 import signal
 
 import pytest
-import torch
 
-from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
+from kasa_tune.components.checkpointing import list_checkpoints, load_part
 
-from .conftest import Run, run_recipe, wait_for_steps
+from .conftest import Run, assert_same_run, assert_same_tree, copy_run, run_recipe, wait_for_steps
 
 
 @pytest.fixture(scope="module")
 def whole(load_recipe, tmp_path_factory) -> Run:
     """The run that nothing interrupts."""
     return run_recipe(load_recipe("kasa_finetune_single_device"), tmp_path_factory.mktemp("whole") / "run")
-
-
-def assert_same_tree(a, b, where="") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_tree(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_tree(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(resumed: Run, whole: Run) -> None:
-    assert resumed.curve == whole.curve
-    for name in ("adapter", "optimizer", "rng"):
-        assert_same_tree(resumed.part(name), whole.part(name), name)
-    ignored = ("config",)
-    assert {k: v for k, v in resumed.part("run").items() if k not in ignored} == {
-        k: v for k, v in whole.part("run").items() if k not in ignored
-    }
-
-
-def copy_run(run: Run, folder, *, until_step: int) -> None:
-    """The folder as it was when the checkpoint of ``until_step`` was the newest, metrics of later steps included."""
-    shutil.copytree(run.folder, folder)
-    for path in list_checkpoints(folder / "checkpoints"):
-        if verify_checkpoint(path)["step"] > until_step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])  # an epoch has 5 steps: before, after and across its border

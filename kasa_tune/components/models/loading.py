@@ -37,8 +37,8 @@ def require_adapters(model: nn.Module, name: str) -> None:
     """
     if next(adapter_linears(model), None) is None:
         raise ValueError(
-            f"model._component_: {name} has no adapters of ours; use a kasa_<model> or lora_<model> builder of "
-            "kasa_tune.components.models."
+            f"model._component_: {name} has no adapters of ours; use a kasa_<model>, lora_<model> or corda_<model> "
+            "builder of kasa_tune.components.models."
         )
 
 
