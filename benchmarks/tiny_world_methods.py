@@ -27,7 +27,6 @@ from kasa_tune.components.metrics import read_metrics
 from kasa_tune.tiny_world import evaluate, world
 
 CORDA, KASA = "corda_finetune_single_device", "kasa_finetune_single_device"
-KPM = ["adapter.mode=kpm"]
 PLUS = ["calibration.rounds=5", "adapter.dynamic_ranks=True"]
 # Name in the table: recipe, config, overrides.
 METHODS: dict[str, tuple[str, str, list[str]]] = {
@@ -40,8 +39,9 @@ METHODS: dict[str, tuple[str, str, list[str]]] = {
     "corda_ipm_paper_split": (CORDA, "tiny_corda", ["adapter.split=paper"]),
     "corda_ipm_plus": (CORDA, "tiny_corda", [*PLUS]),
     "corda_kpm": (CORDA, "tiny_corda_kpm", []),
-    "corda_kpm_paper_split": (CORDA, "tiny_corda_kpm", ["adapter.split=paper"]),
+    "corda_kpm_balanced_split": (CORDA, "tiny_corda_kpm", ["adapter.split=balanced"]),
     "corda_kpm_plus": (CORDA, "tiny_corda_kpm", [*PLUS, "calibration.num_samples=200"]),
+    "corda_kpm_plus_min_rank_4": (CORDA, "tiny_corda_kpm", [*PLUS, "calibration.num_samples=200", "adapter.min_rank=4"]),
     "kasa_published": (KASA, "tiny_kasa", ["model.truncation_rank=null", "model.diag_init=normal"]),
     "kasa_k1_ones": (KASA, "tiny_kasa", []),
     "full": (CORDA, "tiny_corda", ["adapter.method=lora"]),

@@ -121,7 +121,7 @@ def load(
     except ValueError as error:
         raise ConfigError(str(file), [Problem("", str(error))]) from None
     by_name = (schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
-    schema = schema or next(by_name, None) or by_keys(given)
+    schema = schema or by_keys(given) or next(by_name, FINETUNE)
     problems: list[Problem] = []
     for override in overrides:
         try:

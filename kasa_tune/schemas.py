@@ -213,7 +213,7 @@ GENERATE: Schema = {
     "dtype": _DTYPE,
 }
 
-# Which schema a config belongs to: the one whose key ends the config's name; of a name that tells nothing, `by_keys`.
+# Which schema a config belongs to where its keys do not tell (`by_keys`): the one whose key here ends its name.
 SCHEMAS: Mapping[str, Schema] = {
     "_generate": GENERATE,
     **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
@@ -221,9 +221,9 @@ SCHEMAS: Mapping[str, Schema] = {
 }
 
 
-def by_keys(tree: Mapping[str, Any]) -> Schema:
-    """The schema that alone has some key of the config; FINETUNE when there is no such key."""
+def by_keys(tree: Mapping[str, Any]) -> Schema | None:
+    """The schema that alone has some key of the config; None when there is no such key."""
     adapter = tree.get("adapter")
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
-    return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else FINETUNE
+    return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else None

@@ -149,18 +149,19 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         del base
         if self._resume_path:
             return load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
-        self._start_adapters(cfg)
+        with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
+            self._start_adapters(cfg)
 
     def _setup_calibration(self, cfg: DictConfig) -> None:
         """The rows to calibrate on, in rounds of batches."""
         dataset = build_dataset(cfg.calibration.dataset, self._tokenizer, name="calibration.dataset")
-        check_token_ids(dataset, self._vocab_size)
         names = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
         options = {name: cfg.calibration[name] for name in names}
         rounds = draw_rounds(dataset, longest=self._model.max_seq_len, **options)
         self._calibration_digest = rows_digest(rounds)
         shape = {"batch_size": cfg.calibration.batch_size, "dense_mask": self._dense_mask}
         self._rounds = [batched(rows, tokenizer=self._tokenizer, device=self._device, **shape) for rows in rounds]
+        check_batches([batch for batches in self._rounds for batch in batches], self._vocab_size)
 
     def _start_adapters(self, cfg: DictConfig) -> None:
         """Every adapter's start: LoRA's zero update, or a part of its weight found by the (context-oriented) SVD."""

@@ -64,7 +64,7 @@ def smallest_triplets(weight: Tensor, k: int, *, solver: str = "auto") -> tuple[
     """
     if k == 0:
         return LowRank.empty(*weight.shape, device=weight.device), None
-    _check_finite(weight)
+    check_finite(weight)
     d_out, d_in = weight.shape
     small_side_first = weight if d_out <= d_in else weight.T
     subspace = smallest_singular_subspace(small_side_first, k, solver=solver)
@@ -146,7 +146,7 @@ def co_svd(
     d_out, d_in = weight.shape
     if not 0 <= rank <= min(d_out, d_in):
         raise ValueError(f"rank must be between 0 and min(d_out, d_in) = {min(d_out, d_in)}; got {rank}.")
-    _check_finite(weight)
+    check_finite(weight)
     if rank == 0:
         empty = LowRank.empty(d_out, d_in, device=weight.device)
         return Component(empty.out, torch.zeros(0, dtype=torch.float64), empty.into, "none")
@@ -229,6 +229,7 @@ def split_component(component: Component, scaling: float, split: str = "balanced
     return LowRank(out.float(), into.float())
 
 
-def _check_finite(weight: Tensor) -> None:
+def check_finite(weight: Tensor, name: str = "The weight") -> None:
+    """Raise ValueError if a weight holds NaN or infinity."""
     if not weight.sum(dtype=torch.float32).isfinite():  # one pass, and no mask as large as the weight
-        raise ValueError("The weight holds NaN or infinity; the checkpoint is damaged.")
+        raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")

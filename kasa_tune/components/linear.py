@@ -270,6 +270,9 @@ class CorDALinear(AdapterLinear):
             ValueError: the shape is not the weight's.
             RuntimeError: an edit is folded into the weight already.
         """
+        if start.shape != (self.out_dim, self.in_dim):
+            raise ValueError(f"The start is {start.shape}, the weight {(self.out_dim, self.in_dim)}.")
+        self.check_unfolded()
         self.set_rank(start.rank)
         self.lora_b.weight.copy_(start.out)
         self.lora_a.weight.copy_(start.into)
@@ -386,7 +389,8 @@ def _check_rank(rank: int, in_dim: int, out_dim: int) -> None:
 def _add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:
     """``y + h factorᵀ`` in one kernel, writing into y: ``y [..., n]``, ``h [..., k]``, ``factor (n, k)``."""
     n, k = factor.shape
-    return y.reshape(-1, n).addmm_(h.to(y.dtype).reshape(-1, k), factor.to(y.dtype).T).view_as(y)
+    rows = y.reshape(-1, n)
+    return rows.addmm_(h.to(y.dtype).reshape(len(rows), k), factor.to(y.dtype).T).view_as(y)
 
 
 def _column(scale: Tensor | float) -> Tensor | float:

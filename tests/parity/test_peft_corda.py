@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torchtune.models.convert_weights import hf_to_tune
+from torchtune.modules.peft import disable_adapter
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.calibration import Covariance, covariances, shared_inputs
@@ -330,3 +331,17 @@ def test_at_the_start_the_logits_are_the_base_models(start, llama, tokens):
             assert relative_error(after, before) < SAME_LOGITS
         else:
             assert torch.equal(after, before)
+
+
+def test_disabling_restores_ours_and_not_theirs(llama, tokens):
+    """PEFT's base without the adapter is what was left of it."""
+    theirs, _ = peft_start(llama, tokens, "pissa")
+    ours, _ = our_model(llama)
+    with torch.no_grad():
+        base = ours(tokens)
+        for _, linear in adapter_linears(ours):
+            linear.start_from(split_component(co_svd(linear.weight, None, RANK, "ipm"), SCALING))
+        with disable_adapter(ours):
+            assert relative_error(ours(tokens), base) < SAME_LOGITS
+        with theirs.disable_adapter():
+            assert relative_error(theirs(tokens).logits, base) > 0.1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.decomposition import check_finite
 
 
 def read_base_weights(checkpointer: Any) -> dict[str, Tensor]:
@@ -72,11 +73,14 @@ def load_base_weights(
         adapter_dtype: of the trained parameters.
 
     Raises:
-        ValueError: names or shapes differ from the model's; the first differences are listed.
+        ValueError: names or shapes differ from the model's (the first differences are listed), or a weight holds NaN or
+            infinity.
     """
     expected = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     _check_same_shapes(expected, weights)
     cast = {name: weights[name].to(device=device, dtype=value.dtype) for name, value in expected.items()}
+    for name, tensor in cast.items():
+        check_finite(tensor, name)
     model.load_state_dict(cast, strict=False, assign=True)
     for module in model.modules():
         if hasattr(module, "rope_init"):
