@@ -93,7 +93,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
-        groups = lora_plus_groups(self._model, cfg.optimizer.lr, cfg.adapter.lr_ratio)
+        groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
         self._optimizer = config.instantiate(cfg.optimizer, groups)
         steps = {"num_training_steps": self._total_steps}
         self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, **steps)
@@ -180,7 +180,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.adapter.dynamic_ranks:
             sizes = {name: linear.in_dim + linear.out_dim for name, linear in self._linears.items()}
             bounds = {"min_rank": cfg.adapter.min_rank, "max_rank": cfg.adapter.max_rank}
-            ranks = allocate_ranks(spectra, sizes, rank=cfg.model.rank, mode=mode, **bounds)
+            ranks = allocate_ranks(spectra, sizes, rank=max(ranks.values()), mode=mode, **bounds)
         components = cache.components(mode, ranks, otherwise=partial(self._decompose, cfg, mode, ranks, spectra))
         for name, linear in self._linears.items():
             linear.start_from(split_component(components[name].to(self._device), linear.scaling, cfg.adapter.split))

@@ -67,13 +67,18 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))
 
 
-def lora_plus_groups(model: nn.Module, lr: float, ratio: float) -> list[dict[str, Any]]:
+def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer in which every B learns ``ratio`` times as fast as the rest (LoRA+, arXiv
     2402.12354, with its λ as ``ratio``). One group for a ratio of 1.
+
+    Raises:
+        ValueError: a ratio other than 1 of no ``lr``.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if ratio == 1:
         return [{"params": list(trained.values())}]
+    if lr is None:
+        raise ValueError(f"adapter.lr_ratio {ratio} needs optimizer.lr, the learning rate it is a multiple of.")
     fast = [parameter for name, parameter in trained.items() if name.endswith("lora_b.weight")]
     rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_b.weight")]
     return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]

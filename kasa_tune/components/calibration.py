@@ -238,15 +238,15 @@ def damped_covariances(
     A warning in the log sums up the layers whose inputs the calibration data do not fill.
 
     Args:
-        model: as for :func:`covariances`, and so are groups, rounds, wanted and options.
-        groups: ...
-        rounds: ...
-        wanted: ...
+        model: with its base weights and adapters that have not started.
+        groups: from :func:`shared_inputs`.
+        rounds: the batches of each round.
+        wanted: whether a layer needs the covariance of a round, or that of all rounds (POOLED).
         damping: ``λ``, as a share of the mean diagonal.
         damping_search: double it until the inverse is accurate, as published.
         normalization: ``unit_mean_diag``, or ``published``.
         progress: wraps the range of batches to run, all blocks together; tqdm does.
-        options: ...
+        options: dtype and offload of :func:`covariances`.
 
     Yields:
         The layers that want this covariance, the round, the covariance ``(d, d)``.
