@@ -271,6 +271,7 @@ BETWEEN_KEYS = (
     builder,
     calibration,
     rank_bounds,
+    lora_plus,
     offloading,
     warmup,
     validation,

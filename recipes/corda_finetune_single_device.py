@@ -199,7 +199,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             weights = {name: self._linears[name].weight for name in layers}
             for name, newest in layer_spectra(weights, covariance, round, cfg.adapter.covariance_power).items():
                 best[name] = better(best.get(name), newest)
-        return best
+        return {name: best[name] for name in self._linears}
 
     def _decompose(self, cfg: DictConfig, mode: str, ranks: dict, spectra: dict) -> dict[str, Component]:
         """The CO-SVD of every layer's weight, under the covariance of its chosen round."""

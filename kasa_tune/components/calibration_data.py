@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from kasa_tune.components.batches import block_mask, collate, permutation
+from kasa_tune.components.batches import EpochBatches, block_mask, collate
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ def draw_rounds(
     """Draw disjoint rounds of rows, the same for the same arguments on every machine.
 
     Args:
-        dataset: from :func:`~kasa_tune.components.data.build_dataset`; prompts and responses both count.
+        dataset: from :func:`~kasa_tune.components.data.build_dataset`, mixed by its weights; prompts and responses both
+            count.
         num_samples: rows of a round.
         max_seq_len: longer samples are cut; with ``concatenate`` the length of every row.
         concatenate: join the samples, in random order, and cut the stream into rows; else a sample is a row.
@@ -44,7 +45,8 @@ def draw_rounds(
     """
     if max_seq_len > longest:
         raise ValueError(f"calibration.max_seq_len {max_seq_len} is more than the model takes, {longest}.")
-    order = permutation(len(dataset), seed, 0)
+    lengths, weights = getattr(dataset, "lengths", [len(dataset)]), getattr(dataset, "weights", None)
+    order = EpochBatches(lengths, weights=weights, batch_size=1, seed=seed, shuffle=True).order(0)
     if concatenate:
         drawn = _windows(dataset, order, max_seq_len, rounds * num_samples)
     else:

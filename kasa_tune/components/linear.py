@@ -292,8 +292,7 @@ class CorDALinear(AdapterLinear):
         Raises:
             ValueError: the rank is negative or above ``min(d_in, d_out)``.
         """
-        if not 0 <= rank <= min(self.in_dim, self.out_dim):
-            raise ValueError(f"rank must be between 0 and {min(self.in_dim, self.out_dim)}; got {rank}.")
+        _check_rank(rank, self.in_dim, self.out_dim, least=0)
         if rank == self.rank:
             return
         like = {"device": self.lora_a.weight.device, "dtype": self.lora_a.weight.dtype}
@@ -305,7 +304,8 @@ class CorDALinear(AdapterLinear):
             self.reset_update()
 
     def adapter_shapes(self, rank: int, edit_rank: int) -> dict[str, tuple[int, int]]:
-        """Shapes of the adapter's tensors at other ranks than the present ones."""
+        """Shapes of the adapter's tensors at other ranks; raises ValueError as :meth:`set_rank`."""
+        _check_rank(rank, self.in_dim, self.out_dim, least=0)
         return {
             "lora_a.weight": (rank, self.in_dim),
             "lora_b.weight": (self.out_dim, rank),
@@ -381,9 +381,9 @@ class KaSALinear(AdapterLinear):
         return self.scaling * self.lora_diag
 
 
-def _check_rank(rank: int, in_dim: int, out_dim: int) -> None:
-    if not 1 <= rank <= min(in_dim, out_dim):
-        raise ValueError(f"rank must be between 1 and min(in_dim, out_dim) = {min(in_dim, out_dim)}; got {rank}.")
+def _check_rank(rank: int, in_dim: int, out_dim: int, least: int = 1) -> None:
+    if not least <= rank <= min(in_dim, out_dim):
+        raise ValueError(f"rank must be between {least} and min(in_dim, out_dim) = {min(in_dim, out_dim)}; got {rank}.")
 
 
 def _add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:

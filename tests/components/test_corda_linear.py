@@ -462,7 +462,10 @@ def after_training(linear):
 def test_dora_starts_as_the_base_bit_for_bit(use_bias, dtype, adapter_dtype):
     linear = dora(30, 20, dtype=dtype, adapter_dtype=adapter_dtype, use_bias=use_bias)
     x = torch.randn(2, 5, 30).to(dtype)
-    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))  # the quotient of two equal lengths is 1
+    product = F.linear(
+        x, linear.weight
+    )  # times the quotient of two equal lengths; the bias comes after, in one more sum
+    assert torch.equal(linear(x), product + linear.bias if use_bias else product)
     assert linear.lora_magnitude.dtype == torch.float32  # rounded lengths would change the output at once
     assert linear.lora_a.weight.dtype == linear.lora_b.weight.dtype == adapter_dtype
 

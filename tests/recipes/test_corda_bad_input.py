@@ -53,22 +53,22 @@ def rows(tmp_path):
 
 
 @pytest.mark.usefixtures("not_trained")
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_weight_names_its_layer(corda, damaged, value):
-    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.w3.*(NaN|infinity)"):
-        corda(damaged("model.layers.2.mlp.up_proj.weight", value))
+@pytest.mark.parametrize("config_name", ["tiny_corda", "tiny_pissa", "tiny_lora_plus"])
+def test_a_damaged_weight_is_named(corda, damaged, config_name):
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.w3\.weight holds NaN or infinity"):
+        corda(damaged("model.layers.2.mlp.up_proj.weight", float("nan")), config_name=config_name)
 
 
 @pytest.mark.usefixtures("not_trained")
-def test_a_damaged_weight_names_its_layer_without_calibration_too(corda, damaged):
-    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.w3.*NaN"):
-        corda(damaged("model.layers.2.mlp.up_proj.weight", float("nan")), config_name="tiny_pissa")
+def test_a_damaged_weight_between_the_linears_is_named(corda, damaged):
+    with pytest.raises(ValueError, match=r"layers\.3\.sa_norm\.scale holds NaN or infinity"):
+        corda(damaged("model.layers.3.input_layernorm.weight", float("inf")))
 
 
 @pytest.mark.usefixtures("not_trained")
-def test_a_damaged_weight_between_the_linears_names_the_layer_that_gets_the_nan(corda, damaged):
-    with pytest.raises(ValueError, match=r"layers\.3\.attn\.q_proj: its inputs hold NaN or infinity"):
-        corda(damaged("model.layers.3.input_layernorm.weight", float("nan")))
+def test_activations_that_overflow_name_the_layer_that_gets_them(corda, damaged):
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.w2: its inputs hold NaN or infinity.*round 1"):
+        corda(damaged("model.layers.2.mlp.up_proj.weight", 1e30))
 
 
 @pytest.mark.usefixtures("not_trained")
@@ -193,6 +193,13 @@ def test_too_few_tokens_are_counted_in_a_warning(corda, caplog):
     # q, k and v read one input, w1 and w3 another: 4 different inputs in each of 5 blocks.
     assert f"layers.0.attn.q_proj and 19 other inputs saw {tokens} tokens for 128 inputs" in warning
     assert "Raise calibration.num_samples" in warning
+
+
+@pytest.mark.usefixtures("not_trained")
+def test_a_ratio_of_no_learning_rate_is_refused_before_anything_is_computed(corda, corda_recipe, monkeypatch):
+    monkeypatch.setattr(corda_recipe, "co_svd", lambda *_, **__: pytest.fail("the weights were decomposed"))
+    with pytest.raises(ValueError, match=r"adapter\.lr_ratio.*optimizer\.lr"):
+        corda("~optimizer.lr", "adapter.lr_ratio=2", config_name="tiny_pissa")
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache

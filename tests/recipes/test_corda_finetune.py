@@ -161,14 +161,14 @@ def test_every_other_option_at_once(corda):
 
 
 def test_the_bare_algorithm_may_leave_a_layer_without_an_adapter(corda, run_main):
-    run = corda(*PLUS_PLUS, "model.rank=1", "adapter.min_rank=0", "run_val_every_n_steps=4", "optimizer.lr=2e-2")
+    bare = [*PLUS_PLUS, "model.rank=1", "adapter.min_rank=0", "run_val_every_n_steps=4"]
+    run = corda(*bare)
     ranks = {name: layer["rank"] for name, layer in decomposition(run)["layers"].items()}
     assert 0 in ranks.values()
     assert {name: linear.rank for name, linear in run.recipe._linears.items()} == ranks
     assert run.metrics[0]["val_loss"] == pytest.approx(run.metrics[0]["val_loss_base"], rel=1e-5)
     assert losses(run)[-1] < losses(run)[0]
-    resumed = corda(*PLUS_PLUS, "model.rank=1", "adapter.min_rank=0", "run_val_every_n_steps=4", "optimizer.lr=2e-2",
-                    "resume_from_checkpoint=True", "max_steps=5", "epochs=5")  # fmt: skip
+    resumed = corda(*bare, "resume_from_checkpoint=True", "max_steps=5", "epochs=5")
     assert resumed.recipe.step == 5
     assert run_main("report_run", "--config", str(run.folder / "config.yaml")) == 0
 
