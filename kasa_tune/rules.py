@@ -75,6 +75,13 @@ def rank_bounds(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("adapter.max_rank", f"got {most}, {budget}; set at least {rank}")
 
 
+def lora_plus(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A multiple of a learning rate has one to be a multiple of."""
+    ratio = (cfg.get("adapter") or {}).get("lr_ratio", 1)
+    if ratio != 1 and "lr" not in (cfg.get("optimizer") or {"lr": None}):
+        yield Problem("adapter.lr_ratio", f"got {ratio} without optimizer.lr, which it is a multiple of; set it")
+
+
 def offloading(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Activations are offloaded from a GPU, and only where they are checkpointed."""
     key = "enable_activation_offloading"
