@@ -199,7 +199,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     tokens, clock = make_tokens(args, args.samples), Clock(args.device)
     ranks = {name: linear.rank for name, linear in adapter_linears(model)}
     meter = Meter(args.device)
-    found = our_covariances(model, groups, tokens, lambda name, round: True)
+    found = our_covariances(model, groups, tokens, lambda name, round: round == 0)  # and not all rounds pooled
     components = our_components(found, model, ranks, args.mode, clock)
     start_from(model, components)
     result = meter.read() | {"layers": clock.seconds, "errors": {}}
@@ -207,7 +207,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     if args.measure:
         started, (model, groups) = dict(adapter_linears(model)), our_model(args)
         linears = dict(adapter_linears(model))
-        for layers, _, covariance in our_covariances(model, groups, tokens, lambda name, round: measured(name, args)):
+        for layers, _, covariance in our_covariances(
+            model, groups, tokens, lambda name, round: round == 0 and measured(name, args)
+        ):
             for name in layers:
                 update = started[name].lora_b.weight.double() @ started[name].lora_a.weight.double()
                 result["errors"][name] = relative_error(update, linears[name].weight, covariance, args)

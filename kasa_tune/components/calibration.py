@@ -167,7 +167,7 @@ def covariances(
                         pooled[total.layers].matrix += total.matrix / (len(rounds) if per_sample else 1)
                         pooled[total.layers].num_tokens += total.num_tokens
                 yield from (total for total in sums if _any(wanted, total.layers, round))
-                del sums
+                sums = add = total = None  # or they stand beside the next round's
             yield from pooled.values()
     finally:
         model.train(training)

@@ -244,13 +244,17 @@ def test_one_sort_is_the_papers_loop(mode, case):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_compactness_below_one_takes_a_layer_whole(mode):
-    # Scores -1/7, -1/6, -1/2 of the first: below the second's .01, and ever lower, so the loop never leaves it.
-    spectra = {"0": spectrum([4.0, 2, 1, 1], log_pi=-1.0), "1": spectrum([8.0, 1, 0.5, 0.1], log_pi=1.0)}
-    sizes = {"0": 10, "1": 10}
-    found = allocate_ranks(spectra, sizes, rank=2, mode=mode, min_rank=0)
-    assert found == allocate_by_the_loop(spectra, sizes, 2, mode, 0, None)
-    assert found["0"] == (4 if mode == "kpm" else 0)
+@settings(max_examples=40, deadline=None)
+@given(case=allocations(), signs=st.lists(st.booleans(), min_size=4, max_size=4), min_rank=st.integers(0, 1))
+def test_one_sort_is_the_loop_for_a_compactness_below_one_too(mode, case, signs, min_rank):
+    """Scores then fall with every filtering, and the loop stays in a layer until nothing of it is left."""
+    spectra, sizes, rank, _, _ = case
+    spectra = {
+        name: LayerSpectrum(found.singular_values, -found.log_compactness if negative else found.log_compactness, 0)
+        for (name, found), negative in zip(spectra.items(), signs)
+    }
+    found = allocate_ranks(spectra, sizes, rank=rank, mode=mode, min_rank=min_rank)
+    assert found == allocate_by_the_loop(spectra, sizes, rank, mode, min_rank, None)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -262,10 +262,10 @@ def test_each_round_is_as_if_it_were_alone_and_the_pool_is_their_sum():
     rounds = [batches_of(rows) for rows in three_rounds()]
     found = run(model, groups, rounds, wanted=lambda *_: True)
     assert set(found) == {(group[0], round) for group in groups for round in (0, 1, 2, POOLED)}
+    for round in range(3):
+        for (layer, _), alone in run(model, groups, rounds[round : round + 1]).items():
+            torch.testing.assert_close(found[layer, round].matrix, alone.matrix)
     for group in groups:
-        for round in range(3):
-            alone = run(model, groups, rounds[round : round + 1])[group[0], 0]
-            torch.testing.assert_close(found[group[0], round].matrix, alone.matrix)
         pooled = found[group[0], POOLED]
         torch.testing.assert_close(pooled.matrix, sum(found[group[0], round].matrix for round in range(3)))
         assert pooled.num_tokens == sum(map(sum, ROUNDS))
@@ -287,11 +287,12 @@ def test_published_normalization_is_that_of_the_published_code(batch_size):
     rounds = three_rounds()
     parts = [batches_of(rows, batch_size) for rows in rounds]
     found = run(model, groups, parts, wanted=lambda *_: True, per_sample=True)
+    seen = [inputs_by_full_forwards("llama2", model, [group[0] for group in groups], rows) for rows in rounds]
     for group in groups:
         pooled = 0
         for round, rows in enumerate(rounds):
             expected = 0
-            for x in inputs_by_full_forwards("llama2", model, group[:1], rows)[group[0]]:
+            for x in seen[round][group[0]]:
                 x = x.float()
                 x = x / torch.max(x).abs()
                 expected = expected + x.T @ x / len(rows)
@@ -357,8 +358,8 @@ def test_a_deeper_model_holds_no_more_covariances_at_once(rounds, wanted, peak):
         assert set(given) == {str(index) for index in range(num_layers)}
         peaks.append(peak[0])
     assert peaks[0] == peaks[1]
-    # Four inputs a block, with their pools and the one in the receiver's hands, and no second round of them.
-    assert peaks[1] <= 4 * (1 + 2 * wanted("", POOLED)) + 1
+    # Four inputs a block, their pools, and the last one in the receiver's hands: no two rounds or blocks at once.
+    assert peaks[1] <= 4 * (1 + wanted("", POOLED)) + 1
 
 
 def test_bytes_by_hand():
@@ -443,7 +444,7 @@ def test_scaled_and_damped(normalization, search, damping):
     rounds = [batches_of(rows_of(), 3)]
     options = {"damping": damping, "damping_search": search, "normalization": normalization, "dtype": torch.float64}
     raw = run(model, groups, rounds, per_sample=normalization == "published")
-    given = list(damp(model, groups, rounds, **options))
+    given, all_doublings = list(damp(model, groups, rounds, **options)), []
     assert [tuple(layers) for layers, _, _ in given] == groups
     for layers, _, matrix in given:
         covariance, eye = raw[layers[0], 0].matrix, torch.eye(len(matrix), dtype=torch.float64)
@@ -454,7 +455,9 @@ def test_scaled_and_damped(normalization, search, damping):
         torch.testing.assert_close(matrix, covariance + added * eye, rtol=1e-12, atol=1e-12)
         doublings = torch.log2(added / unit / damping).item()
         assert doublings == pytest.approx(round(doublings), abs=1e-4)
-        assert round(doublings) == 0 if not search else round(doublings) > 5
+        all_doublings.append(round(doublings))
+    assert min(all_doublings) >= 0
+    assert (max(all_doublings) > 5) is search  # fewer tokens than the inputs of w2: there is no inverse without damping
 
 
 def test_each_covariance_comes_with_the_layers_that_want_it():
