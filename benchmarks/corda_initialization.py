@@ -45,7 +45,7 @@ from kasa_tune.components.decomposition import Component, co_svd, split_componen
 from kasa_tune.components.models import corda_llama3
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 
-VOCAB, HEAD_DIM, ROPE_BASE, DAMPING = 1024, 64, 500_000, 0.01
+VOCAB, HEAD_DIM, ROPE_BASE, DAMPING = 8192, 64, 500_000, 0.01
 NUM_ROUNDS = 5  # of CorDA++ in the paper
 PAPER_RANK, PAPER_BLOCKS = 128, 32
 PAPER_SHAPES = {  # d_out, d_in of Llama-3 8B, and how many a block has

@@ -132,7 +132,7 @@ def covariances(
         model: with its base weights and adapters that have not started (they are switched off).
         groups: from :func:`shared_inputs`.
         rounds: the batches of each round, see :func:`~kasa_tune.components.calibration_data.draw_rounds`.
-        wanted: whether a layer needs the covariance of a round, or that of all rounds (POOLED).
+        wanted: whether a layer needs the covariance of a round, or that of all rounds (asked with POOLED for the round).
         dtype: of the sums, float32 or float64.
         per_sample: the published normalization: every sample divided by the absolute value of its largest entry, and
             the sum by the number of samples.
@@ -252,6 +252,8 @@ def damped_covariances(
         The layers that want this covariance, the round, the covariance ``(d, d)``.
     """
     published, shortages = normalization == "published", {}
+    names = [name for group in groups for name in group]  # of a round that none of them wants, nothing is run
+    rounds = [part if any(wanted(n, i) or wanted(n, POOLED) for n in names) else [] for i, part in enumerate(rounds)]
     num_runs = sum(1 for _ in _blocks(model, groups)) * sum(len(batches) for batches in rounds)
     runs = iter(progress(range(num_runs)))
     found = covariances(

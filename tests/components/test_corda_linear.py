@@ -241,7 +241,7 @@ def test_the_same_rank_keeps_the_parameters_that_an_optimizer_may_hold():
 
 @pytest.mark.parametrize("rank", [-1, 10])
 def test_impossible_ranks_are_refused(rank):
-    with pytest.raises(ValueError, match=f"between 0 and 9; got {rank}"):
+    with pytest.raises(ValueError, match=f"between 0 and .* 9; got {rank}"):
         CorDALinear(12, 9, 3).set_rank(rank)
 
 
@@ -357,10 +357,10 @@ def assert_unchanged(model, before):
         (lambda s: s.update({"first.lora_b.weight": torch.zeros(9, 4)}), r"first\.lora_b\.weight: .*adapter \(9, 4\)"),
         (lambda s: s.update({"first.lora_a.weight": torch.zeros(7, 11)}), r"first\.lora_a\.weight: .*\(7, 11\)"),
         (lambda s: s.update({"first.lora_edit_out": torch.zeros(9, 4)}), r"first\.lora_edit_out: .*\(9, 4\)"),
-        (lambda s: s.update({"last.lora_a.weight": torch.zeros(6, 9)}), r"last\.lora_b\.weight: .*adapter \(5, 1\)"),
+        (lambda s: s.update({"last.lora_a.weight": torch.zeros(2, 9)}), r"last\.lora_b\.weight: .*adapter \(5, 1\)"),
         (
             lambda s: s.update({"last.lora_a.weight": torch.zeros(6, 9), "last.lora_b.weight": torch.zeros(5, 6)}),
-            "between 0 and 5; got 6",  # not even a linear of its shape could have it
+            r"between 0 and .* 5; got 6",  # not even a linear of its shape could have it
         ),
     ],
 )
