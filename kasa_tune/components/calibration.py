@@ -132,7 +132,7 @@ def covariances(
         model: with its base weights and adapters that have not started (they are switched off).
         groups: from :func:`shared_inputs`.
         rounds: the batches of each round, see :func:`~kasa_tune.components.calibration_data.draw_rounds`.
-        wanted: whether a layer needs the covariance of a round, or that of all rounds (asked with POOLED for the round).
+        wanted: whether a layer needs the covariance of a round, or that of all rounds (POOLED is asked).
         dtype: of the sums, float32 or float64.
         per_sample: the published normalization: every sample divided by the absolute value of its largest entry, and
             the sum by the number of samples.
