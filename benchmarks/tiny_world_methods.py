@@ -1,7 +1,7 @@
 """Learning and forgetting on the tiny world: LoRA, DoRA, PiSSA, MiLoRA, CorDA, CorDA++, KaSA and full fine-tuning.
 
     python benchmarks/tiny_world_methods.py --output /tmp/tiny_world_methods
-    python benchmarks/tiny_world_methods.py --output /tmp/tiny_world_methods --methods lora corda_kpm --seeds 0 --lr 2e-3
+    python benchmarks/tiny_world_methods.py --output /tmp/tiny_world_methods --methods lora corda_kpm --seeds 0
 
 Every method fine-tunes the embedded model on its task (data to text) with the shipped recipes, same data order, rank,
 steps and optimizer; then the same 1,000 facts of pretraining are asked again. A run's result is kept in the output
@@ -28,6 +28,7 @@ from kasa_tune.tiny_world import evaluate, world
 
 CORDA, KASA = "corda_finetune_single_device", "kasa_finetune_single_device"
 PLUS = ["calibration.rounds=5", "adapter.dynamic_ranks=True"]
+PLUS_KPM = [*PLUS, "calibration.num_samples=200"]  # of the 1,000 facts, a fifth a round
 # Name in the table: recipe, config, overrides.
 METHODS: dict[str, tuple[str, str, list[str]]] = {
     "lora": (CORDA, "tiny_corda", ["adapter.method=lora"]),
@@ -40,8 +41,8 @@ METHODS: dict[str, tuple[str, str, list[str]]] = {
     "corda_ipm_plus": (CORDA, "tiny_corda", [*PLUS]),
     "corda_kpm": (CORDA, "tiny_corda_kpm", []),
     "corda_kpm_balanced_split": (CORDA, "tiny_corda_kpm", ["adapter.split=balanced"]),
-    "corda_kpm_plus": (CORDA, "tiny_corda_kpm", [*PLUS, "calibration.num_samples=200"]),
-    "corda_kpm_plus_min_rank_4": (CORDA, "tiny_corda_kpm", [*PLUS, "calibration.num_samples=200", "adapter.min_rank=4"]),
+    "corda_kpm_plus": (CORDA, "tiny_corda_kpm", PLUS_KPM),
+    "corda_kpm_plus_min_rank_4": (CORDA, "tiny_corda_kpm", [*PLUS_KPM, "adapter.min_rank=4"]),
     "kasa_published": (KASA, "tiny_kasa", ["model.truncation_rank=null", "model.diag_init=normal"]),
     "kasa_k1_ones": (KASA, "tiny_kasa", []),
     "full": (CORDA, "tiny_corda", ["adapter.method=lora"]),
@@ -135,7 +136,8 @@ def spread(values: list[float], digits: int = 3) -> str:
 def table(results: dict[str, dict[int, dict]], lr: float) -> list[str]:
     """Markdown: a row a method. LoRA's final training loss of the same seed is the goal for the steps."""
     lines = [
-        f"| lr {lr:g} | seeds | trained | train loss, end | steps to LoRA's end | val loss | task accuracy | facts kept |",
+        f"| lr {lr:g} | seeds | trained | train loss, end | steps to LoRA's end "
+        "| val loss | task accuracy | facts kept |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method, runs in results.items():

@@ -486,6 +486,20 @@ def test_the_bar_ends_exactly_at_its_total(where, num_blocks):
     assert (bar.done, bar.ended) == (bar.total, True)
 
 
+def test_rounds_that_no_layer_wants_are_not_run():
+    model, groups = build(num_layers=1, output=False)
+    rounds, bar, ran = [batches_of(rows, 1) for rows in three_rounds()], Bar(), []
+    model.layers[0].register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[1]))
+    chosen = {"layers.0.attn.q_proj": 2, "layers.0.mlp.w2": 0}
+    given = list(damp(model, groups, rounds, lambda name, round: chosen.get(name) == round, progress=bar))
+    assert [(names, round) for names, round, _ in given] == [(["layers.0.mlp.w2"], 0), (["layers.0.attn.q_proj"], 2)]
+    assert sorted(ran) == sorted(ROUNDS[0] + ROUNDS[2])
+    assert (bar.total, bar.done, bar.ended) == (6, 6, True)
+    for names, round, matrix in given:
+        ((_, _, alone),) = damp(model, groups, rounds[round : round + 1], lambda name, _, names=names: name in names)
+        torch.testing.assert_close(matrix, alone)
+
+
 # --------------------------------------------------------------------------------- thin data
 
 
