@@ -32,7 +32,7 @@ from kasa_tune.schema import (
     above,
     at_least,
 )
-from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, SCHEMAS, by_keys
+from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, schema_of
 from kasa_tune.validation import Checker
 
 __all__ = ["CORDA", "FINETUNE", "GENERATE", "REQUIRED", "Check", "Component", "ConfigError", "Key", "OneOrMany"]
@@ -120,8 +120,7 @@ def load(
         given = reading.read(file)
     except ValueError as error:
         raise ConfigError(str(file), [Problem("", str(error))]) from None
-    by_name = (schema for suffix, schema in SCHEMAS.items() if file.stem.endswith(suffix))
-    schema = schema or by_keys(given) or next(by_name, FINETUNE)
+    schema = schema or schema_of(file.stem, given)
     problems: list[Problem] = []
     for override in overrides:
         try:

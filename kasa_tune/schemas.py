@@ -213,7 +213,7 @@ GENERATE: Schema = {
     "dtype": _DTYPE,
 }
 
-# Which schema a config belongs to where its keys do not tell (`by_keys`): the one whose key here ends its name.
+# By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     "_generate": GENERATE,
     **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
@@ -221,9 +221,14 @@ SCHEMAS: Mapping[str, Schema] = {
 }
 
 
-def by_keys(tree: Mapping[str, Any]) -> Schema | None:
-    """The schema that alone has some key of the config; None when there is no such key."""
+def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
+    """The schema a config belongs to: that of its `adapter.method`, of its name, or of a key that no other has."""
     adapter = tree.get("adapter")
-    if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
+    if isinstance(adapter, dict) and "method" in adapter:
         return CORDA
-    return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else None
+    for ending, schema in SCHEMAS.items():
+        if name.endswith(ending):
+            return schema
+    if "calibration" in tree:
+        return CORDA
+    return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else FINETUNE
