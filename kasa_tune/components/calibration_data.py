@@ -26,6 +26,8 @@ def draw_rounds(
 ) -> list[list[Row]]:
     """Draw disjoint rounds of rows, the same for the same arguments on every machine.
 
+    A dataset mixed in with a weight above 1 repeats its samples, as in an epoch of training.
+
     Args:
         dataset: from :func:`~kasa_tune.components.data.build_dataset`, mixed by its weights; prompts and responses both
             count.
