@@ -175,14 +175,14 @@ def draw(results: dict[str, dict[int, dict]], folder: Path) -> None:
         axes.plot(range(1, curves.shape[1] + 1), curves.mean(0), label=method, color=color)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps and all seeds", yscale="log")
     axes.legend(fontsize=7)
-    figure.savefig(folder / "learning.png", dpi=100, bbox_inches="tight")
+    figure.savefig(folder / "learning.png", dpi=80, bbox_inches="tight")
     figure, axes = plt.subplots(figsize=(8, 5))
     for color, (method, runs) in zip(colors, results.items(), strict=False):
         points = [(run["val_loss"], run["facts_exact_match"]) for run in runs.values()]
         axes.scatter(*zip(*points, strict=True), label=method, color=color, s=25)
-    axes.set(xlabel="validation loss of the task", ylabel="facts still answered exactly", xscale="log")
+    axes.set(xlabel="validation loss of the task", ylabel="facts still answered exactly")
     axes.legend(fontsize=7)
-    figure.savefig(folder / "forgetting.png", dpi=100, bbox_inches="tight")
+    figure.savefig(folder / "forgetting.png", dpi=80, bbox_inches="tight")
 
 
 def main() -> None:
