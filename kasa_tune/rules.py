@@ -73,6 +73,10 @@ def rank_bounds(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("adapter.min_rank", f"got {least}, {budget}; set at most {rank}")
         if most is not None and most < rank:
             yield Problem("adapter.max_rank", f"got {most}, {budget}; set at least {rank}")
+    elif not node.get("dynamic_ranks"):
+        for key, given, unset in (("min_rank", least, 1), ("max_rank", most, None)):
+            if given not in (unset, None):
+                yield Problem(f"adapter.{key}", f"got {given} without dynamic_ranks=True, which it bounds; set both")
 
 
 def lora_plus(cfg: dict[str, Any]) -> Iterator[Problem]:

@@ -107,7 +107,7 @@ _CALIBRATION = Section(
         "accumulate": Key(Literal["fp32", "fp64"], "fp32", help="precision of the covariances' sums"),
         "offload": Key(bool, False, help="hidden states wait in the host's memory"),
         "max_selection_dim": Key(int | None, None, POSITIVE, help="rounds: wider inputs pool their draws"),
-        "cache_dir": Key(str, "${output_dir}/decomposition", help="folder of finished layers"),
+        "cache_dir": Key(str, "${output_dir}/decomposition", help="where the finished decomposition is kept"),
     },
     help="the data that CorDA looks at before training",
 )

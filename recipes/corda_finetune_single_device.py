@@ -45,7 +45,7 @@ from kasa_tune.components.decomposition import Component, co_svd, split_componen
 from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
 from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget
+from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
 from kasa_tune.components.resuming import resume_point
 
@@ -91,6 +91,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._setup_weights(cfg)
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if cfg.compile:
+            allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
             training.compile_model(self._model, verbose=False)
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
         groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
@@ -171,9 +172,9 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 linear.initialize()
             return
         mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
-        options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype}
-        conditions = decomposition_key(self._base_fingerprint, self._linears, self._calibration_digest, options)
-        cache = DecompositionCache(Path(cfg.calibration.cache_dir), conditions)
+        options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": OmegaConf.to_container(cfg.model)}
+        key = decomposition_key(self._base_fingerprint, self._linears, self._calibration_digest, options)
+        cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
         spectra, ranks = {}, {name: linear.rank for name, linear in self._linears.items()}
         if cfg.calibration.rounds > 1 or cfg.adapter.dynamic_ranks:
             spectra = cache.spectra(otherwise=partial(self._select_covariances, cfg))
@@ -211,7 +212,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         for layers, _, covariance in self._covariances(cfg, wanted, "Decomposing"):
             for name in layers:
                 weight = self._linears[name].weight
-                components[name] = co_svd(weight, covariance, ranks[name], mode, covariance_power=power)
+                components[name] = co_svd(weight, covariance, ranks[name], mode, covariance_power=power).to("cpu")
         return components
 
     def _covariances(self, cfg: DictConfig, wanted: Callable[[str, int], bool], title: str) -> Iterator[tuple]:
@@ -230,8 +231,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
         if cfg.adapter.method == "corda":
-            dtype = training.get_dtype(cfg.calibration.accumulate)
-            budget |= calibration_bytes(self._model, self._groups, self._rounds, dtype)
+            options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
+            budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         print(*budget_report(self._model, budget), sep="\n")
 
     def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:

@@ -67,6 +67,7 @@ class GenerateTextRecipe:
         )
         if self._adapter:
             load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
+            self._model.to(self._device)  # edits too, which the base's completions take at every token
 
     def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:
         """The first ``num_samples`` different prompts of a dataset (E2E, for one, has several references a prompt)."""

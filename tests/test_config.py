@@ -425,6 +425,8 @@ CORDA_REFUSED = {
         "adapter.method corda needs a corda_<model> builder",
     ),
     "adapter.min_rank=9 adapter.max_rank=8": ("adapter.min_rank", "got 9, which is more than max_rank 8"),
+    "adapter.min_rank=9": ("adapter.min_rank", "without dynamic_ranks=True"),
+    "adapter.max_rank=9": ("adapter.max_rank", "without dynamic_ranks=True"),
     "adapter.dynamic_ranks=True adapter.min_rank=9": ("adapter.min_rank", "model.rank 8", "at most 8"),
     "adapter.dynamic_ranks=True adapter.max_rank=7": ("adapter.max_rank", "model.rank 8", "at least 8"),
     "adapter.method=pissa calibration.rounds=2": ("calibration.rounds", "adapter.method pissa", "set it to 1"),
@@ -460,7 +462,6 @@ def test_refused_of_corda(corda_tree, overrides):
     [
         ["adapter.mode=kpm"],
         ["adapter.dynamic_ranks=True", "calibration.rounds=5", "adapter.min_rank=8", "adapter.max_rank=8"],
-        ["adapter.min_rank=9"],  # means nothing without dynamic_ranks
         ["adapter.method=pissa", "~calibration"],
         ["adapter.method=milora", "calibration.dataset=null"],
         ["adapter.method=lora", "~calibration"],

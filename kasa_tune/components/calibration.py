@@ -154,13 +154,14 @@ def covariances(
             pooled = {group: _empty(group, POOLED, linears, dtype) for group in inside if _any(wanted, group, POOLED)}
             for round, batches in enumerate(rounds):
                 sums = [_empty(g, round, linears, dtype) for g in inside if g in pooled or _any(wanted, g, round)]
-                for position, batch in enumerate(batches):
-                    valid = batch["valid"].to(device)
-                    add = {linears[s.layers[0]]: partial(s.add, valid=valid, per_sample=per_sample) for s in sums}
-                    with disable_adapter(model), _inputs_to(add):
-                        h = block(hidden[round][position].to(device), batch)
-                    hidden[round][position] = h.to(waiting)
-                    advance()
+                with disable_adapter(model):
+                    for position, batch in enumerate(batches):
+                        valid = batch["valid"].to(device)
+                        add = {linears[s.layers[0]]: partial(s.add, valid=valid, per_sample=per_sample) for s in sums}
+                        with _inputs_to(add):
+                            h = block(hidden[round][position].to(device), batch)
+                        hidden[round][position] = h.to(waiting)
+                        advance()
                 for total in sums:
                     total.finish(sum(len(batch["tokens"]) for batch in batches) if per_sample else None)
                     if total.layers in pooled:
@@ -270,18 +271,25 @@ def damped_covariances(
 
 
 def calibration_bytes(
-    model: TransformerDecoder, groups: Sequence[tuple[str, ...]], rounds: Sequence[Sequence[Batch]], dtype: torch.dtype
+    model: TransformerDecoder,
+    groups: Sequence[tuple[str, ...]],
+    rounds: Sequence[Sequence[Batch]],
+    *,
+    dtype: torch.dtype,
+    offload: bool,
 ) -> dict[str, int]:
-    """Bytes that calibrating and decomposing take besides the model.
+    """Bytes that calibrating and decomposing take on the device besides the model.
 
     Args:
         model: on any device, meta included.
         groups: from :func:`shared_inputs`.
         rounds: the batches of each round.
         dtype: of the covariances.
+        offload: hidden states wait on the host, but for those of one batch.
     """
     linears, embedding = dict(adapter_linears(model)), model.tok_embeddings.weight
-    num_tokens = sum(batch["tokens"].numel() for batches in rounds for batch in batches)
+    sizes = [batch["tokens"].numel() for batches in rounds for batch in batches]
+    num_tokens = max(sizes) if offload else sum(sizes)
     widest = max(sum(linears[group[0]].in_dim ** 2 for group in inside) for _, inside in _blocks(model, groups))
     return {
         "calibration hidden states": num_tokens * embedding.shape[1] * embedding.element_size(),
@@ -300,15 +308,16 @@ def shortage(covariance: Covariance) -> str | None:
         return f"{covariance.num_tokens:,} tokens for {width:,} inputs"
     scaled = covariance.matrix / covariance.matrix.diagonal().mean()
     scaled.diagonal().sub_(1e-7)
-    failed_at = torch.linalg.cholesky_ex(scaled).info.item()
-    return f"inputs of rank below {failed_at:,} of {width:,}" if failed_at else None
+    first = torch.linalg.cholesky_ex(scaled).info.item()
+    return f"inputs of deficient rank: number {first:,} of {width:,} follows from those before it" if first else None
 
 
 def _shortage_warning(shortages: Mapping[str, str]) -> str:
     """One sentence on all layers of :func:`shortage`, with what to set. ``shortages`` maps layers to its words."""
     name, words = next(iter(shortages.items()))
-    others = f" and {len(shortages) - 1} other inputs" if len(shortages) > 1 else ""
+    others = f" (and {len(shortages) - 1} other inputs)" if len(shortages) > 1 else ""
     return (
         f"Calibration is thin: {name}{others} saw {words}. The directions it never saw are ordered by damping alone. "
-        "Raise calibration.num_samples or max_seq_len, or set calibration.concatenate=True for short samples."
+        "More tokens help where they are few: raise calibration.num_samples or max_seq_len, or set "
+        "calibration.concatenate=True for short samples."
     )

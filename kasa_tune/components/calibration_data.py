@@ -57,9 +57,11 @@ def draw_rounds(
     share = min(num_samples, len(drawn) // rounds)
     if share == 0:
         what = f"windows of {max_seq_len} tokens" if concatenate else "samples"
+        advice = ["lower calibration.max_seq_len"] * concatenate + ["lower calibration.rounds"] * (rounds > 1)
         raise ValueError(
-            f"calibration.dataset holds {len(drawn)} {what}, fewer than one for each of {rounds} rounds. Give more "
-            f"data, or lower calibration.{'max_seq_len' if concatenate else 'rounds'}."
+            f"calibration.dataset holds {len(drawn)} {what}, fewer than one for each of {rounds} rounds. "
+            + ", or ".join(["Give more data", *advice])
+            + "."
         )
     if share < num_samples:
         log.warning(
@@ -122,10 +124,12 @@ def batched(
     """
     pad_id = max(0, getattr(tokenizer, "pad_id", None) or 0)
     ordered = sorted(rows, key=lambda row: len(row["tokens"]))
+    packed = ordered and "seq_lens" in ordered[0]  # of one width, or each would compile its own attention
+    width = len(ordered[-1]["tokens"]) if packed else None
     batches = []
     for start in range(0, len(ordered), batch_size):
         chosen = ordered[start : start + batch_size]
-        batch = collate([row | {"labels": row["tokens"]} for row in chosen], pad_id=pad_id)
+        batch = collate([row | {"labels": row["tokens"]} for row in chosen], pad_id=pad_id, width=width)
         del batch["labels"]
         lengths = torch.tensor([len(row["tokens"]) for row in chosen])
         batch["valid"] = torch.arange(batch["tokens"].shape[1]) < lengths[:, None]

@@ -6,8 +6,10 @@ for each mode, from which any smaller rank can be cut. Each file carries the key
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,15 +23,21 @@ from kasa_tune.components.allocation import LayerSpectrum
 from kasa_tune.components.decomposition import Component
 from kasa_tune.components.files import sync_folder, write_synced
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 PARTS = ("vectors", "singular_values", "projection")
 
 
-# Of the adapter and calibration sections, what a decomposition depends on.
+# Of the adapter and calibration sections, what a decomposition depends on; of the model section, what it does not.
+ADAPTER_ALONE = ("rank", "alpha", "dropout", "edit_storage")
 OPTIONS = (
     "method", "dtype", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
     "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim",
 )  # fmt: skip
+
+
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class CacheError(ValueError):
@@ -43,11 +51,13 @@ def decomposition_key(base: str, layers: Iterable[str], data: str | None, option
         base: fingerprint of the base weights.
         layers: names of the adapted linears.
         data: digest of the calibration rows; None where there is no calibration.
-        options: the adapter and calibration sections and the base's dtype; those of OPTIONS count.
+        options: the adapter and calibration sections, of which OPTIONS count, the base's ``dtype`` and the ``model``
+            section, whose constants decide what the layers' inputs are.
     """
     names = hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]
     counting = OPTIONS if data is not None else ("method", "dtype")
     key = {"base weights": base, "calibration data": data, "adapted layers": names}
+    key["model"] = {name: value for name, value in options["model"].items() if name not in ADAPTER_ALONE}
     return key | {name: options[name] for name in counting}
 
 
@@ -57,10 +67,15 @@ class DecompositionCache:
     Args:
         folder: made when something is written.
         key: from :func:`decomposition_key`.
+
+    Raises:
+        CacheError: a file in the folder is damaged or of another key; the message says what differs.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder, self.key = folder, json.loads(json.dumps(key))
+        for path in sorted(folder.glob("[!.]*.safetensors")):  # now, and not after a pass over the calibration rows
+            self._metadata(path)
 
     def spectra(self, *, otherwise: Callable[[], dict[str, LayerSpectrum]]) -> dict[str, LayerSpectrum]:
         """The stored spectra; where there are none, what ``otherwise`` finds, which is then stored.
@@ -113,35 +128,47 @@ class DecompositionCache:
         content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"version": FORMAT_VERSION, "key": self.key, "layers": about, "sha256": _digest(content, about)}
         temporary = self._path(f".{name}.{os.getpid()}")
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_synced(temporary, save(content, metadata={"decomposition": json.dumps(metadata)}))
             temporary.replace(self._path(name))
             sync_folder(self.folder)
-        except OSError as error:
-            raise OSError(error.errno, f"Could not write the decomposition to {self._path(name)} ({error}).") from error
+        except OSError as error:  # the run has what it needs; only later ones will have to find it again
+            log.warning(f"The decomposition could not be kept in {self.folder} ({error}); the run goes on without.")
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         path = self._path(name)
         if not path.exists():
             return None
+        metadata = self._metadata(path)
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["decomposition"])
-                self._check_key(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             about, intact = metadata["layers"], _digest(tensors, metadata["layers"]) == metadata["sha256"]
-        except CacheError:
-            raise
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(
-                f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
-            ) from error
+        except UNREADABLE as error:
+            raise self._unreadable(path, error) from error
         if not intact:
             raise CacheError(f"{path} is damaged: its content is not what was written. Delete it.")
         return tensors, about
+
+    def _metadata(self, path: Path) -> dict[str, Any]:
+        """What a file says of itself, which costs its header alone; of another key it is refused."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads(file.metadata()["decomposition"])
+            metadata["version"], metadata["key"].items(), metadata["layers"].items(), metadata["sha256"]
+        except UNREADABLE as error:
+            raise self._unreadable(path, error) from error
+        self._check_key(path, metadata)
+        return metadata
+
+    def _unreadable(self, path: Path, error: Exception) -> CacheError:
+        return CacheError(
+            f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
+        )
 
     def _check_key(self, path: Path, metadata: Mapping[str, Any]) -> None:
         stored = metadata["key"] if metadata["version"] == FORMAT_VERSION else {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_saveable
+from kasa_tune.components.linear import CorDALinear
 
 # Purposes in a budget that are over when training begins.
 BEFORE_TRAINING = ("truncation workspace", "calibration hidden states", "covariances of one block", "CO-SVD workspace")
@@ -54,10 +56,12 @@ def memory_budget(
         linear.materialize("meta", adapter_dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     edits = [buffer for _, linear in adapter_linears(model) for buffer in (linear.lora_edit_out, linear.lora_edit_in)]
+    starts = [linear for _, linear in adapter_linears(model) if isinstance(linear, CorDALinear)]
+    factored = sum(4 * s.rank * (s.in_dim + s.out_dim) for s in starts if s.edit_storage == "factored")
     tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta")
     return {
         "base weights": state_bytes(p for p in model.parameters() if not p.requires_grad),
-        "adapters": state_bytes(trained) + state_bytes(edits),
+        "adapters": state_bytes(trained) + state_bytes(edits) + factored,
         "gradients": state_bytes(trained),
         "optimizer": _optimizer_bytes(trained, make_optimizer),
         "activations (estimate)": _saved_bytes(model, tokens),
@@ -105,6 +109,16 @@ def check_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], m
     """
     largest = max((p for p in model.parameters() if p.requires_grad), key=torch.numel)
     check_saveable(stepped_optimizer(make_optimizer, largest).state_dict())
+
+
+def allow_graphs(number: int) -> None:
+    """Let torch.compile keep that many graphs of one function; beyond its default of 8 it would give up compiling.
+
+    The option has had two names.
+    """
+    options = torch._dynamo.config
+    name = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"
+    setattr(options, name, max(number, getattr(options, name)))
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> int:

@@ -139,11 +139,15 @@ def extreme_singular_subspace(matrix: Tensor, k: int, *, largest: bool, solver: 
 
 
 def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what: str) -> Result:
-    """``work(*tensors)``; where a CUDA device has no room for it, the same on the CPU, with a line in the log."""
+    """``work(*tensors)``; where a GPU has no room for it or its solver fails, the same on the CPU, with a line in the
+    log.
+    """
     try:
         return work(*tensors)
-    except torch.cuda.OutOfMemoryError:
-        log.warning("No room on the GPU for %s; doing it on the CPU.", what)
+    except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+        if isinstance(error, torch.linalg.LinAlgError) and all(t is None or t.device.type == "cpu" for t in tensors):
+            raise
+        log.warning("The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)", what, error)
         return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
 
 

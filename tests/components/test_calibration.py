@@ -367,13 +367,15 @@ def test_bytes_by_hand():
         partial(FAMILIES["llama2"].corda, ["q_proj"], apply_to_mlp=["w2"], rank=1, **SIZES), dtype=torch.bfloat16
     )
     rounds = [batches_of(rows, 3) for rows in three_rounds()[:2]]
-    bytes_of = calibration_bytes(meta, shared_inputs(meta), rounds, torch.float64)
+    bytes_of = calibration_bytes(meta, shared_inputs(meta), rounds, dtype=torch.float64, offload=False)
     width, hidden = SIZES["embed_dim"], SIZES["intermediate_dim"]
     assert bytes_of == {
         "calibration hidden states": 3 * (12 + 9) * width * 2,  # padded to the longest row
         "covariances of one block": (width**2 + hidden**2) * 8,
         "CO-SVD workspace": max(co_svd_workspace(width, width), co_svd_workspace(width, hidden)),
     }
+    on_host = calibration_bytes(meta, shared_inputs(meta), rounds, dtype=torch.float64, offload=True)
+    assert on_host["calibration hidden states"] == 3 * 12 * width * 2  # of the batch at work
 
 
 # --------------------------------------------------------------------------------- damage
@@ -515,10 +517,10 @@ def test_shortages_in_words():
     narrow = x.double()
     narrow[:, 12:] = narrow[:, :8]  # twelve directions
     found = shortage(covariance_of(narrow))
-    assert found == "inputs of rank below 13 of 20"
+    assert found == "inputs of deficient rank: number 13 of 20 follows from those before it"
     dead = x.clone()
     dead[:, 4] = 0.0  # an input that no token moves
-    assert shortage(covariance_of(dead)) == "inputs of rank below 5 of 20"
+    assert shortage(covariance_of(dead)) == "inputs of deficient rank: number 5 of 20 follows from those before it"
 
 
 @settings(max_examples=20, deadline=None)
@@ -537,7 +539,7 @@ def test_one_warning_sums_up_the_shortages(caplog):
         list(damp(model, groups, [batches_of(rows_of([9]))]))
     (record,) = caplog.records
     message = record.getMessage()
-    assert "layers.0.attn.q_proj and 4 other inputs saw 9 tokens for 32 inputs" in message
+    assert "layers.0.attn.q_proj (and 4 other inputs) saw 9 tokens for 32 inputs" in message
     for key in ("calibration.num_samples", "max_seq_len", "calibration.concatenate=True"):
         assert key in message
 
