@@ -191,8 +191,8 @@ def test_too_few_tokens_are_counted_in_a_warning(corda, caplog):
     assert tokens == 2 * 32
     (warning,) = [record.getMessage() for record in caplog.records if "Calibration is thin" in record.getMessage()]
     # q, k and v read one input, w1 and w3 another: 4 different inputs in each of 5 blocks.
-    assert f"layers.0.attn.q_proj and 19 other inputs saw {tokens} tokens for 128 inputs" in warning
-    assert "Raise calibration.num_samples" in warning
+    assert f"layers.0.attn.q_proj (and 19 other inputs) saw {tokens} tokens for 128 inputs" in warning
+    assert "raise calibration.num_samples" in warning
 
 
 @pytest.mark.usefixtures("not_trained")
