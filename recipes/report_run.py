@@ -23,13 +23,13 @@ from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, l
 from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.loading import build_on_meta, read_base_weights
-from kasa_tune.components.plots import LayerSpectrum, layer_ranks, loss_curve, singular_values
+from kasa_tune.components.plots import DrawnSpectrum, layer_ranks, loss_curve, singular_values
 
 LAYERS_DRAWN = 6
 
 
 @torch.no_grad()
-def layer_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, LayerSpectrum]:
+def drawn_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, DrawnSpectrum]:
     """Spectra of a few adapted layers, spread over the depth of the model.
 
     Raises:
@@ -49,7 +49,7 @@ def layer_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, LayerSpectrum]
     spectra = {}
     for name, weight in tqdm(weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True):
         part = {key: adapter[f"{name}.{key}"].double() for key in _keys_of(adapter, name)}
-        spectra[name] = LayerSpectrum(
+        spectra[name] = DrawnSpectrum(
             torch.linalg.svdvals(weight.to(_fastest_device(), torch.float32)).cpu(),
             product_singular_values(part["lora_edit_out"], part["lora_edit_in"]),
             product_singular_values(*learned_update(linears[name], part)),
@@ -143,7 +143,7 @@ def recipe_main(cfg: DictConfig) -> int:
     print(f"Loss curve: {run / 'loss_curve.png'}")
     checkpoint = find_checkpoint(run)
     title = f"{run.name}, {checkpoint.name}"
-    singular_values(layer_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg))
+    singular_values(drawn_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg))
     print(f"Singular values: {run / 'singular_values.png'}")
     ranks = adapter_ranks(checkpoint)
     if len(set(ranks.values())) > 1:

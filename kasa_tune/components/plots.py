@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerSpectrum:
+class DrawnSpectrum:
     """Singular values of one adapted weight, each descending: ``base (R,)``, ``removed (k,)`` and ``update (r,)``.
 
     ``from_start``: what was removed is to be compared with the first k of the base's, not with the last.
@@ -60,7 +60,7 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], path: Path, *, title: str
 
 
 def singular_values(
-    spectra: Mapping[str, LayerSpectrum],
+    spectra: Mapping[str, DrawnSpectrum],
     path: Path,
     *,
     title: str,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kasa_tune.components import plots
-from kasa_tune.components.plots import LayerSpectrum, loss_curve, singular_values
+from kasa_tune.components.plots import DrawnSpectrum, loss_curve, singular_values
 
 RUN = [
     {"step": 0, "val_loss": 3.0, "val_loss_base": 3.5},
@@ -18,10 +18,10 @@ RUN = [
 
 def spectra():
     return {
-        "layers.0.attn.q_proj": LayerSpectrum(
+        "layers.0.attn.q_proj": DrawnSpectrum(
             torch.linspace(9, 1, 9), torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.1])
         ),
-        "layers.1.attn.q_proj": LayerSpectrum(torch.linspace(7, 0, 8), torch.tensor([]), torch.tensor([0.3, 0.0])),
+        "layers.1.attn.q_proj": DrawnSpectrum(torch.linspace(7, 0, 8), torch.tensor([]), torch.tensor([0.3, 0.0])),
     }
 
 

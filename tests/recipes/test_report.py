@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from kasa_tune import config
 from kasa_tune.components import plots
 from kasa_tune.components.checkpointing import load_part
-from kasa_tune.components.plots import LayerSpectrum, layer_ranks, singular_values
+from kasa_tune.components.plots import DrawnSpectrum, layer_ranks, singular_values
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def dense_singular_values(matrix, count):
 def test_spectra_are_those_of_the_dense_matrices(config_name, finetune, load_recipe):
     run = finetune("max_steps=3", "optimizer.lr=1e-2", "model.rank=5", config_name=config_name)
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
-    spectra = load_recipe("report_run").layer_spectra(cfg, run.checkpoints[-1])
+    spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
     adapter = load_part(run.checkpoints[-1], "adapter")
     assert len(spectra) == 6
     assert len({name.rpartition(".")[2] for name in spectra}) > 3
@@ -54,7 +54,7 @@ def test_spectra_are_those_of_the_dense_matrices(config_name, finetune, load_rec
 def test_the_base_spectrum_is_the_files(finetune, load_recipe):
     run = finetune("max_steps=1")
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
-    spectra = load_recipe("report_run").layer_spectra(cfg, run.checkpoints[-1])
+    spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
     weights = load_file(f"{cfg.checkpointer.checkpoint_dir}/{cfg.checkpointer.checkpoint_files[0]}")
     norms = {round(float(weight.double().norm()), 3) for weight in weights.values()}  # the same in any order of rows
     for layer in spectra.values():
@@ -67,7 +67,7 @@ def test_a_start_inside_the_weight_is_no_learned_update(method, from_start, cord
     run = corda("max_steps=1", "model.rank=5", config_name=f"tiny_{method}")
     cfg = config.load(run.folder / "config.yaml", [], config.CORDA)
     adapter = run.part("adapter")
-    for name, layer in load_recipe("report_run").layer_spectra(cfg, run.checkpoints[-1]).items():
+    for name, layer in load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1]).items():
         assert layer.from_start == from_start
         taken = layer.base[:5] if from_start else layer.base[-5:]
         assert layer.removed.tolist() == pytest.approx(taken.tolist(), rel=1e-3)
@@ -172,7 +172,7 @@ def test_the_picture_of_ranks_is_a_file(tmp_path):
 
 
 def test_what_was_taken_from_the_start_of_a_spectrum_is_marked_there(figure):
-    spectrum = LayerSpectrum(torch.linspace(9, 1, 9), torch.tensor([8.5, 7.5]), torch.tensor([0.5]), from_start=True)
+    spectrum = DrawnSpectrum(torch.linspace(9, 1, 9), torch.tensor([8.5, 7.5]), torch.tensor([0.5]), from_start=True)
     words = {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
     singular_values({"layers.0.attn.q_proj": spectrum}, None, title="a run", **words)
     left, right = figure().get_axes()
