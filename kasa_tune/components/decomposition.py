@@ -95,6 +95,11 @@ class Component:
     projection: Tensor
     solver: str
 
+    @property
+    def rank(self) -> int:
+        """Number of vectors."""
+        return len(self.singular_values)
+
     def first(self, rank: int) -> Component:
         """The component of the ``rank`` most extreme vectors."""
         cut = self.vectors[:, :rank], self.singular_values[:rank], self.projection[:rank]

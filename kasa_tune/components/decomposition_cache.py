@@ -106,19 +106,22 @@ class DecompositionCache:
         Raises:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
+        stored: dict[str, Component] = {}
         if read := self._read(mode):
             tensors, about = read
-            if all(about[name]["rank"] >= rank for name, rank in ranks.items()):
-                return {
-                    name: Component(*(tensors[f"{name}.{part}"] for part in PARTS), about[name]["solver"]).first(rank)
-                    for name, rank in ranks.items()
-                }
-        found = otherwise()
-        components = {name: found[name].to("cpu") for name in ranks}
-        about = {name: {"rank": ranks[name], "solver": c.solver} for name, c in components.items()}
-        tensors = {f"{name}.{part}": getattr(c, part) for name, c in components.items() for part in PARTS}
-        self._write(mode, tensors, about)
-        return components
+            stored = {
+                name: Component(*(tensors[f"{name}.{part}"] for part in PARTS), layer["solver"])
+                for name, layer in about.items()
+            }
+        if not all(name in stored and stored[name].rank >= rank for name, rank in ranks.items()):
+            found = {name: component.to("cpu") for name, component in otherwise().items()}
+            # Under one key a shorter component is the start of a longer one: of both the longer is worth keeping.
+            stored = {name: max(found[name], stored.get(name, found[name]), key=lambda c: c.rank) for name in ranks}
+            about = {name: {"rank": c.rank, "solver": c.solver} for name, c in stored.items()}
+            tensors = {f"{name}.{part}": getattr(c, part) for name, c in stored.items() for part in PARTS}
+            self._write(mode, tensors, about)
+            return {name: found[name] for name in ranks}
+        return {name: stored[name].first(rank) for name, rank in ranks.items()}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -95,8 +95,9 @@ def test_smaller_ranks_are_cut_from_larger_ones(tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks", [(4, 1), (1, 3), (4, 4)])
 def test_a_larger_rank_anywhere_is_searched_for_and_stored(tmp_path, ranks):
-    cache, larger = DecompositionCache(tmp_path, key()), components(ranks, seed=1)
-    cache.components("ipm", ranks_of(3, 2), otherwise=components)
+    cache, whole = DecompositionCache(tmp_path, key()), components((4, 4))
+    stored, larger = ({n: whole[n].first(rank) for n, rank in ranks_of(*of).items()} for of in ((3, 2), ranks))
+    cache.components("ipm", ranks_of(3, 2), otherwise=lambda: stored)
     assert_same_components(cache.components("ipm", ranks_of(*ranks), otherwise=lambda: larger), larger)
     assert_same_components(cache.components("ipm", ranks_of(*ranks), otherwise=never), larger)
 
@@ -327,3 +328,15 @@ def test_without_spectra_the_singular_values_are_the_adapted_ones(tmp_path, none
         assert layer["singular_values"] == component.singular_values.tolist()
         assert layer["rank"] == len(layer["singular_values"])
         assert all(math.isfinite(value) for value in layer["singular_values"])
+
+
+def test_two_runs_of_different_ranks_share_a_folder(tmp_path):
+    """Each keeps the longer of the stored and the found component, so that neither has to search again."""
+    cache, whole = DecompositionCache(tmp_path, key()), components((4, 4))
+    cut = {ranks: {n: whole[n].first(r) for n, r in zip(LAYERS, ranks, strict=True)} for ranks in [(4, 1), (2, 3)]}
+    for ranks, found in cut.items():
+        assert_same_components(cache.components("ipm", ranks_of(*ranks), otherwise=lambda found=found: found), found)
+    for ranks, found in cut.items():
+        assert_same_components(cache.components("ipm", ranks_of(*ranks), otherwise=never), found)
+    both = cache.components("ipm", ranks_of(4, 3), otherwise=never)
+    assert_same_components(both, {LAYERS[0]: whole[LAYERS[0]], LAYERS[1]: whole[LAYERS[1]].first(3)})
