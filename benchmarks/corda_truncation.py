@@ -56,7 +56,8 @@ from kasa_tune.components.calibration_data import batched, draw_rounds
 from kasa_tune.components.data import build_dataset, shift_labels
 from kasa_tune.components.decomposition import Component, co_svd
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "stories260k_corda.yaml"
 CPU = torch.device("cpu")

@@ -32,11 +32,11 @@ from kasa_tune.schema import (
     above,
     at_least,
 )
-from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, schema_of
+from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, QCORDA, schema_of
 from kasa_tune.validation import Checker
 
-__all__ = ["CORDA", "FINETUNE", "GENERATE", "REQUIRED", "Check", "Component", "ConfigError", "Key", "OneOrMany"]
-__all__ += ["Section", "above", "at_least", "instantiate", "load", "parse", "validate_file"]
+__all__ = ["CORDA", "FINETUNE", "GENERATE", "QCORDA", "REQUIRED", "Check", "Component", "ConfigError", "Key"]
+__all__ += ["OneOrMany", "Section", "above", "at_least", "instantiate", "load", "parse", "validate_file"]
 
 Recipe = Callable[[DictConfig], Any]
 _USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"

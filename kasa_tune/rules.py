@@ -16,7 +16,35 @@ from kasa_tune.schema import Problem, show
 _TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path", "tokenizer_json_path", "tokenizer_config_json_path")
 _READERS = ("arrow", "csv", "json", "pandas", "parquet", "text")  # `source` of files; other sources are the hub's
 
+# Recipe -> adapter.method (None: it has no such key) -> how the names of the builders begin whose adapters it trains.
+_BUILDERS: dict[str, dict[str | None, tuple[str, ...]]] = {
+    "kasa_finetune_single_device": {None: ("kasa", "lora")},
+    "corda_finetune_single_device": {
+        **dict.fromkeys(("corda", "pissa", "milora"), ("corda",)),
+        "lora": ("lora", "corda"),
+    },
+    "qcorda_finetune_single_device": {
+        **dict.fromkeys(("qcorda", "qpissa", "loftq"), ("corda",)),
+        "qlora": ("lora", "corda"),
+        "qkasa": ("kasa",),
+    },
+}
+_CALIBRATED = ("corda", "qcorda")
+_OF_METHODS: tuple[tuple[str, tuple[str, ...], Any], ...] = (  # key, the methods that read it, what the others leave it
+    ("adapter.dynamic_ranks", _CALIBRATED, False),
+    ("calibration.rounds", _CALIBRATED, 1),
+    ("adapter.quantization_iterations", ("qpissa", "loftq"), None),
+)
+
 # --- between keys -----------------------------------------------------------------------------------------------------
+
+
+def _method(cfg: dict[str, Any]) -> tuple[str | None, dict[str | None, tuple[str, ...]]]:
+    """`adapter.method`, and the entry of its recipe in the table; an empty one where the method is none of them."""
+    method = (cfg.get("adapter") or {}).get("method")
+    if method is None and "calibration" in cfg:  # the value given has a problem of its own
+        return None, {}
+    return method, next((methods for methods in _BUILDERS.values() if method in methods), {})
 
 
 def adapted(cfg: dict[str, Any]) -> Iterator[Problem]:
@@ -28,37 +56,60 @@ def adapted(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 def builder(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The model has the adapters that the recipe trains; generation takes any."""
-    given = (cfg.get("model") or {}).get("_component_")
-    if given is None or "adapter_checkpoint" in cfg:
+    given, (method, methods) = (cfg.get("model") or {}).get("_component_"), _method(cfg)
+    if given is None or "adapter_checkpoint" in cfg or method not in methods:
         return
     kind, _, name = given.rpartition(".")[2].partition("_")
-    method = (cfg.get("adapter") or {}).get("method")
-    of_corda = method is not None or "calibration" in cfg
-    wrong = None
-    if of_corda and kind == "kasa":
-        wrong = f"which kasa_finetune_single_device trains; use that recipe, or corda_{name} or lora_{name} in this one"
-    elif not of_corda and kind == "corda":
-        wrong = f"which corda_finetune_single_device trains; use that recipe, or kasa_{name} or lora_{name} in this one"
-    elif method in ("corda", "pissa", "milora") and kind != "corda":
-        wrong = f"but adapter.method {method} needs a corda_<model> builder; use one, or adapter.method=lora"
-    elif method == "lora" and kind not in ("corda", "lora"):
-        wrong = "but adapter.method lora needs a lora_<model> or corda_<model> builder; use one"
-    if wrong:
-        yield Problem("model._component_", f"got {given!r}, {wrong}")
+    known = [recipe for recipe, others in _BUILDERS.items() if kind in next(iter(others.values()))]
+    if kind in methods[method] or (method is None and not known):  # the kasa recipe tries what it does not know
+        return
+    mine = " or ".join(f"{own}_{name}" for own in methods[method]) if known else "one"
+    besides = next((other for other, kinds in methods.items() if kind in kinds), None)
+    if known and not besides:
+        wrong = f"which {known[0]} trains; use that recipe, or {mine} in this one"
+    else:
+        needed = " or ".join(f"{own}_<model>" for own in methods[method])
+        wrong = f"but adapter.method {method} needs a {needed} builder; use {mine}"
+        wrong += f", or adapter.method={besides}" if besides else ""
+    yield Problem("model._component_", f"got {given!r}, {wrong}")
 
 
-def calibration(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """CorDA has data to look at, and what only CorDA does is asked of CorDA."""
-    method, node = (cfg.get("adapter") or {}).get("method"), cfg.get("calibration") or {}
-    if method == "corda" and "dataset" in node and not node["dataset"]:
-        what = "${dataset} for mode ipm, a set of questions of the knowledge to keep for mode kpm"
-        yield Problem("calibration.dataset", f"missing, and adapter.method corda needs it; set it to {what}")
-    if method in ("pissa", "milora", "lora"):
-        only = f"with adapter.method {method}; it belongs to adapter.method corda"
-        if cfg["adapter"].get("dynamic_ranks"):
-            yield Problem("adapter.dynamic_ranks", f"got True {only}, set it to False")
-        if node.get("rounds", 1) > 1:
-            yield Problem("calibration.rounds", f"got {node['rounds']} {only}, set it to 1")
+def calibrated(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """CorDA has data to look at."""
+    (method, _), node = _method(cfg), cfg.get("calibration") or {}
+    if method in _CALIBRATED and "dataset" in node and not node["dataset"]:
+        of_kpm = ", a set of questions of the knowledge to keep for mode kpm"
+        what = "${dataset}" + (f" for mode ipm{of_kpm}" if method == "corda" else ", the new task")
+        yield Problem("calibration.dataset", f"missing, and adapter.method {method} needs it; set it to {what}")
+
+
+def of_other_methods(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What only some methods do is asked of them alone."""
+    method, methods = _method(cfg)
+    for key, readers, unset in _OF_METHODS:
+        section, _, name = key.partition(".")
+        value = (cfg.get(section) or {}).get(name, unset)
+        if method in methods and method not in readers and value != unset:
+            belongs = " or ".join(other for other in methods if other in readers)
+            wrong = f"got {value} with adapter.method {method}; it belongs to adapter.method {belongs}"
+            yield Problem(key, f"{wrong}, set it to {show(unset)}")
+
+
+def quantized(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What is learnt or taken out of a weight in four bits goes with it."""
+    if "quantization" not in cfg:
+        return
+    node, (method, _) = cfg.get("model") or {}, _method(cfg)
+    if node.get("use_dora"):
+        wrong = "got True, but DoRA needs the lengths of rows that are quantized here"
+        yield Problem("model.use_dora", f"{wrong}; set it to False, or train with corda_finetune_single_device")
+    storage, reason = node.get("edit_storage"), None
+    if method == "qkasa" and storage == "folded":
+        reason = "quantizing would round the small edit away; set auto or factored"
+    elif method in ("qcorda", "qpissa", "loftq") and storage == "factored":
+        reason = f"{method} quantizes the weight without the edit; set auto or folded"
+    if reason:
+        yield Problem("model.edit_storage", f"got {show(storage)} with adapter.method {method}, but {reason}")
 
 
 def rank_bounds(cfg: dict[str, Any]) -> Iterator[Problem]:
@@ -280,7 +331,9 @@ def device(cfg: dict[str, Any]) -> Iterator[Problem]:
 BETWEEN_KEYS = (
     adapted,
     builder,
-    calibration,
+    calibrated,
+    of_other_methods,
+    quantized,
     rank_bounds,
     lora_plus,
     offloading,

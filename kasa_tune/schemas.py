@@ -18,6 +18,7 @@ DTYPE = Check(
         ("fp16", "float16", "half"), "fp16 needs gradient scaling, which the recipes do not do; use bf16 or fp32"
     ),
 )
+EVEN = Check("even and at least 2", lambda value: value >= 2 and value % 2 == 0)
 BY_RESUME = Check("False: the top level's resume_from_checkpoint decides", lambda value: not value)
 
 _ATTN_MODULES = Key(list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]])
@@ -45,36 +46,70 @@ _MODEL = Component(
     },
     help="the model, where its adapters go, and their rank, alpha and dropout",
 )
-_ADAPTER = Section(
-    {
-        "dtype": Key(str, "fp32", DTYPE, help="precision of the adapter's parameters"),
-        "beta": Key(float, 1e-4, NOT_NEGATIVE, help="weight of the L2 term on the adapter's singular values"),
-        "gamma": Key(float, 1e-3, NOT_NEGATIVE, help="weight of the term that keeps A and B orthogonal"),
-        "orthogonal_gram": Key(Literal["thin", "full"], "thin"),
-        "reduction": Key(Literal["mean", "sum"], "mean"),
-    },
-    help="the regularizers",
-)
+_DTYPE_OF_ADAPTER = {"dtype": Key(str, "fp32", DTYPE, help="precision of the adapter's parameters")}
+_REGULARIZERS = {
+    "beta": Key(float, 1e-4, NOT_NEGATIVE, help="weight of the L2 term on the adapter's singular values"),
+    "gamma": Key(float, 1e-3, NOT_NEGATIVE, help="weight of the term that keeps A and B orthogonal"),
+    "orthogonal_gram": Key(Literal["thin", "full"], "thin"),
+    "reduction": Key(Literal["mean", "sum"], "mean"),
+}
+_START = {
+    "split": Key(Literal["balanced", "paper"], "balanced", help="how B and A share a component's size"),
+    "covariance_power": Key(float, 1.0, NOT_NEGATIVE, help="of the covariance: 1 is CorDA, 0 is PiSSA or MiLoRA"),
+    "damping": Key(float, 0.01, NOT_NEGATIVE, help="added to the covariance, as a share of its mean diagonal"),
+    "damping_search": Key(bool, False, help="double it until the inverse is accurate, as published"),
+    "normalization": Key(Literal["unit_mean_diag", "published"], "unit_mean_diag"),
+    "dynamic_ranks": Key(bool, False, help="CorDA++: each layer its own rank, within the budget of model.rank"),
+    "min_rank": Key(int, 1, NOT_NEGATIVE),
+    "max_rank": Key(int | None, None, POSITIVE),
+    "lr_ratio": Key(float, 1.0, above(0), help="learning rate of B over that of A (LoRA+)"),
+}
+_TRAINED_BY = {  # adapter.method to the recipe that takes it; the kasa recipe has no such key
+    **dict.fromkeys(("corda", "pissa", "milora", "lora"), "corda_finetune_single_device"),
+    **dict.fromkeys(("qcorda", "qpissa", "loftq", "qlora", "qkasa"), "qcorda_finetune_single_device"),
+}
+
+
+def _method(recipe: str, help: str) -> Key:
+    """The key `adapter.method` of a recipe, which knows the methods of the others; the first is the default."""
+    own = tuple(method for method, trains in _TRAINED_BY.items() if trains == recipe)
+    others = {"kasa": "kasa_finetune_single_device"} | _TRAINED_BY
+    because = {method: f"that is a method of {trains}" for method, trains in others.items()}
+    return Key(Literal[own], own[0], Check("", lambda value: True, because), help=help)
+
+
+_ADAPTER = Section({**_DTYPE_OF_ADAPTER, **_REGULARIZERS}, help="the regularizers")
 _CORDA_ADAPTER = Section(
     {
-        "method": Key(
-            Literal["corda", "pissa", "milora", "lora"], "corda", help="what the adapters start from; lora: B = 0"
-        ),
+        "method": _method("corda_finetune_single_device", "what the adapters start from; lora: B = 0"),
         "mode": Key(
             Literal["ipm", "kpm"], "ipm", help="corda: adapt the components that matter most to the data, or least"
         ),
-        "dtype": Key(str, "fp32", DTYPE, help="precision of the adapter's parameters"),
-        "split": Key(Literal["balanced", "paper"], "balanced", help="how B and A share a component's size"),
-        "covariance_power": Key(float, 1.0, NOT_NEGATIVE, help="of the covariance: 1 is CorDA, 0 is PiSSA or MiLoRA"),
-        "damping": Key(float, 0.01, NOT_NEGATIVE, help="added to the covariance, as a share of its mean diagonal"),
-        "damping_search": Key(bool, False, help="double it until the inverse is accurate, as published"),
-        "normalization": Key(Literal["unit_mean_diag", "published"], "unit_mean_diag"),
-        "dynamic_ranks": Key(bool, False, help="CorDA++: each layer its own rank, within the budget of model.rank"),
-        "min_rank": Key(int, 1, NOT_NEGATIVE),
-        "max_rank": Key(int | None, None, POSITIVE),
-        "lr_ratio": Key(float, 1.0, above(0), help="learning rate of B over that of A (LoRA+)"),
+        **_DTYPE_OF_ADAPTER,
+        **_START,
     },
     help="what the adapters start from",
+)
+_QCORDA_ADAPTER = Section(
+    {
+        "method": _method("qcorda_finetune_single_device", "what the adapters start from, and what is quantized"),
+        **_DTYPE_OF_ADAPTER,
+        **_START,
+        "quantization_iterations": Key(
+            int | None, None, POSITIVE, help="times that quantization and component are found; null: qpissa 1, loftq 5"
+        ),
+        **_REGULARIZERS,
+    },
+    help="what the adapters start from; beta and what follows: of qkasa",
+)
+_QUANTIZATION = Section(
+    {
+        "block_size": Key(int, 64, EVEN, help="weights that share a scale"),
+        "scaler_block_size": Key(
+            int, 256, POSITIVE, help="scales that share a scale; fewer where a layer's do not divide by it"
+        ),
+    },
+    help="how the frozen linears of the transformer blocks are stored in four bits (NF4)",
 )
 _CHECKPOINTER = Component(
     values={
@@ -183,14 +218,17 @@ FINETUNE: Schema = {
     "dry_run": Key(bool, False, help="print the byte budget and stop"),
 }
 
-# FINETUNE with another section `adapter`, and `calibration` after it.
-CORDA: Schema = {
-    key: entry
-    for name, of_kasa in FINETUNE.items()
-    for key, entry in (
-        {"adapter": _CORDA_ADAPTER, "calibration": _CALIBRATION} if name == "adapter" else {name: of_kasa}
-    ).items()
-}
+
+def _with_adapter(adapter: Section, **after: Section) -> Schema:
+    """FINETUNE with another section `adapter`, and the sections `after` it."""
+    schema: dict = {}
+    for name, spec in FINETUNE.items():
+        schema |= {"adapter": adapter, **after} if name == "adapter" else {name: spec}
+    return schema
+
+
+CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=_CALIBRATION)
+QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=_QUANTIZATION, calibration=_CALIBRATION)
 
 GENERATE: Schema = {
     "output_dir": Key(str | None, None, help="where completions are written; null: only printed"),
@@ -217,18 +255,46 @@ GENERATE: Schema = {
 SCHEMAS: Mapping[str, Schema] = {
     "_generate": GENERATE,
     **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
+    **dict.fromkeys(("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"), QCORDA),
     **dict.fromkeys(("_kasa", "_lora"), FINETUNE),
+}
+_RECIPES: Mapping[str, Schema] = {
+    "kasa_finetune_single_device": FINETUNE,
+    "corda_finetune_single_device": CORDA,
+    "qcorda_finetune_single_device": QCORDA,
+    "generate_text": GENERATE,
 }
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     """The schema a config belongs to: that of its `adapter.method`, of its name, or of a key that no other has."""
     adapter = tree.get("adapter")
-    if isinstance(adapter, dict) and "method" in adapter:
-        return CORDA
-    for ending, schema in SCHEMAS.items():
-        if name.endswith(ending):
-            return schema
-    if "calibration" in tree:
+    if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
+        return _RECIPES[trains]
+    named = next((schema for ending, schema in SCHEMAS.items() if name.endswith(ending)), None)
+    if named is not None:
+        return named
+    if "quantization" in tree:
+        return QCORDA
+    if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
     return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else FINETUNE
+
+
+def recipes_taking(key: str, value: Any) -> list[str]:
+    """The recipes in whose configs `value` may stand at the dotted `key`, as far as the key itself tells."""
+    return [recipe for recipe, schema in _RECIPES.items() if _takes(schema, key, value)]
+
+
+def _takes(schema: Schema, key: str, value: Any) -> bool:
+    name, _, rest = key.partition(".")
+    spec = schema.get(name)
+    if rest:
+        return isinstance(spec, Section) and _takes(spec.keys, rest, value)
+    if not isinstance(spec, Key):
+        return spec is not None
+    try:
+        spec.accept(value)
+    except ValueError:
+        return False
+    return True

@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry, signatures
 from kasa_tune.schema import Component, Key, OneOrMany, Problem, Schema, Section, show
+from kasa_tune.schemas import recipes_taking
 
 _BAD: Any = object()  # in place of a value whose problem is reported
 
@@ -148,7 +149,9 @@ class Checker:
     # --- names
 
     def _unknown(self, key: str, name: Any, value: Any, known: Iterable[str]) -> None:
-        hint = registry.did_you_mean(str(name), known) or f"Known keys: {', '.join(known)}."
+        others = recipes_taking(key, value)
+        hint = f"It is a key of {', '.join(others)}." if others else registry.did_you_mean(str(name), known)
+        hint = hint or f"Known keys: {', '.join(known)}."
         self.report(key, f"unknown key (given {show(value)}). {hint}")
 
     def _absent(self, names: Iterable[str], unknown: list[Any], prefix: str, what: str) -> None:

@@ -19,7 +19,7 @@ The algorithm (CorDA, arXiv 2406.05223, and CorDA++, arXiv 2506.13187):
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,16 +37,17 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components import checkpointing
 from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict, lora_plus_groups
-from kasa_tune.components.allocation import POOLED, LayerSpectrum, allocate_ranks, better, layer_spectra
-from kasa_tune.components.calibration import calibration_bytes, damped_covariances, shared_inputs
+from kasa_tune.components.calibration import Wanted, calibration_bytes, damped_covariances, shared_inputs
 from kasa_tune.components.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda import decompose
 from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.decomposition import Component, co_svd, split_component
+from kasa_tune.components.decomposition import split_component
 from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
 from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.resuming import resume_point
 
 log = utils.get_logger("INFO")
@@ -65,6 +66,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
         self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
+        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -96,8 +98,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
         groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
         self._optimizer = config.instantiate(cfg.optimizer, groups)
-        steps = {"num_training_steps": self._total_steps}
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, **steps)
+        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
@@ -107,8 +108,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._data_fingerprint = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
-        if self._resume_path and self._resumed["data"] != self._data_fingerprint:
+        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
             raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         check_token_ids(self._dataset, self._vocab_size)
@@ -142,9 +143,9 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._base_fingerprint = checkpointing.weights_fingerprint(base)
+        self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
         if self._resume_path:
-            known = {"base_fingerprint": self._base_fingerprint, "model": self._resumed["config"]["model"]}
+            known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
             checkpointing.check_belongs(self._resume_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
@@ -173,49 +174,16 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             return
         mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
         options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": OmegaConf.to_container(cfg.model)}
-        key = decomposition_key(self._base_fingerprint, self._linears, self._calibration_digest, options)
+        key = decomposition_key(self._fingerprints["base"], self._linears, self._calibration_digest, options)
         cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
-        spectra, ranks = {}, {name: linear.rank for name, linear in self._linears.items()}
-        if cfg.calibration.rounds > 1 or cfg.adapter.dynamic_ranks:
-            spectra = cache.spectra(otherwise=partial(self._select_covariances, cfg))
-        if cfg.adapter.dynamic_ranks:
-            sizes = {name: linear.in_dim + linear.out_dim for name, linear in self._linears.items()}
-            bounds = {"min_rank": cfg.adapter.min_rank, "max_rank": cfg.adapter.max_rank}
-            ranks = allocate_ranks(spectra, sizes, rank=max(ranks.values()), mode=mode, **bounds)
-        components = cache.components(mode, ranks, otherwise=partial(self._decompose, cfg, mode, ranks, spectra))
+        walk = partial(self._covariances, cfg)  # once, or twice for CorDA++
+        components, spectra = decompose(self._linears, walk, cache, mode=mode, options=options)
         for name, linear in self._linears.items():
             linear.start_from(split_component(components[name].to(self._device), linear.scaling, cfg.adapter.split))
         write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode)
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
-    def _select_covariances(self, cfg: DictConfig) -> dict[str, LayerSpectrum]:
-        """CorDA++: of every layer the spectrum in the round that makes it most compact."""
-        limit = cfg.calibration.max_selection_dim or sys.maxsize  # wider layers take all rounds together
-        best: dict[str, LayerSpectrum] = {}
-
-        def wanted(name: str, round: int) -> bool:
-            return (round == POOLED) == (self._linears[name].in_dim > limit)
-
-        for layers, round, covariance in self._covariances(cfg, wanted, "Selecting covariances"):
-            weights = {name: self._linears[name].weight for name in layers}
-            for name, newest in layer_spectra(weights, covariance, round, cfg.adapter.covariance_power).items():
-                best[name] = better(best.get(name), newest)
-        return {name: best[name] for name in self._linears}
-
-    def _decompose(self, cfg: DictConfig, mode: str, ranks: dict, spectra: dict) -> dict[str, Component]:
-        """The CO-SVD of every layer's weight, under the covariance of its chosen round."""
-        power, components = cfg.adapter.covariance_power, {}
-
-        def wanted(name: str, round: int) -> bool:
-            return round == (spectra[name].round if spectra else 0)
-
-        for layers, _, covariance in self._covariances(cfg, wanted, "Decomposing"):
-            for name in layers:
-                weight = self._linears[name].weight
-                components[name] = co_svd(weight, covariance, ranks[name], mode, covariance_power=power).to("cpu")
-        return components
-
-    def _covariances(self, cfg: DictConfig, wanted: Callable[[str, int], bool], title: str) -> Iterator[tuple]:
+    def _covariances(self, cfg: DictConfig, wanted: Wanted, title: str) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance; None of PiSSA and MiLoRA, which need none."""
         if cfg.adapter.method != "corda":
             return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
@@ -369,7 +337,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def save_checkpoint(self, cfg: DictConfig) -> None:
         """The adapter, and all that going on bit for bit takes."""
         run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
-        run |= {"total_steps": self._total_steps, "data": self._data_fingerprint, "base": self._base_fingerprint}
+        run |= {"total_steps": self._total_steps} | self._fingerprints
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
         parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torch.utils.data import Dataset
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
@@ -28,7 +29,9 @@ from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, l
 from kasa_tune.components.data import build_dataset
 from kasa_tune.components.datasets import prompt_tokens
 from kasa_tune.components.generation import complete
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
+from kasa_tune.components.quantized_base import load_quantized, quantized_linears
 
 log = utils.get_logger("INFO")
 
@@ -56,16 +59,21 @@ class GenerateTextRecipe:
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         base = read_base_weights(config.instantiate(cfg.checkpointer))
+        quantized = {}
         if self._adapter:
             model = OmegaConf.to_container(cfg.model, resolve=True)
             check_belongs(self._adapter, base_fingerprint=weights_fingerprint(base), model=model)
+            quantized = linears_in_nf4(self._model, load_part(self._adapter, "run"))
         load_base_weights(
             self._model,
             base,
             device=self._device,
             adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=self._device),
+            without={f"{name}.weight" for name in quantized},
         )
         if self._adapter:
+            if quantized:
+                load_quantized(self._adapter, quantized, self._device)
             load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
             self._model.to(self._device)  # edits too, which the base's completions take at every token
 
@@ -113,6 +121,11 @@ class GenerateTextRecipe:
             for record, tokens in zip(records, completions, strict=True):
                 record[label] = self._tokenizer.decode(tokens).strip()
         return records
+
+
+def linears_in_nf4(model: nn.Module, run: dict[str, Any]) -> dict[str, nn.Module]:
+    """The model's linears whose weights a run had quantized; none of a run on a full-precision base."""
+    return quantized_linears(model, run["config"]["quantization"]["block_size"]) if "quantized_base" in run else {}
 
 
 def print_records(records: list[dict[str, str]]) -> None:

@@ -37,7 +37,8 @@ from kasa_tune.components.data import build_dataloader, build_dataset, check_bat
 from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_base_weights, require_adapters
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
 from kasa_tune.components.resuming import resume_point
 
@@ -57,6 +58,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
         self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
+        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -83,8 +85,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             training.compile_model(self._model, verbose=False)
         self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
         self._optimizer = config.instantiate(cfg.optimizer, self._trained)
-        steps = {"num_training_steps": self._total_steps}
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, **steps)
+        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
@@ -94,8 +95,8 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._data_fingerprint = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
-        if self._resume_path and self._resumed["data"] != self._data_fingerprint:
+        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
             raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         check_token_ids(self._dataset, self._vocab_size)
@@ -129,9 +130,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._base_fingerprint = checkpointing.weights_fingerprint(base)
+        self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
         if self._resume_path:
-            known = {"base_fingerprint": self._base_fingerprint, "model": self._resumed["config"]["model"]}
+            known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
             checkpointing.check_belongs(self._resume_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
@@ -291,7 +292,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def save_checkpoint(self, cfg: DictConfig) -> None:
         """The adapter, and all that going on bit for bit takes."""
         run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
-        run |= {"total_steps": self._total_steps, "data": self._data_fingerprint, "base": self._base_fingerprint}
+        run |= {"total_steps": self._total_steps} | self._fingerprints
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
         parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}

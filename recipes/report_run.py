@@ -22,7 +22,8 @@ from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
 from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.metrics import read_metrics
-from kasa_tune.components.models.loading import build_on_meta, read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.plots import DrawnSpectrum, layer_ranks, loss_curve, singular_values
 
 LAYERS_DRAWN = 6

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from kasa_tune import config, reading
 from kasa_tune.schema import Check, Section
@@ -538,6 +539,192 @@ def test_generations_schema_follows_from_its_keys(tree, tmp_path):
     config.validate_file(write(tree | {"prompts": ["a name"]}, tmp_path))
 
 
+# --- QCorDA -----------------------------------------------------------------------------------------------------------
+
+BUILDERS = "model=kasa_tune.components.models."
+QCORDA_METHODS = {"qcorda": "corda", "qpissa": "corda", "loftq": "corda", "qlora": "lora", "qkasa": "kasa"}
+
+
+QCORDA_ADAPTER_KEYS, QUANTIZATION_KEYS = (list(config.QCORDA[name].keys) for name in ("adapter", "quantization"))
+
+
+@pytest.fixture
+def qcorda_tree(corda_tree) -> dict:
+    """The complete config for the QCorDA recipe."""
+    return corda_tree | {"quantization": {"block_size": 64}}
+
+
+def test_qcordas_config_is_cordas_with_its_own_adapter_and_quantization(qcorda_tree):
+    cfg = load(qcorda_tree, "seed=5")
+    assert list(cfg) == list(config.QCORDA)
+    others = {key for key, spec in config.QCORDA.items() if config.CORDA.get(key) is not spec}
+    assert others == {"adapter", "quantization"}
+    place = list(cfg).index("adapter")
+    assert list(cfg)[place : place + 3] == ["adapter", "quantization", "calibration"]
+    assert cfg.quantization == {"block_size": 64, "scaler_block_size": 256}
+    assert (cfg.adapter.method, cfg.adapter.dtype, cfg.adapter.quantization_iterations) == ("qcorda", "fp32", None)
+    assert cfg.calibration.dataset == qcorda_tree["dataset"]
+    assert cfg.calibration.seed == 5  # follows seed
+
+
+def test_qcordas_adapter_has_what_cordas_and_kasas_have():
+    of_qcorda, of_corda, of_kasa = (s["adapter"].keys for s in (config.QCORDA, config.CORDA, config.FINETUNE))
+    assert {*of_qcorda} == ({*of_corda} | {*of_kasa} | {"quantization_iterations"}) - {"mode"}
+    theirs = of_corda | of_kasa
+    assert all(of_qcorda[key] == theirs[key] for key in of_qcorda.keys() & theirs.keys() - {"method"})
+
+
+# override -> the key it is reported under, and what the message must hold
+QCORDA_REFUSED = {
+    "adapter.method=qcordaa": ("adapter.method", "one of qcorda, qpissa, loftq, qlora, qkasa"),
+    "adapter.method=corda": ("adapter.method", "a method of corda_finetune_single_device"),
+    "adapter.method=kasa": ("adapter.method", "a method of kasa_finetune_single_device"),
+    "adapter.mode=ipm": ("adapter.mode", "unknown key", "a key of corda_finetune_single_device"),
+    "adapter.dtype=fp16": ("adapter.dtype", "bf16 or fp32", "gradient scaling"),
+    "adapter.quantization_iterations=0": ("adapter.quantization_iterations", "an integer or null, at least 1"),
+    "adapter.gamma=-1": ("adapter.gamma", "at least 0"),
+    "quantization=4": ("quantization", "got 4", "the keys block_size, scaler_block_size"),
+    "quantization.bits=8": ("quantization.bits", "unknown key", "block_size"),
+    "quantization.block_size=0": ("quantization.block_size", "got 0", "even and at least 2"),
+    "quantization.block_size=63": ("quantization.block_size", "got 63", "even and at least 2"),
+    "quantization.block_size=64.0": ("quantization.block_size", "an integer"),
+    "quantization.scaler_block_size=0": ("quantization.scaler_block_size", "at least 1"),
+    # between keys
+    "~calibration.dataset": ("calibration.dataset", "adapter.method qcorda needs it", "set it to ${dataset}, the new"),
+    "calibration.dataset=null": ("calibration.dataset", "adapter.method qcorda needs it"),
+    BUILDERS + "lora_llama3_8b": (
+        "model._component_",
+        "adapter.method qcorda needs a corda_<model> builder; use corda_llama3_8b, or adapter.method=qlora",
+    ),
+    BUILDERS + "kasa_llama3_8b": (
+        "model._component_",
+        "adapter.method qcorda needs a corda_<model> builder; use corda_llama3_8b, or adapter.method=qkasa",
+    ),
+    "adapter.method=qpissa " + BUILDERS + "kasa_llama3_8b": ("model._component_", "use corda_llama3_8b"),
+    "adapter.method=loftq " + BUILDERS + "lora_llama3_8b": ("model._component_", "use corda_llama3_8b"),
+    "adapter.method=qlora " + BUILDERS + "kasa_llama3_8b": (
+        "model._component_",
+        "needs a lora_<model> or corda_<model> builder; use lora_llama3_8b or corda_llama3_8b, or adapter.method=qkasa",
+    ),
+    "adapter.method=qkasa": (
+        "model._component_",
+        "adapter.method qkasa needs a kasa_<model> builder; use kasa_llama3_8b, or adapter.method=qcorda",
+    ),
+    "adapter.method=qkasa model=torchtune.models.llama3.llama3_8b ~model.attn_modules ~model.rank ~model.alpha": (
+        "model._component_",
+        "needs a kasa_<model> builder; use one",
+    ),
+    "adapter.method=qkasa model.edit_storage=folded " + BUILDERS + "kasa_llama3_8b": (
+        "model.edit_storage",
+        "got 'folded' with adapter.method qkasa",
+        "set auto or factored",
+    ),
+    "model.edit_storage=factored": ("model.edit_storage", "'factored' with adapter.method qcorda", "auto or folded"),
+    "adapter.method=qpissa model.edit_storage=factored": ("model.edit_storage", "qpissa", "set auto or folded"),
+    "adapter.method=loftq model.edit_storage=factored": ("model.edit_storage", "loftq", "set auto or folded"),
+    "adapter.method=qlora model.use_dora=True " + BUILDERS + "lora_llama3_8b": (
+        "model.use_dora",
+        "rows that are quantized",
+        "set it to False, or train with corda_finetune_single_device",
+    ),
+    "adapter.quantization_iterations=5": (
+        "adapter.quantization_iterations",
+        "got 5 with adapter.method qcorda; it belongs to adapter.method qpissa or loftq, set it to null",
+    ),
+    "adapter.method=qlora adapter.quantization_iterations=1": ("adapter.quantization_iterations", "set it to null"),
+    "adapter.method=qpissa adapter.dynamic_ranks=True": (
+        "adapter.dynamic_ranks",
+        "got True with adapter.method qpissa; it belongs to adapter.method qcorda, set it to False",
+    ),
+    "adapter.method=loftq calibration.rounds=5": ("calibration.rounds", "adapter.method qcorda, set it to 1"),
+    "adapter.method=qlora adapter.dynamic_ranks=True": ("adapter.dynamic_ranks", "qlora", "set it to False"),
+    "adapter.method=qkasa calibration.rounds=2 " + BUILDERS + "kasa_llama3_8b": ("calibration.rounds", "set it to 1"),
+    "adapter.max_rank=9": ("adapter.max_rank", "without dynamic_ranks=True"),
+    "adapter.dynamic_ranks=True adapter.min_rank=9": ("adapter.min_rank", "model.rank 8", "at most 8"),
+    "adapter.lr_ratio=2 ~optimizer.lr": ("adapter.lr_ratio", "without optimizer.lr"),
+}
+
+
+@pytest.mark.parametrize("overrides", QCORDA_REFUSED)
+def test_refused_of_qcorda(qcorda_tree, overrides):
+    key, *words = QCORDA_REFUSED[overrides]
+    found_key, text = only_problem(qcorda_tree, *overrides.split(" "))
+    assert found_key == key
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter.dynamic_ranks=True", "calibration.rounds=5", "adapter.min_rank=8", "adapter.max_rank=8"],
+        ["model.edit_storage=folded", "quantization.block_size=32", "quantization.scaler_block_size=1"],
+        ["adapter.method=qpissa", "~calibration"],
+        ["adapter.method=qpissa", "adapter.quantization_iterations=5", "model.edit_storage=auto"],
+        ["adapter.method=loftq", "calibration.dataset=null", "adapter.quantization_iterations=1"],
+        ["adapter.method=qlora", "~calibration"],
+        ["adapter.method=qlora", BUILDERS + "lora_llama3_8b", "model.use_dora=False", "adapter.lr_ratio=16"],
+        ["adapter.method=qkasa", BUILDERS + "kasa_llama3_8b", "adapter.beta=0", "model.edit_storage=factored"],
+        ["adapter.method=qkasa", BUILDERS + "kasa_llama3_8b", "~calibration"],
+    ],
+    ids=str,
+)
+def test_accepted_of_qcorda(qcorda_tree, overrides):
+    load(qcorda_tree, *overrides)
+
+
+@pytest.mark.parametrize("method", QCORDA_METHODS)
+def test_a_quantized_method_in_another_recipe_is_answered_with_the_right_one(tree, corda_tree, method):
+    for schema, plain in ((config.FINETUNE, tree), (config.CORDA, corda_tree)):
+        key, text = only_problem(plain, f"adapter.method={method}", schema=schema)
+        assert key == "adapter.method"
+        assert "qcorda_finetune_single_device" in text
+        assert " corda_finetune_single_device" not in text
+
+
+def test_a_key_of_another_recipe_is_answered_with_the_recipes_that_have_it(tree, corda_tree):
+    key, text = only_problem(corda_tree, "quantization.block_size=64", schema=config.CORDA)
+    assert (key, "It is a key of qcorda_finetune_single_device." in text) == ("quantization", True)
+    text = problems(corda_tree, schema=config.FINETUNE)["calibration"]
+    assert "It is a key of corda_finetune_single_device, qcorda_finetune_single_device." in text
+    assert "It is a key of generate_text." in only_problem(tree, "prompts=[a]", schema=config.FINETUNE)[1]
+    assert "Did you mean beta?" in only_problem(tree, "adapter.betta=1", schema=config.FINETUNE)[1]  # nobody's
+
+
+@pytest.mark.parametrize("ending", ["kasa", "corda", "qcorda", "qlora", "x"])
+@pytest.mark.parametrize("method", QCORDA_METHODS)
+def test_a_quantized_method_tells_the_schema_whatever_the_name(qcorda_tree, tmp_path, method, ending):
+    tree = {key: value for key, value in qcorda_tree.items() if key != "quantization"} | {"adapter": {"method": method}}
+    path = write(tree, tmp_path, f"tiny_{ending}.yaml")
+    cfg = config.load(path, [f"{BUILDERS}{QCORDA_METHODS[method]}_llama3_8b"])
+    assert list(cfg) == list(config.QCORDA)
+
+
+@pytest.mark.parametrize("ending", ["qcorda", "qlora", "qpissa", "loftq", "qkasa"])
+def test_qcordas_schema_follows_from_the_name(qcorda_tree, tmp_path, ending):
+    tree = {key: value for key, value in qcorda_tree.items() if key != "quantization"}
+    assert "quantization" in config.load(write(tree, tmp_path, f"tiny_{ending}.yaml"))
+
+
+def test_qcordas_schema_follows_from_the_key_quantization(qcorda_tree, tmp_path):
+    assert list(config.load(write(qcorda_tree, tmp_path, "x.yaml"))) == list(config.QCORDA)
+    with pytest.raises(config.ConfigError, match=r"quantization: unknown key.*qcorda_finetune_single_device"):
+        config.load(write(qcorda_tree, tmp_path, "tiny_corda.yaml"))  # a name that tells the recipe is believed
+
+
+def test_a_method_that_is_none_does_not_hide_the_recipe_that_the_name_tells(qcorda_tree, tmp_path):
+    path = write(qcorda_tree | {"adapter": {"method": "qcordaa"}}, tmp_path, "tiny_qcorda.yaml")
+    with pytest.raises(config.ConfigError, match=r"1 problem\n.*one of qcorda, qpissa"):
+        config.load(path)
+
+
+def test_the_config_that_a_run_leaves_is_read_as_the_recipes_own(qcorda_tree, tmp_path):
+    """What `@config.parse(None)` takes: no name to tell, all keys filled in."""
+    cfg = load(qcorda_tree, "adapter.method=loftq")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    assert config.load(tmp_path / "config.yaml") == cfg
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -835,6 +1022,16 @@ def test_any_one_character_typo_in_cordas_sections_is_caught(shared_tree, typo):
     tree = shared_tree | {"model": model, "calibration": {"dataset": "${dataset}"}}
     of_adapter = typo[0] in CORDA_ADAPTER_KEYS
     section, keys = ("adapter.", CORDA_ADAPTER_KEYS) if of_adapter else ("calibration.", CALIBRATION_KEYS)
+    _assert_caught(tree, section, keys, *typo)
+
+
+@settings(max_examples=60, deadline=None)
+@given(typo=typos(QCORDA_ADAPTER_KEYS + QUANTIZATION_KEYS))
+def test_any_one_character_typo_in_qcordas_sections_is_caught(shared_tree, typo):
+    model = shared_tree["model"] | {"_component_": "kasa_tune.components.models.corda_llama3_8b"}
+    tree = shared_tree | {"model": model, "quantization": {}, "calibration": {"dataset": "${dataset}"}}
+    of_adapter = typo[0] in QCORDA_ADAPTER_KEYS
+    section, keys = ("adapter.", QCORDA_ADAPTER_KEYS) if of_adapter else ("quantization.", QUANTIZATION_KEYS)
     _assert_caught(tree, section, keys, *typo)
 
 

@@ -37,7 +37,14 @@ SELF_CONTAINED = [name for name in FILES if name.startswith(("tiny_", "stories26
 FINETUNED = [name for name in FILES if name not in SELF_CONTAINED]
 KASA = [name for name in FINETUNED if name.endswith("_kasa")]
 CORDA = [name for name in FINETUNED if name.endswith("_corda")]
-STARTED = [name for name in FINETUNED if not name.endswith(("_kasa", "_lora"))]  # from their weights
+
+
+def schema_of(name):
+    return next(schema for ending, schema in SCHEMAS.items() if name.endswith(ending))
+
+
+STARTED = [name for name in FINETUNED if schema_of(name) is config.CORDA]  # from their weights
+QUANTIZED = [name for name in FILES if schema_of(name) is config.QCORDA]
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +53,9 @@ def trees():
     return {name: reading.read(path) for name, path in FILES.items()}
 
 
-def schema_of(name):
-    return next(schema for ending, schema in SCHEMAS.items() if name.endswith(ending))
-
-
 def recipe_of(name):
-    of_kasa = schema_of(name) is config.FINETUNE
-    return "kasa_finetune_single_device" if of_kasa else "corda_finetune_single_device"
+    (recipe,) = (recipe.name for recipe in registry.recipes() if name in [shipped.name for shipped in recipe.configs])
+    return recipe
 
 
 def needs_data(name):
@@ -222,9 +225,9 @@ def test_pissa_and_milora_differ_from_corda_in_the_start_alone(name, trees):
 
 def test_the_tiny_configs_train_alike(trees):
     """Same data, places, rank and schedule, so that results can be compared; LoRA+ has two learning rates."""
-    of_method = ("output_dir", "model", "adapter", "calibration")
+    of_method = ("output_dir", "model", "adapter", "quantization", "calibration")
     tiny = {name: trees[name] for name in FILES if name.startswith("tiny_") and not name.endswith("_generate")}
-    assert len(tiny) == 8
+    assert len(tiny) == 13
     for name, tree in tiny.items():
         optimizer = tree["optimizer"] | ({"lr": 4e-3} if name == "tiny_lora_plus" else {})
         assert without(tree, *of_method) | {"optimizer": optimizer} == without(tiny["tiny_kasa"], *of_method), name
@@ -239,6 +242,51 @@ def test_dora_and_lora_plus_are_lora_with_one_thing_more(trees):
     assert plus["model"] == lora["model"]
     assert plus["adapter"] == {"method": "lora", "lr_ratio": 16}
     assert plus["optimizer"]["lr"] < lora["optimizer"]["lr"] < 16 * plus["optimizer"]["lr"]
+
+
+# Ending of a quantized config -> that of the config it is, but for the four bits.
+UNQUANTIZED = {"_qcorda": "_corda", "_qlora": "_lora", "_qpissa": "_pissa", "_loftq": "_pissa", "_qkasa": "_kasa"}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_configs_differ_from_their_twins_in_the_four_bits_alone(name, trees):
+    ending = next(ending for ending in UNQUANTIZED if name.endswith(ending))
+    tree, twin = trees[name], trees[name.removesuffix(ending) + UNQUANTIZED[ending]]
+    method = ending.removeprefix("_")
+    iterations = (
+        {"quantization_iterations": {"qpissa": 1, "loftq": 5}[method]} if "pissa" in UNQUANTIZED[ending] else {}
+    )
+    adapter = without(twin.get("adapter", {}), "mode") | iterations | {"method": method}
+    shown = {} if name in SELF_CONTAINED else {"dtype": "fp32"}
+    assert tree["adapter"] == adapter | shown
+    assert tree["quantization"] == {"block_size": 64, "scaler_block_size": 256}  # arXiv 2305.14314's
+    expected = without(twin, "adapter") | {"output_dir": f"/tmp/kasa_tune/{name}"}
+    assert without(tree, "adapter", "quantization") == expected
+
+
+def test_every_model_has_a_config_in_four_bits():
+    with_ending = {
+        ending: {name.removesuffix(ending) for name in FINETUNED if name.endswith(ending)}
+        for ending in ("_corda", "_lora", "_qcorda", "_qlora")
+    }
+    assert with_ending["_qcorda"] == with_ending["_corda"]
+    assert with_ending["_qlora"] == with_ending["_lora"] == with_ending["_corda"]
+
+
+def test_every_quantized_method_runs_at_hand_and_on_a_real_model():
+    methods = {ending.removeprefix("_") for ending, schema in SCHEMAS.items() if schema is config.QCORDA}
+    for model in ("tiny", "llama3_8b"):
+        assert {name for name in QUANTIZED if name.removeprefix(f"{model}_") in methods} == {
+            f"{model}_{method}" for method in methods
+        }
+
+
+def test_qcordas_completions_come_from_the_model_that_it_trains(trees):
+    generate, trained = trees["tiny_qcorda_generate"], trees["tiny_qcorda"]
+    assert {key: generate[key] for key in ("tokenizer", "model")} == {
+        key: trained[key] for key in ("tokenizer", "model")
+    }
+    assert generate["adapter_checkpoint"] == trained["output_dir"]
 
 
 # --------------------------------------------------------------------------------------------------------- headers
@@ -344,6 +392,26 @@ def test_header_and_docs_of_corda_count_the_parameters(name, trees):
     for file in (FILES[name], FILES[f"{name}_kpm"]):
         assert f"#   -> {trained:,} parameters to train;" in file.read_text(encoding="utf-8")
     assert f"| `{name}` | {trained:,} |" in (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name in FINETUNED])
+def test_header_of_quantized_configs_counts_the_parameters(name, trees):
+    trained = sum(p.numel() for p in on_meta(trees[name]["model"]).parameters() if p.requires_grad)
+    text = FILES[name].read_text(encoding="utf-8")
+    assert re.search(rf"^#   -> {trained:,} parameters to train[.;]", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name.endswith("_qcorda")])
+def test_every_frozen_linear_fills_its_blocks(name, trees):
+    """Four bits come in blocks that share a scale; none may be cut short."""
+    model = on_meta(trees[name]["model"])
+    weights = {
+        key: value.numel()
+        for key, value in model.layers.named_parameters()
+        if value.dim() == 2 and not value.requires_grad
+    }
+    assert len(weights) == 7 * len(model.layers)
+    assert not {key: size for key, size in weights.items() if size % trees[name]["quantization"]["block_size"]}
 
 
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
@@ -540,7 +608,10 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
                 "max_seq_len": 224,
                 "prompt_template": None,
             },
-            "model": tree["model"] | builder | family.model | ({"rank": 4, "alpha": 4} if name in STARTED else {}),
+            "model": tree["model"]
+            | builder
+            | family.model
+            | ({"rank": 4, "alpha": 4} if tree["model"]["rank"] == 128 else {}),
             "checkpointer": tree["checkpointer"]
             | {"checkpoint_dir": str(toy_checkpoint(family)), "checkpoint_files": ["model.safetensors"]},
             "dataset": local(tree["dataset"]),
@@ -562,7 +633,8 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
 
 def check_run(folder, cfg):
     """Two finite lines, a verified checkpoint, and in it the adapters expected, with B moved from where it started."""
-    of_kasa, of_corda = "beta" in cfg.adapter, ".corda_" in cfg.model._component_
+    of_kasa = cfg.adapter.get("method", "kasa") in ("kasa", "qkasa")  # the recipe that has no methods logs both terms
+    of_corda = ".corda_" in cfg.model._component_
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"]]
     assert [line["step"] for line in lines] == [1, 2]
     keys = ("loss", "grad_norm", *(("l2", "l3") if of_kasa else ()))
@@ -591,8 +663,7 @@ def adapter_names(model):
 
 def recipe_for(name, load_recipe, cfg):
     module = load_recipe(recipe_of(name))
-    of_kasa = schema_of(name) is config.FINETUNE
-    return (module.KaSAFinetuneRecipeSingleDevice if of_kasa else module.CorDAFinetuneRecipeSingleDevice)(cfg)
+    return next(made for key, made in vars(module).items() if key.endswith("FinetuneRecipeSingleDevice"))(cfg)
 
 
 def train(recipe, cfg):
@@ -615,18 +686,20 @@ ONE_PER_FAMILY = [
 
 
 # At toy size the models of a family are one; so are their calibrations.
-STARTED_AT_TOY_SIZE = [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("corda", "corda_kpm")]
-STARTED_AT_TOY_SIZE += ["llama3_8b_gsm8k_corda", "llama3_8b_commonsense_corda", "llama3_8b_pissa", "llama3_8b_milora"]
+AT_TOY_SIZE = [name for name in FINETUNED if schema_of(name) is config.FINETUNE]
+AT_TOY_SIZE += [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("corda", "corda_kpm", "qcorda", "qlora")]
+AT_TOY_SIZE += ["llama3_8b_gsm8k_corda", "llama3_8b_commonsense_corda", "llama3_8b_pissa", "llama3_8b_milora"]
+AT_TOY_SIZE += ["llama3_8b_qpissa", "llama3_8b_loftq", "llama3_8b_qkasa"]
 
 
-@pytest.mark.parametrize("name", [name for name in FINETUNED if name not in STARTED] + STARTED_AT_TOY_SIZE)
+@pytest.mark.parametrize("name", AT_TOY_SIZE)
 def test_runs_two_steps_at_toy_size(name, toy_config, load_recipe):
     cfg = toy_config(name)
     train(recipe_for(name, load_recipe, cfg), cfg)
     check_run(Path(cfg.output_dir), cfg)
 
 
-@pytest.mark.parametrize("method", ["kasa", "corda", "corda_kpm"])
+@pytest.mark.parametrize("method", ["kasa", "corda", "corda_kpm", "qcorda"])
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_dry_run_prints_the_budget_of_every_family(name, method, toy_config, load_recipe, capsys):
     name = f"{name}_{method}"
@@ -647,7 +720,7 @@ def test_dry_run_prints_the_budget_of_every_family(name, method, toy_config, loa
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
     overrides = [f"output_dir={tmp_path}", "max_steps=2", "run_val_every_n_steps=null", "save_every_n_steps=null"]
-    if schema_of(name) is config.CORDA:
+    if "calibration" in schema_of(name):
         overrides.append("calibration.num_samples=8")
     cfg = config.load(name, overrides, schema_of(name), about_to_run=True)
     train(recipe_for(name, load_recipe, cfg), cfg)
@@ -721,6 +794,13 @@ def test_docs_describe_every_key_of_corda():
     own = {key for key in expected if key.startswith(("adapter.", "calibration."))}
     assert rows == {key: expected[key] for key in own if not key.startswith("calibration.dataset.")}
     assert {key for key in expected if expected[key] != described(config.FINETUNE).get(key)} <= own
+
+
+def test_docs_describe_every_key_that_is_qcordas_own():
+    expected, rows = described(config.QCORDA), documented("Keys of `qcorda_finetune_single_device`")
+    same = described(config.FINETUNE) | described(config.CORDA)
+    assert rows == {key: row for key, row in expected.items() if same.get(key) != row}
+    assert same.keys() - expected.keys() == {"adapter.mode"}
 
 
 def test_docs_tell_the_recipe_of_every_suffix():

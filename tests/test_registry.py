@@ -62,6 +62,21 @@ def test_the_suffixes_of_corda_are_not_taken_for_others(package):
     assert found["generate_text"] == {"toy_kasa_generate", "toy_corda_generate"}
 
 
+QCORDA_SUFFIXES = ["qcorda", "qlora", "qpissa", "loftq", "qkasa"]
+
+
+def test_the_suffixes_of_qcorda_are_not_taken_for_those_they_end_like(package):
+    for recipe in ("corda_finetune_single_device", "qcorda_finetune_single_device"):
+        (package / "recipes" / f"{recipe}.py").touch()
+    for ending in (*QCORDA_SUFFIXES, "corda", "pissa", "qcorda_generate"):
+        (package / "configs" / f"toy_{ending}.yaml").touch()
+    found = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
+    assert found["qcorda_finetune_single_device"] == {f"toy_{ending}" for ending in QCORDA_SUFFIXES}
+    assert found["corda_finetune_single_device"] == {"toy_corda", "toy_pissa"}
+    assert found["kasa_finetune_single_device"] == {"toy_kasa", "toy_lora"}
+    assert found["generate_text"] == {"toy_kasa_generate", "toy_qcorda_generate"}
+
+
 def test_no_config_belongs_to_two_recipes():
     listed = [config.name for recipe in registry.recipes() for config in recipe.configs]
     assert len(listed) == len({*listed})
@@ -85,7 +100,8 @@ def test_shipped_recipes_and_configs_are_listed():
     shipped = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
     assert {"tiny_kasa", "tiny_lora", "llama3_8b_kasa"} <= shipped["kasa_finetune_single_device"]
     assert {"tiny_corda", "tiny_corda_kpm", "tiny_pissa", "llama3_8b_corda"} <= shipped["corda_finetune_single_device"]
-    assert {"tiny_kasa_generate", "tiny_corda_generate"} <= shipped["generate_text"]
+    assert {"tiny_qcorda", "tiny_loftq", "llama3_8b_qlora"} <= shipped["qcorda_finetune_single_device"]
+    assert {"tiny_kasa_generate", "tiny_corda_generate", "tiny_qcorda_generate"} <= shipped["generate_text"]
 
 
 def test_no_shipped_config_is_an_orphan():

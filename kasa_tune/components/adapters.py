@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.quantization import is_quantized
 
 
 def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
@@ -36,7 +37,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a saved adapter onto a model that holds the untouched base weights.
+    """Put a saved adapter onto a model that holds the untouched base weights, or quantized ones from which the edits to
+    be folded have been taken.
 
     Linears whose ranks are found by data (:class:`CorDALinear`) take the saved ones.
 
@@ -64,7 +66,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
             linear.set_rank(len(state[f"{name}.lora_a.weight"]))
         for parameter in linear.adapter_params():
             linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
-        linear.set_edit(LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone()))
+        edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
+        linear.set_edit(edit, taken_out=is_quantized(linear.weight) and linear.edit_storage == "folded")
 
 
 def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,6 +126,7 @@ def covariances(
     per_sample: bool = False,
     offload: bool = False,
     advance: Callable[[], object] = lambda: None,
+    loaded: Callable[[str], AbstractContextManager] = lambda prefix: contextlib.nullcontext(),
 ) -> Iterator[Covariance]:
     """Run the model over calibration batches block by block; yield the covariances of each before the next is run.
 
@@ -138,6 +140,8 @@ def covariances(
             the sum by the number of samples.
         offload: hidden states wait in host memory.
         advance: called after every batch of every block.
+        loaded: for models of which one block at a time has weights: what is entered with the block's prefix
+            (``layers.<i>.``) before it is run and left when its covariances have been used.
 
     Yields:
         One for each group and wanted round; the matrix is the receiver's.
@@ -150,35 +154,35 @@ def covariances(
     hidden = [[model.tok_embeddings(batch["tokens"].to(device)).to(waiting) for batch in part] for part in rounds]
     model.eval()
     try:
-        for block, inside in _blocks(model, groups):
-            pooled = {group: _empty(group, POOLED, linears, dtype) for group in inside if _any(wanted, group, POOLED)}
-            for round, batches in enumerate(rounds):
-                sums = [_empty(g, round, linears, dtype) for g in inside if g in pooled or _any(wanted, g, round)]
-                with disable_adapter(model):
-                    for position, batch in enumerate(batches):
-                        valid = batch["valid"].to(device)
-                        add = {linears[s.layers[0]]: partial(s.add, valid=valid, per_sample=per_sample) for s in sums}
-                        with _inputs_to(add):
-                            h = block(hidden[round][position].to(device), batch)
-                        hidden[round][position] = h.to(waiting)
-                        advance()
-                for total in sums:
-                    total.finish(sum(len(batch["tokens"]) for batch in batches) if per_sample else None)
-                    if total.layers in pooled:
-                        pooled[total.layers].matrix += total.matrix / (len(rounds) if per_sample else 1)
-                        pooled[total.layers].num_tokens += total.num_tokens
-                yield from (total for total in sums if _any(wanted, total.layers, round))
-                sums = add = total = None  # or they stand beside the next round's
-            yield from pooled.values()
+        for prefix, block, inside in _blocks(model, groups):
+            with loaded(prefix):
+                pooled = {g: _empty(g, POOLED, linears, dtype) for g in inside if _any(wanted, g, POOLED)}
+                for round, batches in enumerate(rounds):
+                    sums = [_empty(g, round, linears, dtype) for g in inside if g in pooled or _any(wanted, g, round)]
+                    receivers = {linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums}
+                    with disable_adapter(model):
+                        for position, batch in enumerate(batches):
+                            valid = batch["valid"].to(device)
+                            with _inputs_to({linear: partial(add, valid=valid) for linear, add in receivers.items()}):
+                                hidden[round][position] = block(hidden[round][position].to(device), batch).to(waiting)
+                            advance()
+                    for total in sums:
+                        total.finish(sum(len(batch["tokens"]) for batch in batches) if per_sample else None)
+                        if total.layers in pooled:
+                            pooled[total.layers].matrix += total.matrix / (len(rounds) if per_sample else 1)
+                            pooled[total.layers].num_tokens += total.num_tokens
+                    yield from (total for total in sums if _any(wanted, total.layers, round))
+                    sums = receivers = total = None  # or they stand beside the next round's
+                yield from pooled.values()
     finally:
         model.train(training)
 
 
 def _blocks(
     model: TransformerDecoder, groups: Sequence[tuple[str, ...]]
-) -> Iterator[tuple[Callable[[Tensor, Batch], Tensor], list[tuple[str, ...]]]]:
-    """Each layer of the model as a function of hidden states and batch, with the groups inside; none after the last
-    group.
+) -> Iterator[tuple[str, Callable[[Tensor, Batch], Tensor], list[tuple[str, ...]]]]:
+    """Each layer of the model: how the names of its modules begin, itself as a function of hidden states and batch, and
+    the groups inside; none after the last group.
     """
 
     def layer(module: nn.Module, h: Tensor, batch: Batch) -> Tensor:
@@ -190,12 +194,13 @@ def _blocks(
 
     waiting = list(groups)
     for index, module in enumerate(model.layers):
-        inside = [group for group in waiting if group[0].startswith(f"layers.{index}.")]
+        prefix = f"layers.{index}."
+        inside = [group for group in waiting if group[0].startswith(prefix)]
         waiting = [group for group in waiting if group not in inside]
-        yield partial(layer, module), inside
+        yield prefix, partial(layer, module), inside
         if not waiting:
             return
-    yield output, waiting
+    yield "output", output, waiting
 
 
 def _any(wanted: Wanted, group: Sequence[str], round: int) -> bool:
@@ -247,7 +252,7 @@ def damped_covariances(
         damping_search: double it until the inverse is accurate, as published.
         normalization: ``unit_mean_diag``, or ``published``.
         progress: wraps the range of batches to run, all blocks together; tqdm does.
-        options: dtype and offload of :func:`covariances`.
+        options: dtype, offload and loaded of :func:`covariances`.
 
     Yields:
         The layers that want this covariance, the round, the covariance ``(d, d)``.
@@ -290,7 +295,7 @@ def calibration_bytes(
     linears, embedding = dict(adapter_linears(model)), model.tok_embeddings.weight
     sizes = [batch["tokens"].numel() for batches in rounds for batch in batches]
     num_tokens = max(sizes) if offload else sum(sizes)
-    widest = max(sum(linears[group[0]].in_dim ** 2 for group in inside) for _, inside in _blocks(model, groups))
+    widest = max(sum(linears[group[0]].in_dim ** 2 for group in inside) for _, _, inside in _blocks(model, groups))
     return {
         "calibration hidden states": num_tokens * embedding.shape[1] * embedding.element_size(),
         "covariances of one block": widest * dtype.itemsize,

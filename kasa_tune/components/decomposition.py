@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.quantization import dequantize
 from kasa_tune.components.solvers import (
     Subspace,
     extreme_singular_subspace,
@@ -232,6 +233,42 @@ def split_component(component: Component, scaling: float, split: str = "balanced
     out = component.vectors.double() * (lengths.T / scaling).sqrt()
     into = component.projection.double() / (lengths * scaling).sqrt()
     return LowRank(out.float(), into.float())
+
+
+@torch.no_grad()
+def fit_quantization(
+    weight: Tensor,
+    start: Component | None,
+    rank: int,
+    iterations: int,
+    *,
+    quantize: Callable[[Tensor], Tensor],
+) -> tuple[Component, Tensor]:
+    """Let a low-rank component take up what quantization loses: ``Q = quantize(W - E)``, then E the first ``rank``
+    singular triplets of ``W - Q``, in turns.
+
+    From no E this is LoftQ (arXiv 2310.08659, algorithm 1), whose base is the last Q; from W's own first triplets it is
+    QPiSSA (arXiv 2404.02948, section 4), whose base is ``quantize(W - E)`` of the last E.
+
+    Args:
+        weight: ``W (d_out, d_in)`` float32.
+        start: the first E; None for zero.
+        rank: of E, as :func:`co_svd`.
+        iterations: turns, at least 1.
+        quantize: float32 to a quantized weight.
+
+    Returns:
+        The last E and the last Q.
+
+    Raises:
+        ValueError: as :func:`co_svd` and ``quantize``.
+    """
+    component, quantized = start, weight
+    for _ in range(iterations):
+        residual = weight if component is None else weight - component.vectors @ component.projection
+        quantized = quantize(residual)
+        component = co_svd(weight - dequantize(quantized), None, rank, "ipm")
+    return component, quantized
 
 
 def check_finite(weight: Tensor, name: str = "The weight") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kasa_tune.components.decomposition import num_truncated, smallest_triplets
 from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.quantization import dequantize, is_quantized
 from kasa_tune.components.solvers import Subspace
 
 EDIT_STORAGES = ("auto", "folded", "factored")
@@ -23,12 +24,12 @@ DIAG_INITS = ("normal", "ones")
 class AdapterLinear(nn.Module):
     """A frozen linear with an edit and a trained low-rank update: what every adapter linear here is made of.
 
-    ``y = W x + bias - E_out (E_in x) + s · B (d ⊙ (A dropout(x)))`` with ``s = alpha / rank``.
+    ``y = W x + bias - E_out (E_in x) + s · B (d ⊙ (A dropout(x)))`` with ``s = alpha / rank``, for x ``[..., d_in]``.
 
     The edit has two storages with the same function. ``folded``: ``weight`` holds ``W0 - E``. ``factored``: ``weight``
     keeps ``W0`` and the forward subtracts ``E_out (E_in x)``, exact in every dtype and bit-exactly undone when the
-    adapter is disabled. ``auto`` folds float32 weights and keeps half-precision ones factored, where folding would
-    round most of a small edit away.
+    adapter is disabled. ``auto`` folds float32 weights; with half-precision and quantized ones, where folding would
+    round most of a small edit away, it is factored.
 
     Args:
         in_dim: ``d_in``.
@@ -39,9 +40,6 @@ class AdapterLinear(nn.Module):
         use_bias: whether the frozen linear has a bias.
         edit_rank: ``k``, columns of the edit; 0 for none.
         edit_storage: ``auto``, ``folded`` or ``factored``.
-
-    Shapes:
-        input ``[..., d_in]``, output ``[..., d_out]``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -96,8 +94,8 @@ class AdapterLinear(nn.Module):
         self.lora_edit_in = torch.zeros(self.lora_edit_in.shape, device=device)
         self.reset_update()
 
-    def initialize(self) -> Subspace | None:
-        """Start the adapter on a loaded weight; a plain low-rank update needs nothing from the weight."""
+    def initialize(self, weight: Tensor | None = None) -> Subspace | None:
+        """Start the adapter on a loaded weight, or on the ``weight`` that the loaded one is a quantized copy of."""
         self.reset_update()
         return None
 
@@ -107,23 +105,28 @@ class AdapterLinear(nn.Module):
         return LowRank(self.lora_edit_out, self.lora_edit_in)
 
     @torch.no_grad()
-    def set_edit(self, edit: LowRank) -> None:
+    def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:
         """Take ``edit`` out of the frozen weight, once in the life of a loaded weight.
 
         Args:
             edit: float32 factors of shape ``(d_out, d_in)``, any rank.
+            taken_out: the weight has come without it, as a quantized residual does.
 
         Raises:
             ValueError: the edit's shape is not the weight's.
-            RuntimeError: an edit is folded into the weight already.
+            RuntimeError: an edit is folded into the weight already, or would have to be into a quantized one.
         """
         if edit.shape != (self.out_dim, self.in_dim):
             raise ValueError(f"The edit is {edit.shape}, the weight {(self.out_dim, self.in_dim)}.")
         self.check_unfolded()
         self.lora_edit_out = edit.out.to(self.weight.device)
         self.lora_edit_in = edit.into.to(self.weight.device)
-        full_precision = self.weight.dtype in (torch.float32, torch.float64)
-        if edit.rank and (self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)):
+        full_precision = self.weight.dtype in (torch.float32, torch.float64) and not is_quantized(self.weight)
+        if taken_out:
+            self.folded = True
+        elif edit.rank and (self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)):
+            if is_quantized(self.weight):
+                raise RuntimeError("The weight is quantized: take the edit out of it before it is.")
             weight = self.weight if full_precision else self.weight.float()
             # A new tensor: the old one may be shared with the checkpoint it was loaded from.
             out, into = self.lora_edit_out.to(weight.dtype), self.lora_edit_in.to(weight.dtype)
@@ -155,7 +158,7 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """``W_eff`` ``(d_out, d_in)`` in float32."""
-        weight = self.weight.float()
+        weight = dequantize(self.weight)
         if not self.folded:
             weight = weight - self.edit.dense()
         return weight + self.lora_b.weight.float() @ (self.lora_a.weight.float() * _column(self._scale()))
@@ -189,7 +192,7 @@ class LoRALinear(AdapterLinear):
             self.lora_magnitude = nn.Parameter(torch.ones(out_dim))
 
     @torch.no_grad()
-    def initialize(self) -> None:
+    def initialize(self, weight: Tensor | None = None) -> None:
         """Start of LoRA; DoRA's magnitudes are the lengths of the loaded weight's rows."""
         self.reset_update()
         if self.use_dora:
@@ -279,9 +282,9 @@ class CorDALinear(AdapterLinear):
         # Of the parameters, which may be bfloat16: what is taken out is exactly what the update puts back.
         self.set_edit(LowRank(self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()))
 
-    def set_edit(self, edit: LowRank) -> None:
-        """Take ``edit`` out of the frozen weight; once folded, its factors, large as the update, wait on the host."""
-        super().set_edit(edit)
+    def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:
+        """As :class:`AdapterLinear`; once folded, the edit's factors, large as the update, wait on the host."""
+        super().set_edit(edit, taken_out=taken_out)
         if self.folded:
             self.lora_edit_out, self.lora_edit_in = self.lora_edit_out.cpu(), self.lora_edit_in.cpu()
 
@@ -332,9 +335,6 @@ class KaSALinear(AdapterLinear):
         truncation_rank: ``k``, smallest singular triplets removed from the weight; default ``rank``, 0 removes none.
         truncation: ``paper`` or ``published``, see :func:`~kasa_tune.components.decomposition.num_truncated`.
         diag_init: ``normal`` draws ``d ~ N(0, 1)`` as published, ``ones`` starts as LoRA does.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -366,9 +366,9 @@ class KaSALinear(AdapterLinear):
             self.lora_diag = nn.Parameter(torch.empty(self.rank))
         nn.init.normal_(self.lora_diag) if self.diag_init == "normal" else nn.init.ones_(self.lora_diag)
 
-    def initialize(self) -> Subspace | None:
+    def initialize(self, weight: Tensor | None = None) -> Subspace | None:
         """Remove the loaded weight's smallest singular triplets and start the update; returns how they were found."""
-        edit, subspace = smallest_triplets(self.weight, self.lora_edit_in.shape[0])
+        edit, subspace = smallest_triplets(self.weight if weight is None else weight, self.lora_edit_in.shape[0])
         self.set_edit(edit)
         self.reset_update()
         return subspace

@@ -17,8 +17,13 @@ from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_saveable
 from kasa_tune.components.linear import CorDALinear
 
-# Purposes in a budget that are over when training begins.
-BEFORE_TRAINING = ("truncation workspace", "calibration hidden states", "covariances of one block", "CO-SVD workspace")
+# Purposes in a budget that are over when training begins: of phases that follow each other, beside WEIGHTS.
+SET_UP = (
+    ("truncation workspace",),
+    ("one block unquantized", "calibration hidden states", "covariances of one block", "CO-SVD workspace"),
+    ("base weights in NF4", "quantizing one weight"),
+)
+WEIGHTS = ("base weights", "adapters")
 
 
 @torch.no_grad()
@@ -74,13 +79,18 @@ def memory_budget(
 
 
 def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
-    """Lines to print: the trained parameters of a model, a :func:`memory_budget` in MiB, and its sum in training."""
+    """Lines to print: the trained parameters of a model, a :func:`memory_budget` in MiB, the most that preparing takes
+    at once, and the sum in training.
+    """
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     total, diagonals = sum(trained.values()), sum(n for name, n in trained.items() if name.endswith("lora_diag"))
     parts = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if diagonals else ""
-    step = sum(size for purpose, size in budget.items() if purpose not in BEFORE_TRAINING)
-    sizes = [(purpose, size) for purpose, size in budget.items() if size] + [("training step", step)]
-    lines = [f"{purpose:>25} {size / 2**20:>12,.1f} MiB" for purpose, size in sizes]
+    phases = [sum(budget.get(purpose, 0) for purpose in phase) for phase in SET_UP]
+    over = {purpose for phase in SET_UP for purpose in phase} - {"base weights in NF4"}
+    step = sum(size for purpose, size in budget.items() if purpose not in over)
+    sizes = [(purpose, size) for purpose, size in budget.items() if size]
+    sizes += [("set-up, at most", sum(budget.get(purpose, 0) for purpose in WEIGHTS) + max(phases))] * any(phases)
+    lines = [f"{purpose:>25} {size / 2**20:>12,.1f} MiB" for purpose, size in [*sizes, ("training step", step)]]
     return [f"Trainable parameters: {total:,}{parts}", *lines]
 
 

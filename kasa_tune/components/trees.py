@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from kasa_tune.components.quantization import from_parts, to_parts
 
 
 def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -17,11 +19,16 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     path = path.lstrip("/")
     if isinstance(tree, Tensor):
-        if type(tree) not in (Tensor, nn.Parameter):
+        try:
+            packed = to_parts(tree)
+        except TypeError as error:
             raise TypeError(
-                f"A checkpoint cannot hold {type(tree).__module__}.{type(tree).__qualname__} (at {path}): optimizers "
-                "whose state is of such tensors cannot be saved yet. Use one of torch.optim."
-            )
+                f"A checkpoint cannot hold {type(tree).__name__} (at {path}): {error}. Use an optimizer of torch.optim "
+                "or torchao.optim."
+            ) from None
+        if packed:
+            kind, parts, numbers = packed
+            return {"quantized": [kind, encode(parts, path, tensors), encode(numbers, path, tensors)]}
         name = path
         while name in tensors:  # keys 1 and "1" share a path
             name += "'"
@@ -49,6 +56,9 @@ def decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, content),) = document.items()
     if tag == "tensor":
         return tensors[content]
+    if tag == "quantized":
+        kind, parts, numbers = content
+        return from_parts(kind, decode(parts, tensors), decode(numbers, tensors))
     if tag == "tuple":
         return tuple(decode(value, tensors) for value in content)
     return {key: decode(value, tensors) for key, value in content}

@@ -16,7 +16,7 @@ from kasa_tune import config
 from kasa_tune.components import calibration, checkpointing
 from kasa_tune.components.linear import CorDALinear, LoRALinear
 from kasa_tune.components.metrics import read_metrics
-from kasa_tune.components.models.loading import read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.decomposition import check_finite
-
-
-def read_base_weights(checkpointer: Any) -> dict[str, Tensor]:
-    """The base model's weights under torchtune's names, on the CPU.
-
-    Args:
-        checkpointer: one of torchtune's, built from the config.
-
-    Raises:
-        ValueError: the files cannot be read, or are not of the model type that the checkpointer was told.
-    """
-    try:
-        return checkpointer.load_checkpoint()["model"]
-    except Exception as error:  # a converter's own errors (KeyError, a shape that cannot be viewed, ...) name no file
-        raise ValueError(
-            f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
-            f"{error.__cause__ or ''}"
-        ) from error
+from kasa_tune.components.models.base_weights import shapes_of
 
 
 def require_adapters(model: nn.Module, name: str) -> None:
@@ -61,7 +43,12 @@ def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype) -> nn.M
 
 @torch.no_grad()
 def load_base_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], *, device: torch.device, adapter_dtype: torch.dtype
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    adapter_dtype: torch.dtype,
+    without: Collection[str] = (),
 ) -> None:
     """Fill a model built on meta: base weights cast and moved one by one, adapters started without a look at the
     weights.
@@ -71,17 +58,17 @@ def load_base_weights(
         weights: torchtune's names to tensors of any floating dtype.
         device: where the model shall live.
         adapter_dtype: of the trained parameters.
+        without: names of weights that stay on meta for now; they too must be among ``weights``.
 
     Raises:
         ValueError: names or shapes differ from the model's (the first differences are listed), or a weight holds NaN or
             infinity.
     """
     expected = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
-    _check_same_shapes(expected, weights)
-    cast = {name: weights[name].to(device=device, dtype=value.dtype) for name, value in expected.items()}
-    for name, tensor in cast.items():
-        check_finite(tensor, name)
-    model.load_state_dict(cast, strict=False, assign=True)
+    _check_same_shapes({name: tuple(value.shape) for name, value in expected.items()}, shapes_of(weights))
+    for name, value in expected.items():
+        if name not in without:
+            set_tensor(model, name, read_tensor(weights, name, device=device, dtype=value.dtype))
     for module in model.modules():
         if hasattr(module, "rope_init"):
             with device:
@@ -90,11 +77,29 @@ def load_base_weights(
         linear.materialize(device, adapter_dtype)
 
 
-def _check_same_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def read_tensor(weights: Mapping[str, Tensor], name: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One weight where and as it is needed.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    tensor = weights[name].to(device=device, dtype=dtype)
+    check_finite(tensor, name)
+    return tensor
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a frozen tensor in the place of the model's parameter or buffer of that name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
+
+
+def _check_same_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [
-        f"{name}: the model has {_shape(expected, name)}, the checkpoint {_shape(given, name)}"
+        f"{name}: the model has {expected.get(name, 'none')}, the checkpoint {given.get(name, 'none')}"
         for name in sorted(expected.keys() | given.keys())
-        if _shape(expected, name) != _shape(given, name)
+        if expected.get(name) != given.get(name)
     ]
     if wrong:
         raise ValueError(
@@ -102,7 +107,3 @@ def _check_same_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tenso
             + "; ".join(wrong[:3])
             + "). Check model._component_ and checkpointer.checkpoint_dir."
         )
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
-    return tuple(tensors[name].shape) if name in tensors else "none"

@@ -1,0 +1,123 @@
+"""A base model's weights under torchtune's names, each read from its file when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torchtune.models import convert_weights
+from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune
+from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
+from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
+from torchtune.training import FullModelHFCheckpointer
+from torchtune.training.checkpointing import ModelType
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+# What safetensors calls the dtypes of unquantized weights.
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
+    """The base model's weights under torchtune's names, on the CPU.
+
+    Of a Hugging Face checkpoint in safetensors only the headers are read now, and a tensor each time it is asked for;
+    other checkpoints are loaded by their checkpointer.
+
+    Args:
+        checkpointer: one of torchtune's, built from the config.
+
+    Raises:
+        ValueError: the files cannot be read, are not of the model type that the checkpointer was told, or hold
+            quantized weights.
+    """
+    try:
+        if type(checkpointer) is FullModelHFCheckpointer:
+            paths = [Path(path) for path in checkpointer._checkpoint_paths]
+            if all(path.suffix == ".safetensors" for path in paths):
+                return StreamedWeights(paths, _conversion(checkpointer))
+        return _checked(checkpointer.load_checkpoint()["model"])
+    except Exception as error:  # a converter's own errors (KeyError, a shape that cannot be viewed, ...) name no file
+        raise ValueError(
+            f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
+            f"{error.__cause__ or ''}"
+        ) from error
+
+
+class StreamedWeights(Mapping[str, Tensor]):
+    """Tensors of safetensors files under other names, in other layouts; none is held between two requests.
+
+    Args:
+        paths: the files; of a name in several of them the last counts.
+        convert: a dict of the files' names and tensors to one of this mapping's, tensor by tensor.
+
+    Attributes:
+        meta: this mapping on the meta device: shapes and dtypes without reading any tensor.
+
+    Raises:
+        ValueError: a tensor is of no unquantized floating dtype.
+    """
+
+    def __init__(self, paths: list[Path], convert: Convert) -> None:
+        self._convert = convert
+        self._sources: dict[str, tuple[Path, str]] = {}
+        self.meta: dict[str, Tensor] = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    header = file.get_slice(key)
+                    dtype = _floating(key, header.get_dtype())
+                    converted = convert({key: torch.empty(header.get_shape(), dtype=dtype, device="meta")})
+                    self._sources |= dict.fromkeys(converted, (path, key))
+                    self.meta |= converted
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, key = self._sources[name]
+        with safe_open(path, framework="pt") as file:
+            return self._convert({key: file.get_tensor(key)})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without reading a tensor where the mapping knows them."""
+    known = weights.meta if isinstance(weights, StreamedWeights) else weights
+    return {name: tuple(tensor.shape) for name, tensor in known.items()}
+
+
+def _floating(key: str, dtype: str) -> torch.dtype:
+    if dtype not in _FLOATING:
+        raise ValueError(
+            f"{key} is stored as {dtype}: the checkpoint is quantized already. Give the unquantized one, in bfloat16, "
+            "float16 or float32."
+        )
+    return _FLOATING[dtype]
+
+
+def _checked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in weights.items():
+        if tensor.dtype not in _FLOATING.values():
+            _floating(name, str(tensor.dtype).removeprefix("torch."))
+    return weights
+
+
+def _conversion(checkpointer: FullModelHFCheckpointer) -> Convert:
+    """Torchtune's conversion from Hugging Face's names and layouts, for the checkpointer's model type and config."""
+    config, kind = checkpointer._config, checkpointer._model_type
+    heads, kv_heads, dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    shape = {"num_heads": heads, "num_kv_heads": kv_heads, "dim": dim}
+    if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
+        return partial(phi3_hf_to_tune, **(shape if heads != kv_heads else dict.fromkeys(shape)))
+    if kind == ModelType.QWEN2:
+        return partial(qwen2_hf_to_tune, **shape, tie_word_embeddings=config["tie_word_embeddings"])
+    convert = gemma2_hf_to_tune if kind == ModelType.GEMMA2 else convert_weights.hf_to_tune
+    return partial(convert, **shape, head_dim=config.get("head_dim"))

@@ -1,0 +1,173 @@
+"""The frozen linears of a model in NF4: which ones, what they take, and their copy on disk.
+
+Quantization happens once in the life of a run. The result lies next to the run's checkpoints, and every checkpoint
+names it by its checksum: a run goes on with the same bits, and needs no calibration for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kasa_tune.components.checkpointing import (
+    CheckpointError,
+    list_checkpoints,
+    load_part,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from kasa_tune.components.linear import AdapterLinear
+from kasa_tune.components.models.loading import read_tensor
+from kasa_tune.components.quantization import (
+    check_quantizable,
+    dequantize_workspace,
+    quantize_workspace,
+    quantized_bytes,
+)
+
+FOLDER = "quantized_base"  # in a run's output_dir, beside its checkpoints
+
+
+def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]:
+    """Names and modules of the linears to quantize: all in the transformer's blocks, with or without an adapter.
+
+    Embedding, norms and output projection keep their precision, as in QLoRA.
+
+    Args:
+        model: on any device, meta included.
+        block_size: weights that share a scale.
+
+    Raises:
+        ValueError: a layer's weight does not divide into such blocks.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear | nn.Linear) and name.startswith("layers.") and ".lora_" not in name:
+            check_quantizable(module.weight.shape, block_size, name)
+            found[name] = module
+    return found
+
+
+@contextlib.contextmanager
+def unquantized(
+    linears: Mapping[str, nn.Module], weights: Mapping[str, Tensor], prefix: str, *, device: torch.device
+) -> Iterator[None]:
+    """While active, those of ``linears`` whose names begin with ``prefix`` hold their weights; before and after they
+    hold none.
+
+    Args:
+        linears: from :func:`quantized_linears`, with weights on meta, whose dtype is taken.
+        weights: of the base, by name.
+        prefix: ``layers.<i>.``, of one block.
+        device: where the block is to run.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity.
+    """
+    inside = {name: linear for name, linear in linears.items() if name.startswith(prefix)}
+    on_meta = {name: linear.weight for name, linear in inside.items()}
+    try:
+        for name, linear in inside.items():
+            put(linear, read_tensor(weights, f"{name}.weight", device=device, dtype=on_meta[name].dtype))
+        yield
+    finally:
+        for name, linear in inside.items():
+            linear.weight = on_meta[name]
+
+
+def put(linear: nn.Module, weight: Tensor) -> None:
+    """Make a tensor, quantized or not, a linear's frozen weight."""
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def keep_quantized(folder: Path, linears: Mapping[str, nn.Module], known: str | None = None) -> str:
+    """Write the NF4 weights, whole or not at all.
+
+    Args:
+        folder: FOLDER in the run's output_dir; an older copy in it is replaced.
+        linears: from :func:`quantized_linears`, quantized.
+        known: their checksum, if they were loaded; then a copy that has it stays as it is.
+
+    Returns:
+        Their checksum.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    stored = list_checkpoints(folder)
+    if known and stored and _checksum(verify_checkpoint(stored[-1])) == known:
+        return known
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, linear in linears.items():
+        parts.setdefault(_block_of(name), {})[name] = linear.weight
+    return _checksum(verify_checkpoint(save_checkpoint(folder, 0, parts)))
+
+
+def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Put the NF4 weights that a checkpoint was trained on into a model, bit for bit.
+
+    Args:
+        checkpoint: ``<output_dir>/checkpoints/step_<n>``, whose part ``run`` holds their checksum.
+        linears: from :func:`quantized_linears`.
+        device: where the model lives.
+
+    Raises:
+        CheckpointError: they are missing, damaged, of another checksum, or of other layers than the model's.
+    """
+    folder = checkpoint.parent.parent / FOLDER
+    stored = list_checkpoints(folder)
+    if not stored:
+        raise CheckpointError(f"{checkpoint} was trained on a quantized base, which is not in {folder}: copy it there.")
+    manifest = verify_checkpoint(stored[-1])
+    if _checksum(manifest) != load_part(checkpoint, "run")["quantized_base"]:
+        raise CheckpointError(f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ.")
+    waiting = dict(linears)
+    for part in manifest["parts"]:
+        for name, weight in load_part(stored[-1], part).items():
+            if name not in waiting or waiting[name].weight.shape != weight.shape:
+                raise CheckpointError(f"{folder} is of another model: it has {name} {tuple(weight.shape)}.")
+            put(waiting.pop(name), weight.to(device))
+    if waiting:
+        raise CheckpointError(f"{folder} is of another model: it has no {next(iter(waiting))}.")
+
+
+def _block_of(name: str) -> str:
+    """``layers.<i>`` of ``layers.<i>.attn.q_proj``."""
+    return name[: name.index(".", len("layers."))]
+
+
+def _checksum(manifest: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def base_bytes(
+    model: nn.Module, linears: Mapping[str, nn.Module], *, block_size: int, scaler_block_size: int
+) -> dict[str, int]:
+    """Bytes of the quantized base, and of what making and using it takes besides.
+
+    Args:
+        model: built on meta.
+        linears: from :func:`quantized_linears`.
+        block_size: weights that share a scale.
+        scaler_block_size: scales that share a scale.
+    """
+    weights = [linear.weight for linear in linears.values()]
+    others = [p for p in model.parameters() if not p.requires_grad and all(p is not weight for weight in weights)]
+    sizes = {"block_size": block_size, "scaler_block_size": scaler_block_size, "itemsize": weights[0].itemsize}
+    blocks: dict[str, int] = {}
+    for name, linear in linears.items():
+        blocks[_block_of(name)] = blocks.get(_block_of(name), 0) + linear.weight.numel() * linear.weight.itemsize
+    largest = max(weight.numel() for weight in weights)
+    return {
+        "base weights in NF4": sum(quantized_bytes(weight.numel(), **sizes) for weight in weights),
+        "base weights": sum(p.numel() * p.itemsize for p in others),
+        "dequantizing one weight": dequantize_workspace(largest, weights[0].itemsize),
+        "one block unquantized": max(blocks.values()),
+        "quantizing one weight": quantize_workspace(largest),
+    }
