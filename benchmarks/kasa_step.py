@@ -2,15 +2,22 @@
 
     OMP_NUM_THREADS=2 python benchmarks/kasa_step.py
     python benchmarks/kasa_step.py --device cuda --preset llama3_2_1b --batch-size 8 --seq-len 512
+    OMP_NUM_THREADS=2 python benchmarks/kasa_step.py --quantized
 
 - `kasa`: ours, with both regularizers, as recipes/kasa_finetune_single_device.py does it
 - `lora`: ours, the same without diagonal, edit and regularizers
 - `torchtune lora`: torchtune's LoRA builder, loss and loss step of its lora_finetune_single_device recipe
 - `peft kasa`: transformers' Llama of the same shapes with PEFT's KaSA and its regularizer
 
+With `--quantized` the linears' weights are in NF4, and these take part instead of `kasa` and `peft kasa`:
+
+- `qlora`, `qcorda`, `qkasa`: ours, as recipes/qcorda_finetune_single_device.py does it
+- `torchtune qlora`: torchtune's builder with `quantize_base=True`
+
 All adapt every linear of every layer at rank 8, without dropout, with the same AdamW. Every variant is timed once per
-round; the table has medians over the rounds, and of the ratios to torchtune within a round. PEFT's SVD, on which
-no step depends, is left out. Peak memory comes from a process per variant.
+round; the table has medians over the rounds, and of the ratios to torchtune within a round (its QLoRA where that takes
+part). PEFT's SVD and QCorDA's covariances, on which no step depends, are left out. Peak memory comes from a process per
+variant.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -31,9 +39,14 @@ from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.decomposition import co_svd, split_component
+from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.models.llama3 import kasa_llama3_2
+from kasa_tune.components.memory import state_bytes
+from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
+from kasa_tune.components.quantization import is_quantized, quantize, to_parts
+from kasa_tune.components.quantized_base import put
 from kasa_tune.components.regularization import kasa_regularization
 
 BETA, GAMMA, RANK, ALPHA = 1e-4, 1e-3, 8, 16.0
@@ -59,20 +72,39 @@ PRESETS = {
     },
 }
 Step = Callable[[], None]
+Variant = Callable[[dict, Tensor, Tensor], tuple[nn.Module, Step]]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def our_step(build: Callable[..., nn.Module], sizes: dict, tokens: Tensor, labels: Tensor) -> Step:
-    """The step of our recipe; ``labels`` are shifted already."""
+def start_quantized(linear: AdapterLinear) -> None:
+    """A linear's weight in NF4 and its adapter's start; QCorDA's component is that of the weight without a context."""
+    weight, in_nf4 = linear.weight.float(), partial(quantize, dtype=linear.weight.dtype)
+    if isinstance(linear, CorDALinear):
+        put(linear, weight)
+        linear.start_from(split_component(co_svd(weight, None, RANK, "ipm"), linear.scaling))
+        put(linear, in_nf4(linear.weight))
+    else:
+        put(linear, in_nf4(weight))
+        linear.initialize(weight)
+
+
+def our_step(
+    build: Callable[..., nn.Module],
+    sizes: dict,
+    tokens: Tensor,
+    labels: Tensor,
+    start: Callable[[AdapterLinear], object] = AdapterLinear.initialize,
+) -> tuple[nn.Module, Step]:
+    """The step of our recipes; ``labels`` are shifted already."""
     model = build(ATTENTION, True, rank=RANK, alpha=ALPHA, **sizes)
     return_hidden_states(model)
     linears = [linear for _, linear in adapter_linears(model)]
     for linear in linears:
         linear.materialize(tokens.device, torch.float32)
-        linear.initialize()
+        start(linear)
     loss_fn, optimizer = ChunkedCrossEntropy(), optimizer_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -88,12 +120,12 @@ def our_step(build: Callable[..., nn.Module], sizes: dict, tokens: Tensor, label
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return model, step
 
 
-def torchtune_step(sizes: dict, tokens: Tensor, labels: Tensor) -> Step:
+def torchtune_step(sizes: dict, tokens: Tensor, labels: Tensor, quantize_base: bool = False) -> tuple[nn.Module, Step]:
     """The step of torchtune's recipe, whose labels are shifted in the step; without progress bar and logger."""
-    model = lora_llama3_2(ATTENTION, True, lora_rank=RANK, lora_alpha=ALPHA, **sizes)
+    model = lora_llama3_2(ATTENTION, True, lora_rank=RANK, lora_alpha=ALPHA, quantize_base=quantize_base, **sizes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
     loss_fn, optimizer = CEWithChunkedOutputLoss(), optimizer_of(model)
@@ -112,10 +144,10 @@ def torchtune_step(sizes: dict, tokens: Tensor, labels: Tensor) -> Step:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return step
+    return model, step
 
 
-def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> Step:
+def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, Step]:
     """The Llama of transformers under PEFT's KaSA, trained as PEFT's documentation says."""
     import peft
     import transformers
@@ -149,19 +181,23 @@ def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> Step:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return step
+    return model, step
 
 
-VARIANTS: dict[str, Callable[[dict, Tensor, Tensor], Step]] = {
-    "kasa": lambda *inputs: our_step(kasa_llama3_2, *inputs),
-    "lora": lambda *inputs: our_step(our_lora_llama3_2, *inputs),
-    "torchtune lora": torchtune_step,
-    "peft kasa": peft_step,
+LORA: dict[str, Variant] = {"lora": partial(our_step, our_lora_llama3_2), "torchtune lora": torchtune_step}
+FULL: dict[str, Variant] = {"kasa": partial(our_step, kasa_llama3_2), **LORA, "peft kasa": peft_step}
+QUANTIZED: dict[str, Variant] = {
+    "qlora": partial(our_step, our_lora_llama3_2, start=start_quantized),
+    "qcorda": partial(our_step, corda_llama3_2, start=start_quantized),
+    "qkasa": partial(our_step, kasa_llama3_2, start=start_quantized),
+    "torchtune qlora": partial(torchtune_step, quantize_base=True),
+    **LORA,
 }
+VARIANTS = FULL | QUANTIZED
 
 
-def build(name: str, args: argparse.Namespace) -> Step:
-    """A variant's step on random tokens, ``args.labelled`` of which are learned."""
+def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """A variant's model and its step on random tokens, ``args.labelled`` of which are learned."""
     torch.manual_seed(0)
     sizes = PRESETS[args.preset]
     tokens = torch.randint(sizes["vocab_size"], (args.batch_size, args.seq_len), device=args.device)
@@ -189,20 +225,27 @@ def seconds_of(step: Step, num_steps: int, device: str) -> tuple[float, float]:
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """MiB held before the first step and at most during three, in this process."""
-    step = build(name, args)
+    """MiB of frozen weights, and held before the first step and at most during three, in this process."""
+    model, step = build(name, args)
+    base = base_bytes(model) / 2**20
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         for _ in range(3):
             step()
-        return {"before": before, "peak": torch.cuda.max_memory_allocated() / 2**20}
+        return {"base": base, "before": before, "peak": torch.cuda.max_memory_allocated() / 2**20}
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # resets the peak to what is held now (Linux)
     before = resident("VmRSS")
     for _ in range(3):
         step()
-    return {"before": before, "peak": resident("VmHWM")}
+    return {"base": base, "before": before, "peak": resident("VmHWM")}
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of all frozen parameters, of quantized ones those of their parts."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(state_bytes(to_parts(p)[1].values() if is_quantized(p) else [p]) for p in frozen)
 
 
 def resident(key: str) -> float:
@@ -227,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="of every variant in a round")
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--quantized", action="store_true", help="weights in NF4: QLoRA, QCorDA, QKaSA")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
@@ -235,24 +279,26 @@ def main() -> None:
     print(
         f"{machine(args.device)}\n{args.preset}, {args.dtype}, {args.batch_size} x {args.seq_len} tokens\n", flush=True
     )
-    memory = {name: peak_memory_of_a_process(name, sys.argv[1:]) for name in VARIANTS if not args.skip_memory}
-    steps = {name: build(name, args) for name in VARIANTS}
+    variants, reference = (QUANTIZED, "torchtune qlora") if args.quantized else (FULL, "torchtune lora")
+    memory = {name: peak_memory_of_a_process(name, sys.argv[1:]) for name in variants if not args.skip_memory}
+    steps = {name: build(name, args)[1] for name in variants}
     for step in steps.values():
         step()
     rounds = []
-    names = list(VARIANTS)
+    names = list(variants)
     for _ in range(args.rounds):
         rounds.append({name: seconds_of(steps[name], args.steps, args.device) for name in names})
         names.append(names.pop(0))  # nobody always comes after the same one
     rows = []
-    for name in VARIANTS:
+    for name in variants:
         wall, cpu = (median(each[name][i] for each in rounds) for i in (0, 1))
-        ratios = [median(each[name][i] / each["torchtune lora"][i] for each in rounds) for i in (0, 1)]
+        ratios = [median(each[name][i] / each[reference][i] for each in rounds) for i in (0, 1)]
         figures = f"{1e3 * wall:.0f}", f"{ratios[0]:.3f}", f"{1e3 * cpu:.0f}", f"{ratios[1]:.3f}"
-        mib = [memory[name]["peak"], memory[name]["peak"] - memory[name]["before"]] if memory else []
-        rows.append([name, *figures, *(f"{value:.0f}" for value in mib)])
+        base, before, peak = memory[name].values() if memory else (0, 0, 0)
+        rows.append([name, *figures, *(f"{value:.0f}" for value in (base, peak, peak - before) if memory)])
     header = ["variant", "step [ms]", "ratio", "CPU [ms]", "ratio"]
-    print_table([*header, *(["peak memory [MiB]", "of it in the step [MiB]"] if memory else [])], rows)
+    mib = ["base [MiB]", "peak memory [MiB]", "of it in the step [MiB]"] if memory else []
+    print_table([*header, *mib], rows)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = self._optimizer.param_groups[0]["lr"]
+        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:

@@ -19,7 +19,7 @@ The algorithm (QCorDA, arXiv 2506.13187, section 3.4), reading a block of weight
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -145,19 +145,19 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Full-precision weights from the checkpoint; quantized base and adapter from the resume point, or made."""
-        self._base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._fingerprints["base"] = checkpointing.weights_fingerprint(self._base)
+        base = read_base_weights(config.instantiate(cfg.checkpointer))
+        self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
         if self._resume_path:
             known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
             checkpointing.check_belongs(self._resume_path, **known)
         options = {"device": self._device, "adapter_dtype": self._adapter_dtype}
-        load_base_weights(self._model, self._base, **options, without={f"{name}.weight" for name in self._quantized})
+        load_base_weights(self._model, base, **options, without={f"{name}.weight" for name in self._quantized})
         with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
             if self._resume_path:
                 quantized_base.load_quantized(self._resume_path, self._quantized, self._device)
                 load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
             else:
-                self._start_adapters(cfg)
+                self._start_adapters(cfg, base)
             folder = Path(cfg.output_dir) / quantized_base.FOLDER
             known = self._resumed.get("quantized_base")
             self._fingerprints["quantized_base"] = quantized_base.keep_quantized(folder, self._quantized, known)
@@ -173,12 +173,12 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._rounds = [batched(rows, tokenizer=self._tokenizer, device=self._device, **shape) for rows in rounds]
         check_batches([batch for batches in self._rounds for batch in batches], self._vocab_size)
 
-    def _start_adapters(self, cfg: DictConfig) -> None:
+    def _start_adapters(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> None:
         """Decompose what QCorDA adapts, a block of weights at a time; then quantize, a weight at a time."""
         started = time.perf_counter()
-        components, spectra = self._decompose(cfg) if cfg.adapter.method == "qcorda" else ({}, {})
+        components, spectra = self._decompose(cfg, base) if cfg.adapter.method == "qcorda" else ({}, {})
         for name, linear in tqdm(self._quantized.items(), "Quantizing", unit="layer", dynamic_ncols=True):
-            weight = read_tensor(self._base, f"{name}.weight", device=self._device, dtype=torch.float32)
+            weight = read_tensor(base, f"{name}.weight", device=self._device, dtype=torch.float32)
             self._quantize(cfg, name, linear, weight, components)
         if components:
             write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm")
@@ -203,20 +203,20 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         quantized_base.put(linear, residual if method == "loftq" else in_nf4(linear.weight))  # of W - s B A
         components[name] = components[name].to("cpu")
 
-    def _decompose(self, cfg: DictConfig) -> tuple[dict[str, Component], dict]:
+    def _decompose(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> tuple[dict[str, Component], dict]:
         """CorDA's components of all adapted layers; a CorDA run on the same weights and rows shares its cache."""
         options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": OmegaConf.to_container(cfg.model)}
         options["method"] = "corda"
         key = decomposition_key(self._fingerprints["base"], self._linears, self._calibration_digest, options)
         cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
-        return decompose(self._linears, partial(self._covariances, cfg), cache, mode="ipm", options=options)
+        return decompose(self._linears, partial(self._covariances, cfg, base), cache, mode="ipm", options=options)
 
-    def _covariances(self, cfg: DictConfig, wanted: Wanted, title: str) -> Iterator[tuple]:
+    def _covariances(self, cfg: DictConfig, base: Mapping[str, Tensor], wanted: Wanted, title: str) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance; only their block's weights are in memory."""
         options = {name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")}
         options |= {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
         options |= {"progress": partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)}
-        loaded = partial(quantized_base.unquantized, self._quantized, self._base, device=self._device)
+        loaded = partial(quantized_base.unquantized, self._quantized, base, device=self._device)
         return damped_covariances(self._model, self._groups, self._rounds, wanted=wanted, loaded=loaded, **options)
 
     def _print_budget(self, cfg: DictConfig) -> None:
@@ -323,7 +323,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = self._optimizer.param_groups[0]["lr"]
+        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:

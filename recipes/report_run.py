@@ -73,15 +73,15 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 def _adapts_the_first(cfg: DictConfig) -> bool:
     """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
     method = cfg.adapter.get("method")
-    return method == "pissa" or (method == "corda" and cfg.adapter.mode == "ipm")
+    return method in ("pissa", "qpissa", "loftq", "qcorda") or (method == "corda" and cfg.adapter.mode == "ipm")
 
 
 def _words(cfg: DictConfig) -> dict[str, str]:
     """What the picture calls the two things that differ between methods."""
     match cfg.adapter.get("method"):
-        case None:
+        case None | "qkasa":
             return {"removed": "removed", "update": "s B diag(d) A"}
-        case "lora":
+        case "lora" | "qlora":
             return {"removed": "removed", "update": "s B A"}
         case _:
             return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}

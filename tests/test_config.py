@@ -1120,11 +1120,17 @@ def test_help_lists_the_components_of_sections(run, capsys):
     shown = capsys.readouterr().out
     assert "    dataset: a component or a list of them (default null); " in shown
     assert all(f"    {key}:" in shown for key in (*CORDA_ADAPTER_KEYS, *CALIBRATION_KEYS))
+    assert run("--help", schema=config.QCORDA) == 0
+    shown = capsys.readouterr().out
+    assert "    method: one of qcorda, qpissa, loftq, qlora, qkasa (default qcorda); " in shown
+    assert all(f"    {key}:" in shown for key in (*QCORDA_ADAPTER_KEYS, *QUANTIZATION_KEYS, *CALIBRATION_KEYS))
 
 
 def test_parse_for_every_recipes_configs(run, corda_tree, tmp_path, capsys):
     path = write(corda_tree, tmp_path, "theirs.yaml")
     assert run("--config", str(path), "adapter.mode=kpm", schema=None).adapter.mode == "kpm"
+    path = write(corda_tree | {"adapter": {"method": "qpissa"}}, tmp_path, "theirs.yaml")
+    assert run("--config", str(path), "quantization.block_size=32", schema=None).quantization.block_size == 32
     assert run("--config", "{config}", "adapter.beta=0.5", schema=None).adapter.beta == 0.5
     assert run("--help", schema=None) == 0
     assert "  output_dir:" in capsys.readouterr().out

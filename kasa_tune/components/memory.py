@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import check_saveable
 from kasa_tune.components.linear import CorDALinear
+from kasa_tune.components.quantization import to_parts
 
 # Purposes in a budget that are over when training begins: of phases that follow each other, beside WEIGHTS.
 SET_UP = (
@@ -28,8 +29,12 @@ WEIGHTS = ("base weights", "adapters")
 
 @torch.no_grad()
 def state_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the given tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of the given tensors, of quantized ones those of their parts."""
+    total = 0
+    for tensor in tensors:
+        packed = to_parts(tensor)
+        total += sum(part.numel() * part.element_size() for part in (packed[1].values() if packed else (tensor,)))
+    return total
 
 
 def memory_budget(

@@ -17,7 +17,7 @@ from kasa_tune.components.checkpointing import list_checkpoints, load_part, veri
 from kasa_tune.components.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "kasa_finetune_single_device.py"
+RECIPE = "kasa_finetune_single_device"
 
 # 40 samples in batches of 4, two batches a step: 5 steps an epoch. Dropout makes the result depend on the random state.
 SMALL_RUN = [
@@ -45,6 +45,26 @@ SMALL_CORDA_RUN = [
     "keep_last=9",
 ]
 SMALL_CALIBRATION = ["calibration.num_samples=8", "calibration.batch_size=8", "calibration.max_seq_len=64"]
+
+# Every start of an adapter on a base in four bits: config and overrides.
+PLUS_PLUS = ["calibration.rounds=3", "adapter.dynamic_ranks=True"]
+QUANTIZED = {
+    "qcorda": ("tiny_qcorda", []),
+    "qcorda++": ("tiny_qcorda", PLUS_PLUS),
+    "qpissa": ("tiny_qpissa", []),
+    "loftq": ("tiny_loftq", []),
+    "qlora": ("tiny_qlora", []),
+    "qkasa": ("tiny_qkasa", []),
+}
+# 3 steps an epoch, random numbers in each; validated before the first step and after the last.
+RESUMABLE = [
+    "model.dropout=0.1",
+    "dataset.split=train[:20]",
+    "epochs=2",
+    "max_steps=6",
+    "run_val_every_n_steps=6",
+    "lr_scheduler={_component_: kasa_tune.components.lr_schedules.cosine_schedule, num_warmup_steps: 1}",
+]
 
 
 @dataclass
@@ -133,6 +153,43 @@ def corda(tmp_path, corda_recipe):
     return run
 
 
+@pytest.fixture(scope="session")
+def qcorda_recipe(load_recipe):
+    """The module of the QCorDA recipe."""
+    return load_recipe("qcorda_finetune_single_device")
+
+
+def run_quantized(module, folder: Path, *overrides: str, config_name: str = "tiny_qcorda") -> Run:
+    """Run the QCorDA recipe in this process on the embedded model and a few samples."""
+    small = SMALL_CORDA_RUN + SMALL_CALIBRATION * (config_name == "tiny_qcorda")
+    return run_recipe(module, folder, *overrides, config_name=config_name, schema=config.QCORDA, small=small)
+
+
+@pytest.fixture
+def qcorda(tmp_path, qcorda_recipe):
+    """Run the QCorDA recipe with overrides; ``name`` gives the runs of one test their own folders."""
+
+    def run(*overrides: str, name: str = "run", **options) -> Run:
+        return run_quantized(qcorda_recipe, tmp_path / name, *overrides, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_quantized(qcorda_recipe, tmp_path_factory):
+    """The run of a method in QUANTIZED that nothing interrupts, with RESUMABLE; made when first asked for."""
+    runs: dict[str, Run] = {}
+
+    def whole(method: str) -> Run:
+        if method not in runs:
+            config_name, overrides = QUANTIZED[method]
+            folder = tmp_path_factory.mktemp(method) / "run"
+            runs[method] = run_quantized(qcorda_recipe, folder, *RESUMABLE, *overrides, config_name=config_name)
+        return runs[method]
+
+    return whole
+
+
 @pytest.fixture
 def run_main(load_recipe, monkeypatch):
     """Call a recipe's entry point as the command line does; returns its status, raises what a user would be told."""
@@ -151,9 +208,12 @@ def start_process():
     """Start the recipe as its own process, as a user does."""
     started = []
 
-    def start(folder: Path, *overrides: str, config_name: str = "tiny_kasa") -> subprocess.Popen:
+    def start(
+        folder: Path, *overrides: str, config_name: str = "tiny_kasa", recipe: str = RECIPE, small: list[str] = SMALL_RUN
+    ) -> subprocess.Popen:
+        path = ROOT / "recipes" / f"{recipe}.py"
         process = subprocess.Popen(
-            [sys.executable, str(RECIPE), "--config", config_name, f"output_dir={folder}", *SMALL_RUN, *overrides],
+            [sys.executable, str(path), "--config", config_name, f"output_dir={folder}", *small, *overrides],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -22,7 +22,8 @@ def test_blocks_of_one_name_are_the_same_in_all_recipes():
     for path in RECIPES:
         for name, body in blocks_of(path.read_text()).items():
             copies.setdefault(name, {})[path.name] = body
-    finetuning = {"kasa_finetune_single_device.py", "corda_finetune_single_device.py"}
+    finetuning = {f"{method}_finetune_single_device.py" for method in ("kasa", "corda", "qcorda")}
+    assert finetuning == {path.name for path in RECIPES if "finetune" in path.name}
     assert copies.keys() >= {"data and resuming", "training loop"}
     for name, bodies in copies.items():
         assert bodies.keys() >= finetuning, f"{name} is shared with nobody"
