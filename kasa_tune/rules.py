@@ -103,6 +103,9 @@ def quantized(cfg: dict[str, Any]) -> Iterator[Problem]:
     if node.get("use_dora"):
         wrong = "got True, but DoRA needs the lengths of rows that are quantized here"
         yield Problem("model.use_dora", f"{wrong}; set it to False, or train with corda_finetune_single_device")
+    if node.get("apply_to_output"):
+        wrong = "got True, but the output projection keeps its precision here and takes no adapter"
+        yield Problem("model.apply_to_output", f"{wrong}; set it to False")
     storage, reason = node.get("edit_storage"), None
     if method == "qkasa" and storage == "folded":
         reason = "quantizing would round the small edit away; set auto or factored"

@@ -627,6 +627,7 @@ QCORDA_REFUSED = {
         "rows that are quantized",
         "set it to False, or train with corda_finetune_single_device",
     ),
+    "model.apply_to_output=True": ("model.apply_to_output", "keeps its precision", "set it to False"),
     "adapter.quantization_iterations=5": (
         "adapter.quantization_iterations",
         "got 5 with adapter.method qcorda; it belongs to adapter.method qpissa or loftq, set it to null",

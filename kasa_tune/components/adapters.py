@@ -67,7 +67,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         for parameter in linear.adapter_params():
             linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
         edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
-        linear.set_edit(edit, taken_out=is_quantized(linear.weight) and linear.edit_storage == "folded")
+        folded_before = is_quantized(linear.weight) and linear.edit_storage == "folded"
+        linear.set_edit(edit, taken_out=folded_before and edit.rank > 0)
 
 
 def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:

@@ -97,7 +97,6 @@ class AdapterLinear(nn.Module):
     def initialize(self, weight: Tensor | None = None) -> Subspace | None:
         """Start the adapter on a loaded weight, or on the ``weight`` that the loaded one is a quantized copy of."""
         self.reset_update()
-        return None
 
     @property
     def edit(self) -> LowRank:
@@ -119,20 +118,24 @@ class AdapterLinear(nn.Module):
         if edit.shape != (self.out_dim, self.in_dim):
             raise ValueError(f"The edit is {edit.shape}, the weight {(self.out_dim, self.in_dim)}.")
         self.check_unfolded()
+        fold = edit.rank > 0 and not taken_out and self.folds
+        if fold and is_quantized(self.weight):
+            raise RuntimeError("The weight is quantized: take the edit out of it before it is.")
         self.lora_edit_out = edit.out.to(self.weight.device)
         self.lora_edit_in = edit.into.to(self.weight.device)
-        full_precision = self.weight.dtype in (torch.float32, torch.float64) and not is_quantized(self.weight)
-        if taken_out:
-            self.folded = True
-        elif edit.rank and (self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)):
-            if is_quantized(self.weight):
-                raise RuntimeError("The weight is quantized: take the edit out of it before it is.")
-            weight = self.weight if full_precision else self.weight.float()
+        if fold:
+            weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
             # A new tensor: the old one may be shared with the checkpoint it was loaded from.
             out, into = self.lora_edit_out.to(weight.dtype), self.lora_edit_in.to(weight.dtype)
-            folded = torch.addmm(weight, out, into, alpha=-1.0).to(self.weight.dtype)
-            self.weight = nn.Parameter(folded, requires_grad=False)
-            self.folded = True
+            folded = torch.addmm(weight, out, into, alpha=-1.0)
+            self.weight = nn.Parameter(folded.to(self.weight.dtype), requires_grad=False)
+        self.folded = fold or taken_out
+
+    @property
+    def folds(self) -> bool:
+        """Whether an edit goes into the frozen weight, and is not kept beside it."""
+        full_precision = self.weight.dtype in (torch.float32, torch.float64) and not is_quantized(self.weight)
+        return self.edit_storage == "folded" or (self.edit_storage == "auto" and full_precision)
 
     def check_unfolded(self) -> None:
         """Raise RuntimeError if an edit has been folded into the weight already."""
@@ -161,7 +164,7 @@ class AdapterLinear(nn.Module):
         weight = dequantize(self.weight)
         if not self.folded:
             weight = weight - self.edit.dense()
-        return weight + self.lora_b.weight.float() @ (self.lora_a.weight.float() * _column(self._scale()))
+        return weight + (self.lora_b.weight.float() * self._scale()) @ self.lora_a.weight.float()
 
 
 class LoRALinear(AdapterLinear):
@@ -391,7 +394,3 @@ def _add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:
     n, k = factor.shape
     rows = y.reshape(-1, n)
     return rows.addmm_(h.to(y.dtype).reshape(len(rows), k), factor.to(y.dtype).T).view_as(y)
-
-
-def _column(scale: Tensor | float) -> Tensor | float:
-    return scale[:, None].float() if isinstance(scale, Tensor) else scale

@@ -105,18 +105,18 @@ def quantized_bytes(
     return numel // 2 + blocks + 4 * (scaler_blocks + 1) + 16 * itemsize
 
 
-def dequantize_workspace(numel: int, itemsize: int) -> int:
+def dequantize_workspace(numel: int, itemsize: int, block_size: int = BLOCK_SIZE) -> int:
     """Bytes that torchao takes at most while it dequantizes a weight of ``numel`` elements of ``itemsize`` bytes, the
-    result included: 8-byte indices of all codes, their values, the scaled values, and both halves joined.
+    result included: 8-byte indices of all codes, their values, the scaled values, both halves joined, and the scales.
     """
-    return numel * (8 + 3 * itemsize)
+    return numel * (8 + 3 * itemsize) + numel // block_size * itemsize
 
 
-def quantize_workspace(numel: int) -> int:
+def quantize_workspace(numel: int, block_size: int = BLOCK_SIZE) -> int:
     """Bytes that quantizing a float32 weight takes at most: the weight as it is, its residual, the latter's scaled
-    copy, a byte for every code, and the distances of a chunk of 2^20 weights to all 16 values.
+    copy, a byte for every code, the distances of a chunk of 2^20 weights to all 16 values, and the scales.
     """
-    return numel * (4 + 4 + 4 + 1) + 2 * 4 * 16 * 2**20
+    return numel * (4 + 4 + 4 + 1) + 2 * 4 * 16 * 2**20 + 8 * (numel // block_size) + 2**10
 
 
 def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:

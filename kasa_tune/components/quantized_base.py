@@ -167,7 +167,7 @@ def base_bytes(
     return {
         "base weights in NF4": sum(quantized_bytes(weight.numel(), **sizes) for weight in weights),
         "base weights": sum(p.numel() * p.itemsize for p in others),
-        "dequantizing one weight": dequantize_workspace(largest, weights[0].itemsize),
+        "dequantizing one weight": dequantize_workspace(largest, weights[0].itemsize, block_size),
         "one block unquantized": max(blocks.values()),
-        "quantizing one weight": quantize_workspace(largest),
+        "quantizing one weight": quantize_workspace(largest, block_size),
     }
