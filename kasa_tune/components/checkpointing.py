@@ -258,7 +258,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the manifest is missing, unreadable or another checkpoint's, a file is missing, too short or
         changed.
     """
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {manifest['format_version']}, this version reads {FORMAT_VERSION}."
@@ -278,7 +278,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says, compared with no file. Raises CheckpointError if it is missing or damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         manifest["format_version"], manifest["step"], list(manifest["parts"]), manifest["files"].items()
@@ -295,7 +296,7 @@ def load_part(path: Path, name: str) -> Any:
     Raises:
         CheckpointError: the checkpoint has no such part.
     """
-    files = _manifest(path)["files"]  # others are not the checkpoint's
+    files = read_manifest(path)["files"]  # others are not the checkpoint's
     if f"{name}.json" not in files:
         raise CheckpointError(f"{path} has no part {name!r}.")
     tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}

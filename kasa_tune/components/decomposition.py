@@ -254,7 +254,7 @@ def fit_quantization(
         weight: ``W (d_out, d_in)`` float32.
         start: the first E; None for zero.
         rank: of E, as :func:`co_svd`.
-        iterations: turns, at least 1.
+        iterations: turns; after none, ``start`` and W itself come back.
         quantize: float32 to a quantized weight.
 
     Returns:

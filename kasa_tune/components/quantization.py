@@ -3,7 +3,8 @@ torchao here.
 
 An NF4 weight holds 4-bit codes, one int8 scale for every block of weights, and one float scale for every block of those
 scales. Quantizing what was dequantized does not give the same codes again, so a quantized weight is kept and stored as
-it is.
+it is. To copy one, ``from_parts(*to_parts(weight))`` with cloned parts: torchao's ``clone``, and with it ``deepcopy``,
+quantizes again.
 """
 
 from __future__ import annotations

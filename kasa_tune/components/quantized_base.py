@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from kasa_tune.components.checkpointing import (
     CheckpointError,
-    list_checkpoints,
+    latest_checkpoint,
     load_part,
+    read_manifest,
     save_checkpoint,
-    verify_checkpoint,
 )
 from kasa_tune.components.linear import AdapterLinear
 from kasa_tune.components.models.loading import read_tensor
@@ -100,13 +100,14 @@ def keep_quantized(folder: Path, linears: Mapping[str, nn.Module], known: str | 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    stored = list_checkpoints(folder)
-    if known and stored and _checksum(verify_checkpoint(stored[-1])) == known:
-        return known
+    if known:
+        stored, _ = latest_checkpoint(folder)
+        if stored and _checksum(read_manifest(stored)) == known:
+            return known
     parts: dict[str, dict[str, Tensor]] = {}
     for name, linear in linears.items():
         parts.setdefault(_block_of(name), {})[name] = linear.weight
-    return _checksum(verify_checkpoint(save_checkpoint(folder, 0, parts)))
+    return _checksum(read_manifest(save_checkpoint(folder, 0, parts)))
 
 
 def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -121,15 +122,16 @@ def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: t
         CheckpointError: they are missing, damaged, of another checksum, or of other layers than the model's.
     """
     folder = checkpoint.parent.parent / FOLDER
-    stored = list_checkpoints(folder)
+    stored, passed_over = latest_checkpoint(folder)
     if not stored:
-        raise CheckpointError(f"{checkpoint} was trained on a quantized base, which is not in {folder}: copy it there.")
-    manifest = verify_checkpoint(stored[-1])
+        missing = f"{checkpoint} was trained on a quantized base, which is not in {folder}: copy it there."
+        raise CheckpointError(" ".join([missing, *passed_over]))
+    manifest = read_manifest(stored)
     if _checksum(manifest) != load_part(checkpoint, "run")["quantized_base"]:
         raise CheckpointError(f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ.")
     waiting = dict(linears)
     for part in manifest["parts"]:
-        for name, weight in load_part(stored[-1], part).items():
+        for name, weight in load_part(stored, part).items():
             if name not in waiting or waiting[name].weight.shape != weight.shape:
                 raise CheckpointError(f"{folder} is of another model: it has {name} {tuple(weight.shape)}.")
             put(waiting.pop(name), weight.to(device))
