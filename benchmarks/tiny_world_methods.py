@@ -70,7 +70,8 @@ def fine_tune(method: str, seed: int, lr: float, options: argparse.Namespace, fo
     recipe.setup(cfg)
     if method == "full":
         train_everything(recipe)
-    recipe.train(cfg)
+    if status := recipe.train(cfg):
+        raise SystemExit(status)  # stopped by a signal
     recipe.cleanup()
     metrics = read_metrics(folder / "metrics.jsonl")
     model = merged(recipe._model)

@@ -83,6 +83,8 @@ def _words(cfg: DictConfig) -> dict[str, str]:
             return {"removed": "removed", "update": "s B diag(d) A"}
         case "lora" | "qlora":
             return {"removed": "removed", "update": "s B A"}
+        case "loftq":  # what it starts from is the first part of W - Q, not of W
+            return {"removed": "taken up by the adapter", "update": "s (B A - B₀ A₀)"}
         case _:
             return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
 

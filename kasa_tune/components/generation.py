@@ -82,7 +82,7 @@ def _continue(model, prompts, max_new_tokens, stop_tokens, temperature, top_k, g
     for row, prompt in zip(batch, prompts, strict=True):
         row[width - len(prompt) :] = torch.tensor(prompt, device=device)
     with device:
-        dtype = next(model.layers.parameters()).dtype
+        dtype = model.tok_embeddings.weight.dtype  # a quantized weight has that of the run which made it
         model.setup_caches(len(prompts), dtype, decoder_max_seq_len=width + max_new_tokens)
     try:
         tokens, _ = generate(
