@@ -273,5 +273,7 @@ def fit_quantization(
 
 def check_finite(weight: Tensor, name: str = "The weight") -> None:
     """Raise ValueError if a weight holds NaN or infinity."""
-    if not weight.sum(dtype=torch.float32).isfinite():  # one pass, and no mask as large as the weight
+    # A part at a time, because the sum of a half-precision tensor on a CPU first makes a float32 copy of it.
+    sums = [part.sum(dtype=torch.float32) for part in weight.split(1024)]
+    if not all(torch.stack(sums).isfinite()):
         raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")

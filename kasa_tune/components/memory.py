@@ -50,8 +50,8 @@ def memory_budget(
     """Bytes by purpose of a training step on one device.
 
     Weights, adapters, gradients and optimizer state are exact. Activations are the tensors that autograd saves in one
-    forward of a full batch, counted on meta, plus one chunk of logits; kernels' temporaries and allocator slack come on
-    top.
+    forward of a full batch and, with checkpointing, in running one block again, counted on meta; plus one chunk of
+    logits. Kernels' temporaries and allocator slack come on top.
 
     Args:
         model: built on meta, with activation checkpointing applied if it will be.
@@ -75,6 +75,7 @@ def memory_budget(
         "gradients": state_bytes(trained),
         "optimizer": _optimizer_bytes(trained, make_optimizer),
         "activations (estimate)": _saved_bytes(model, tokens),
+        "one block recomputed": _recomputed_bytes(model, tokens),
         "logits of one chunk": 3 * 4 * min(loss_chunk, batch_size * seq_len) * vocab_size,
         "truncation workspace": max(
             (truncation_workspace(*linear.weight.shape) for _, linear in adapter_linears(model) if linear.edit.rank),
@@ -165,9 +166,19 @@ class _AttentionAsOnDevice(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes of distinct storages, parameters aside, that a forward leaves for the backward."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+def _recomputed_bytes(model: nn.Module, tokens: Tensor) -> int:
+    """Where blocks are checkpointed, what one of them saves when it is run again in the backward."""
+    block = getattr(model.layers[0], "_checkpoint_wrapped_module", None)
+    if block is None:
+        return 0
+    embedding = model.tok_embeddings.weight
+    hidden = torch.empty(*tokens.shape, embedding.shape[1], dtype=embedding.dtype, device="meta", requires_grad=True)
+    return _saved_bytes(block, hidden)
+
+
+def _saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct storages, parameters and ``x`` aside, that a forward leaves for the backward."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers(), x]}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -176,9 +187,9 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
-    build_rotary_caches(model)
+    build_rotary_caches(module)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionAsOnDevice():
-        output = model(tokens)
+        output = module(x)
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del output
     return total

@@ -4,13 +4,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchtune import modules, training
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.loss import return_hidden_states
-from kasa_tune.components.memory import memory_budget, state_bytes, truncation_workspace
+from kasa_tune.components.memory import SET_UP, budget_report, memory_budget, state_bytes, truncation_workspace
 from kasa_tune.components.models.llama3 import kasa_llama3_8b
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.quantization import dequantize, quantize, to_parts
 from tests.toy_models import FAMILIES, randomized
 
 # Real kernels may keep a little more or less than the ones assumed; the same tensors are expected to be within this.
@@ -60,6 +63,13 @@ def test_state_bytes():
     assert state_bytes([torch.zeros(3, 4), torch.zeros(5, dtype=torch.bfloat16), torch.zeros(0)]) == 3 * 4 * 4 + 5 * 2
 
 
+def test_state_bytes_of_a_quantized_tensor_are_those_of_its_parts():
+    weight = quantize(torch.randn(64, 64), scaler_block_size=16)
+    # 4 bits each, 64 scales of a byte, 4 scales of these and a mean of 4 bytes, 16 values of 4
+    assert state_bytes([weight, torch.zeros(3)]) == 64 * 64 // 2 + 64 + 4 * 4 + 4 + 16 * 4 + 3 * 4
+    assert state_bytes([dequantize(weight)]) == 64 * 64 * 4
+
+
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
@@ -93,6 +103,24 @@ def test_optimizer_state_is_exact(name, adapter_dtype):
     assert (expected == 0) is (name == "sgd")
 
 
+@pytest.mark.parametrize("make", [AdamW8bit, AdamW4bit, AdamWFp8])
+def test_low_bit_optimizer_states_are_exact(make, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    sizes = {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 1}
+    options = FAMILIES["llama3"].sizes | sizes
+    model = build_on_meta(partial(FAMILIES["llama3"].lora, ["q_proj"], rank=16, **options), dtype=torch.float32)
+    return_hidden_states(model)
+    expected = budget(model, partial(make, lr=0.1))["optimizer"]
+    trained = [nn.Parameter(torch.ones(16, 256)), nn.Parameter(torch.ones(256, 16))]
+    optimizer = make(trained, lr=0.1)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    parts = [part for value in state for part in ((to_parts(value) or (0, {0: value}))[1].values())]
+    assert expected == sum(part.nbytes for part in parts) < 2 * 4 * 2 * 16 * 256 / 2
+
+
 def kept_for_backward(model, tokens):
     """Bytes of distinct storages, the model's own aside, that a real forward keeps."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -115,11 +143,19 @@ def test_activations_are_those_of_a_real_forward(family, checkpointing, dtype):
 
 def test_checkpointing_saves_activations_and_nothing_else():
     plain, checkpointed = budget(on_meta()), budget(on_meta(checkpointing=True))
-    name = "activations (estimate)"
+    name, again = "activations (estimate)", "one block recomputed"
     assert checkpointed[name] < plain[name] / 2
-    assert {key: size for key, size in plain.items() if key != name} == {
-        key: size for key, size in checkpointed.items() if key != name
+    assert {key: size for key, size in plain.items() if key not in (name, again)} == {
+        key: size for key, size in checkpointed.items() if key not in (name, again)
     }
+
+
+def test_a_recomputed_block_has_its_share_of_the_activations():
+    model = on_meta()
+    plain, checkpointed = budget(model), budget(on_meta(checkpointing=True))
+    assert plain["one block recomputed"] == 0
+    blocks = plain["activations (estimate)"] - checkpointed["activations (estimate)"]  # all blocks' but their inputs
+    assert checkpointed["one block recomputed"] * len(model.layers) == pytest.approx(blocks, rel=0.1)
 
 
 def test_activations_grow_with_the_tokens_not_their_square():
@@ -157,3 +193,47 @@ def test_a_large_model_is_counted_without_storage():
     assert found["optimizer"] == 2 * 4 * (3_407_872 + 512) + 4 * 3 * 64  # two moments, and a step count a tensor
     assert found["gradients"] == 4 * (3_407_872 + 512)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+# --------------------------------------------------------------------------------- in words
+
+MIB = 2**20
+
+
+def mebibytes(budget, model=None):
+    """The report's lines as numbers by purpose."""
+    lines = budget_report(model or on_meta(), budget)[1:]
+    return {line[:25].strip(): float(line[25:].removesuffix("MiB").replace(",", "")) for line in lines}
+
+
+def test_set_up_is_the_worst_of_phases_that_follow_each_other_and_over_when_training_begins():
+    budget = {"base weights": 100 * MIB, "adapters": 10 * MIB, "gradients": 1 * MIB}
+    assert mebibytes(budget) == {"base weights": 100, "adapters": 10, "gradients": 1, "training step": 111}
+    budget |= {"one block unquantized": 40 * MIB, "covariances of one block": 30 * MIB, "CO-SVD workspace": 20 * MIB}
+    found = mebibytes(budget)
+    assert (found["set-up, at most"], found["training step"]) == (110 + 90, 111)
+    budget |= {"base weights in NF4": 70 * MIB, "quantizing one weight": 15 * MIB, "dequantizing one weight": 5 * MIB}
+    found = mebibytes(budget)
+    assert (found["set-up, at most"], found["training step"]) == (110 + 90, 111 + 70 + 5)
+    budget |= {
+        "quantizing one weight": 25 * MIB,
+        "truncation workspace": 92 * MIB,
+        "calibration hidden states": 1 * MIB,
+    }
+    found = mebibytes(budget)
+    assert (found["set-up, at most"], found["training step"]) == (110 + 95, 111 + 70 + 5)
+    assert mebibytes(budget | {"truncation workspace": 96 * MIB})["set-up, at most"] == 110 + 96
+
+
+def test_every_purpose_of_the_set_up_is_in_one_phase():
+    purposes = [purpose for phase in SET_UP for purpose in phase]
+    assert len(purposes) == len(set(purposes))
+
+
+@pytest.mark.parametrize("method", ["kasa", "lora"])
+def test_the_trained_parameters_are_told(method):
+    model = on_meta(method=method)
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    diagonals = len(list(adapter_linears(model))) * RANK
+    words = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if method == "kasa" else ""
+    assert budget_report(model, {})[0] == f"Trainable parameters: {total:,}{words}"
