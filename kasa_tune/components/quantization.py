@@ -62,7 +62,7 @@ def quantize(
     parts, context = quantized.__tensor_flatten__()
     inner = {name: getattr(quantized, name) for name in parts}
     inner["nf4"] = inner["nf4"].to(dtype)  # the values of the 16 codes
-    meta = dataclasses.replace(context["tensor_meta"], dtype=dtype, requires_grad=False)
+    meta = dataclasses.replace(context["tensor_meta"], dtype=dtype, storage_offset=0, requires_grad=False)
     return _assembled(inner, context | {"tensor_meta": meta})
 
 
