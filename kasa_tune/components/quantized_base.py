@@ -124,8 +124,11 @@ def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: t
     folder = checkpoint.parent.parent / FOLDER
     stored, passed_over = latest_checkpoint(folder)
     if not stored:
-        missing = f"{checkpoint} was trained on a quantized base, which is not in {folder}: copy it there."
-        raise CheckpointError(" ".join([missing, *passed_over]))
+        found = " ".join(passed_over).replace(" Use an earlier checkpoint.", "")  # they all need this one base
+        raise CheckpointError(
+            f"{checkpoint} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
+            "Copy it there from where the run was, or start over in another output_dir."
+        )
     manifest = read_manifest(stored)
     if _checksum(manifest) != load_part(checkpoint, "run")["quantized_base"]:
         raise CheckpointError(f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ.")
