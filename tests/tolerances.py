@@ -8,6 +8,8 @@ So a comparison is made against ``ROUNDINGS * eps(dtype) * magnitude``: the magn
 import torch
 from torch import Tensor
 
+from kasa_tune.components.quantization import to_parts
+
 # A forward rounds the input of each of its three products, the product and the sum: under eight roundings that add up.
 ROUNDINGS = 8
 
@@ -42,3 +44,17 @@ def assert_rounding_only(actual: Tensor, expected: Tensor, magnitude: Tensor, dt
     bound = ROUNDINGS * torch.finfo(dtype).eps * magnitude + 1e-30
     worst = (error / bound).max().item() if error.numel() else 0.0
     assert worst <= 1.0, f"{worst:.3g} times the rounding error of {dtype}"
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    """Two quantized tensors are equal in kind, in numbers and in every bit of every part; plain ones in every bit."""
+    (kind, parts, numbers), (other_kind, other_parts, other_numbers) = (
+        to_parts(tensor) or ("plain", {"itself": tensor.detach()}, []) for tensor in (left, right)
+    )
+    assert (kind, numbers, parts.keys()) == (other_kind, other_numbers, other_parts.keys())
+    for name, part in parts.items():
+        assert (part.dtype, part.shape) == (other_parts[name].dtype, other_parts[name].shape), name
+        bits, other_bits = (
+            torch.clone(t, memory_format=torch.contiguous_format).view(-1) for t in (part, other_parts[name])
+        )
+        assert torch.equal(bits.view(torch.uint8), other_bits.view(torch.uint8)), name

@@ -1,5 +1,6 @@
 """Covariances found block by block against explicit float64 sums over the inputs of ordinary forwards."""
 
+import contextlib
 import logging
 import weakref
 from functools import partial
@@ -28,8 +29,9 @@ from kasa_tune.components.calibration_data import batched, draw_rounds, rows_dig
 from kasa_tune.components.decomposition import co_svd_workspace
 from kasa_tune.components.linear import CorDALinear
 from kasa_tune.components.models.attach import ATTN_MODULES
-from kasa_tune.components.models.loading import build_on_meta
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from kasa_tune.components.packing import pack
+from kasa_tune.components.quantized_base import quantized_linears, unquantized
 from tests.toy_models import FAMILIES, SIZES, VOCAB, randomized
 
 CPU = torch.device("cpu")
@@ -735,3 +737,90 @@ def test_every_row_is_in_one_batch():
 def test_names_are_those_of_the_adapter_linears():
     model, groups = build("phi3")
     assert {name for group in groups for name in group} == {name for name, _ in adapter_linears(model)}
+
+
+# --------------------------------------------------------------------------------- one block's weights at a time
+
+
+@pytest.fixture(params=["llama2", "gemma2", "qwen2"])
+def streamed(request):
+    """A toy with all weights, and the same one whose blocks' linears get theirs only while their block is visited."""
+    name = request.param
+    model, groups = build(name)
+    weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
+    family = FAMILIES[name]
+    options = {"apply_to_mlp": True, "apply_to_output": not family.tied, "rank": 1} | family.sizes
+    waiting = build_on_meta(partial(family.corda, ALL_ATTENTION, **options), dtype=torch.float32)
+    linears = quantized_linears(waiting, 2)
+    without = {f"{path}.weight" for path in linears}
+    load_base_weights(waiting, weights, device=CPU, adapter_dtype=torch.float32, without=without)
+    return model, waiting, groups, linears, weights
+
+
+def one_at_a_time(linears, weights, visited):
+    """What :func:`covariances` enters; it fails if another block still has its weights."""
+
+    @contextlib.contextmanager
+    def loaded(prefix):
+        assert all(linear.weight.is_meta for linear in linears.values())
+        with unquantized(linears, weights, prefix, device=CPU):
+            visited.append(prefix)
+            yield
+        assert all(linear.weight.is_meta for linear in linears.values())
+
+    return loaded
+
+
+ROUND_CHOICES = {
+    "dense": (1, lambda name, round: round == 0),
+    "every round": (3, lambda name, round: round >= 0),
+    "wide ones pooled": (3, lambda name, round: (round == POOLED) == name.endswith("w2")),
+}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("num_rounds", "wanted"), ROUND_CHOICES.values(), ids=ROUND_CHOICES)
+def test_with_one_block_loaded_the_sums_are_those_with_all(streamed, num_rounds, wanted, offload):
+    model, waiting, groups, linears, weights = streamed
+    rounds = [batches_of(rows) for rows in three_rounds()[:num_rounds]]
+    expected = run(model, groups, rounds, wanted, offload=offload)
+    visited, found = [], {}
+    loaded = one_at_a_time(linears, weights, visited)
+    for each in covariances(
+        waiting, groups, rounds, wanted=wanted, dtype=torch.float64, offload=offload, loaded=loaded
+    ):
+        found[each.layers[0], each.round] = each
+        present = {path for path, linear in linears.items() if not linear.weight.is_meta}
+        assert present == {path for path in linears if path.startswith(visited[-1])}
+        if visited[-1] != "output":  # for who decomposes now
+            assert set(each.layers) <= present
+            assert all(torch.equal(linears[layer].weight, weights[f"{layer}.weight"]) for layer in each.layers)
+    assert visited == ["layers.0.", "layers.1."] + ["output"] * (groups[-1] == ("output",))
+    assert found.keys() == expected.keys()
+    for key, each in found.items():
+        assert each.num_tokens == expected[key].num_tokens
+        assert torch.equal(each.matrix, expected[key].matrix), key
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_stopping_anywhere_leaves_no_weights(streamed, taken):
+    _, waiting, groups, linears, weights = streamed
+    loaded = one_at_a_time(linears, weights, [])
+    found = covariances(waiting, groups, [batches_of(rows_of())], wanted=lambda *_: True, loaded=loaded)
+    for _ in zip(range(taken), found):
+        pass
+    found.close()
+    assert all(linear.weight.is_meta for linear in linears.values())
+    assert left_as_it_was(waiting)
+
+
+def test_damping_and_scaling_pass_the_loader_on(streamed):
+    model, waiting, groups, linears, weights = streamed
+    options = {"damping": 0.01, "damping_search": False, "normalization": "unit_mean_diag", "progress": lambda r: r}
+    options |= {"wanted": lambda name, round: round == 0}
+    rounds = [batches_of(rows_of())]
+    loaded = one_at_a_time(linears, weights, [])
+    found = list(damped_covariances(waiting, groups, rounds, **options, loaded=loaded))
+    expected = list(damped_covariances(model, groups, rounds, **options))
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+    assert all(torch.equal(each[2], other[2]) for each, other in zip(found, expected, strict=True))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from kasa_tune.components import checkpointing
 from kasa_tune.components.checkpointing import (
@@ -36,6 +37,9 @@ from kasa_tune.components.checkpointing import (
     verify_checkpoint,
     weights_fingerprint,
 )
+from kasa_tune.components.quantization import quantize
+from tests.components.failing_disk import at_each_call, died_by_kill, disk_full, in_a_process_that_dies, killed
+from tests.tolerances import assert_same_bits
 
 
 def same(left, right):
@@ -139,14 +143,17 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_left(tree, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Quantized(torch.Tensor):
-    """Stands for the states of optimizers with 8 bits."""
+class Packed(torch.Tensor):
+    """A kind of tensor that no checkpoint knows."""
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"state": {0: {"exp_avg": torch.ones(2).as_subclass(Quantized)}}}, r"Quantized \(at state/0/exp_avg\).*yet"),
+        (
+            {"state": {0: {"exp_avg": torch.ones(2).as_subclass(Packed)}}},
+            r"Packed \(at state/0/exp_avg\).*Use an optimizer",
+        ),
         ({"betas": (0.9, object())}, r"object \(at betas/1\)"),
     ],
 )
@@ -162,11 +169,17 @@ def test_what_can_be_saved_is_known_before():
     check_saveable(special_tensors() | {"parameter itself": torch.nn.Parameter(torch.ones(2)), "rng": rng_state()})
 
 
-def test_quantized_optimizer_states_are_refused():
-    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
-    state = {"exp_avg": subclass.OptimState8bit.zeros((64, 128))}
-    with pytest.raises(TypeError, match=r"OptimState8bit.*cannot be saved yet"):
-        check_saveable({0: state})
+def test_quantized_tensors_are_kept_as_their_parts(tmp_path):
+    weight = quantize(torch.randn(16, 24), block_size=8)
+    state = OptimState8bit.zeros((32, 128))
+    state.copy_(torch.randn(32, 128))
+    tree = {"one": weight, "same": weight, "state": {0: {"exp_avg": state}}, "beside": (torch.ones(1), [weight])}
+    check_saveable(tree)
+    found = round_trip(tree, tmp_path)
+    for again in (found["one"], found["same"], found["beside"][1][0]):
+        assert_same_bits(again, weight)
+    assert_same_bits(found["state"][0]["exp_avg"], state)
+    assert same(found["beside"][0], torch.ones(1))
 
 
 def test_saving_copies_nothing_into_the_live_tensors(tmp_path):
@@ -527,37 +540,6 @@ def test_a_path_that_is_no_checkpoint(tmp_path):
 # --------------------------------------------------------------------------------- writing that fails
 
 
-def at_each_call(monkeypatch, act):
-    """Make the n-th call of anything that changes the disk do ``act`` first; returns a function that sets n."""
-    state = {"left": 0}
-
-    def guard(function):
-        def guarded(*args, **kwargs):
-            state["left"] -= 1
-            if state["left"] == 0:
-                act()
-            return function(*args, **kwargs)
-
-        return guarded
-
-    for owner, name in (
-        (os, "fsync"),
-        (os, "rename"),
-        (Path, "rename"),
-        (Path, "mkdir"),
-        (Path, "open"),
-        (checkpointing, "save_file"),
-        (shutil, "rmtree"),
-        (os, "unlink"),
-    ):
-        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
-    return lambda n: state.update(left=n)
-
-
-def disk_full():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def error_of(act):
     try:
         act()
@@ -638,22 +620,6 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
 # --------------------------------------------------------------------------------- a process that is killed
 
 
-def in_a_process_that_dies(work):
-    """Run ``work`` in a forked process; returns its id. It ends without any clean-up of the test's."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work()
-        finally:
-            os._exit(0)
-    return child
-
-
-def died_by_kill(child):
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
-
-
 def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     """SIGKILL before the n-th operation on the disk, for every n, while a step is replaced and while old ones go."""
     template = tmp_path / "template"
@@ -661,22 +627,22 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
 
     def work(folder, n):
         with monkeypatch.context() as patch:
-            at_each_call(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))(n)
+            at_each_call(patch, killed)(n)
             save(folder, 2, keep_last=2)
             save(folder, 3, keep_last=1)
 
-    killed = 0
+    deaths = 0
     for n in range(1, 200):
         folder = copy_of(template, tmp_path / f"run{n}")
         if not died_by_kill(in_a_process_that_dies(lambda folder=folder, n=n: work(folder, n))):
             break
-        killed += 1
+        deaths += 1
         assert_all_good(folder)
         if 3 not in steps_in(folder):
             assert 2 in steps_in(folder)  # even if it had been moved aside
         save(folder, 4)
         assert not [left.name for left in folder.iterdir() if left.name.startswith(".")], n
-    assert killed > 30
+    assert deaths > 30
     assert steps_in(folder) == [3]
 
 

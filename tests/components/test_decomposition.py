@@ -1,4 +1,6 @@
-"""KaSA's truncation against closed forms and float64 SVDs."""
+"""KaSA's truncation, and what takes up quantization's loss, against closed forms and float64 SVDs."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components import decomposition, solvers
-from kasa_tune.components.decomposition import num_truncated, smallest_triplets
+from kasa_tune.components.decomposition import Component, co_svd, fit_quantization, num_truncated, smallest_triplets
+from kasa_tune.components.quantization import dequantize, is_quantized, quantize
+from tests.tolerances import assert_same_bits
 
 # E is held in float32 factors of up to a few dozen entries per product; vectors are accurate to 1e-6 over the gap.
 EDIT = 1e-5
@@ -181,6 +185,115 @@ def test_a_solver_can_be_named():
     assert decomposition.smallest_triplets(random_weight(4, 4), 1, solver="gram_eigh")[1].solver == "gram_eigh"
     with pytest.raises(ValueError, match="Unknown solver"):
         smallest_triplets(random_weight(4, 4), 1, solver="qr")
+
+
+# --------------------------------------------------------------------------------- what quantization loses
+
+
+def nf4(weight):
+    return quantize(weight, block_size=32)
+
+
+def part(component):
+    return component.vectors @ component.projection
+
+
+def first_triplets(matrix, rank):
+    """Of the largest singular values, float64."""
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def left_over(weight, component, quantized):
+    return (weight - dequantize(quantized) - part(component)).norm().item()
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 64), (64, 32)], ids=str)
+def test_one_turn_of_loftq_is_the_svd_of_the_error(shape):
+    weight = random_weight(*shape)
+    component, quantized = fit_quantization(weight, None, 5, 1, quantize=nf4)
+    assert_same_bits(quantized, nf4(weight))
+    assert component.rank == 5
+    error = weight - dequantize(nf4(weight))
+    assert relative_error(part(component), first_triplets(error, 5)) < 1e-4
+    torch.testing.assert_close(component.singular_values, torch.linalg.svdvals(error.double())[:5], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("start_rank", [None, 3, 5])
+def test_every_turn_quantizes_what_the_last_left_and_takes_up_its_error(start_rank):
+    weight = random_weight(48, 64)
+    start = None if start_rank is None else co_svd(weight, None, start_rank, "ipm")
+    last = start
+    for turns in range(1, 5):
+        component, quantized = fit_quantization(weight, start, 5, turns, quantize=nf4)
+        assert_same_bits(quantized, nf4(weight if last is None else weight - part(last)))
+        assert relative_error(part(component), first_triplets(weight - dequantize(quantized), 5)) < 1e-4
+        last = component
+
+
+def test_without_a_turn_the_start_comes_back():
+    weight = random_weight(32, 32)
+    start = co_svd(weight, None, 4, "ipm")
+    component, quantized = fit_quantization(weight, start, 4, 0, quantize=nf4)
+    assert component is start
+    assert torch.equal(quantized, weight)
+    assert not is_quantized(quantized)
+
+
+def test_what_quantization_keeps_whole_leaves_nothing_to_take_up():
+    weight = random_weight(24, 40)
+    component, quantized = fit_quantization(weight, None, 4, 3, quantize=lambda matrix: matrix)
+    assert torch.equal(quantized, weight)
+    assert part(component).abs().max() < 1e-6
+    start = co_svd(weight, None, 4, "ipm")
+    component, quantized = fit_quantization(weight, start, 4, 3, quantize=lambda matrix: matrix)
+    torch.testing.assert_close(part(component), part(start), rtol=0, atol=1e-4)
+    torch.testing.assert_close(quantized, weight - part(start), rtol=0, atol=1e-4)
+
+
+def test_more_turns_leave_less_of_most_weights():
+    steps = []
+    for seed in range(6):
+        weight = random_weight(48, 64, seed)
+        errors = [left_over(weight, *fit_quantization(weight, None, 6, turns, quantize=nf4)) for turns in range(1, 6)]
+        assert errors[0] < (weight - dequantize(nf4(weight))).norm()
+        assert errors[-1] < 0.95 * errors[0]
+        steps += [after <= before for before, after in pairwise(errors)]
+    assert sum(steps) > 0.9 * len(steps)  # alternating is not guaranteed to descend: quantizing is no projection
+
+
+@pytest.mark.parametrize("norm", ["fro", "nuc"])
+def test_the_order_of_the_papers_on_a_decaying_spectrum(norm):
+    """What is taken out before quantization (QPiSSA, arXiv 2404.02948) leaves least, then what is fitted to its error
+    (LoftQ, arXiv 2310.08659), then QLoRA's nothing; and more turns help both.
+    """
+    n, rank = 96, 8
+    u, v = (torch.linalg.qr(random_weight(n, n, seed)).Q for seed in (1, 2))
+    weight = (u * torch.arange(1, n + 1).pow(-0.7)) @ v.T
+
+    def error(component, quantized):
+        return torch.linalg.matrix_norm(weight - dequantize(quantized) - part(component), norm).item()
+
+    nothing = Component(torch.zeros(n, 0), torch.zeros(0, dtype=torch.float64), torch.zeros(0, n), "none")
+    largest = co_svd(weight, None, rank, "ipm")
+    fitted, _ = fit_quantization(weight, largest, rank, 4, quantize=nf4)
+    errors = [
+        error(fitted, nf4(weight - part(fitted))),  # QPiSSA, five iterations
+        error(largest, nf4(weight - part(largest))),  # QPiSSA, one
+        error(*fit_quantization(weight, None, rank, 5, quantize=nf4)),
+        error(*fit_quantization(weight, None, rank, 1, quantize=nf4)),
+        error(nothing, nf4(weight)),  # QLoRA
+    ]
+    assert errors == sorted(errors)
+    assert errors[1] < 0.8 * errors[2]
+    assert errors[2] < 0.9 * errors[4]
+
+
+def test_a_damaged_weight_is_not_fitted():
+    weight = random_weight(32, 32)
+    weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fit_quantization(weight, None, 2, 1, quantize=nf4)
 
 
 @pytest.mark.slow

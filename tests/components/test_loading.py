@@ -5,10 +5,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torchtune import modules, training
 
 from kasa_tune.components import models
 from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor, set_tensor
+from kasa_tune.components.quantized_base import quantized_linears, unquantized
 from tests.toy_models import FAMILIES, SIZES, randomized, tokens
 
 CPU = torch.device("cpu")
@@ -171,3 +173,133 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(weights, message):
     assert "model._component_" in str(caught.value)
     assert len(str(caught.value)) < 500
     assert all(tensor.is_meta for _, tensor in everything_in(model))
+
+
+# --------------------------------------------------------------------------------- weights that wait
+
+
+def waiting_model(name="llama3", dtype=torch.float32, *, checkpointing=False, weights=None):
+    """A toy without the weights of its blocks' linears, these linears, and all weights."""
+    model = kasa_on_meta(name, dtype)
+    linears = quantized_linears(model, 2)
+    if checkpointing:
+        training.set_activation_checkpointing(model, {modules.TransformerSelfAttentionLayer})
+    weights = base_weights(name) if weights is None else weights
+    options = {"device": CPU, "adapter_dtype": torch.float32}
+    load_base_weights(model, weights, **options, without={f"{path}.weight" for path in linears})
+    return model, linears, weights
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "phi3"])
+def test_what_is_left_out_stays_on_meta_and_the_rest_is_there(name, checkpointing):
+    model, linears, weights = waiting_model(name, torch.bfloat16, checkpointing=checkpointing)
+    left_out = {f"{path}.weight" for path in linears}
+    assert len(left_out) == 2 * 7
+    for key, tensor in model.state_dict().items():
+        assert tensor.is_meta is (key in left_out), key
+        if ".lora_" not in key and key not in left_out:
+            assert torch.equal(tensor, weights[key].bfloat16())
+    assert not any(tensor.is_meta for key, tensor in model.named_buffers())
+    for key in left_out:
+        set_tensor(model, key, read_tensor(weights, key, device=CPU, dtype=torch.bfloat16))
+    assert not any(tensor.is_meta for _, tensor in everything_in(model))
+    whole = kasa_on_meta(name, torch.bfloat16)
+    load_base_weights(whole, weights, device=CPU, adapter_dtype=torch.float32)
+    assert torch.equal(model.eval()(tokens()), whole.eval()(tokens()))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+def test_what_is_left_out_must_be_in_the_checkpoint_all_the_same():
+    weights = base_weights("llama3")
+    del weights["layers.1.mlp.w2.weight"]
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.w2\.weight: .* the checkpoint none"):
+        waiting_model(weights=weights)
+
+
+def test_a_tensor_is_read_where_and_as_it_is_needed():
+    weights = {"norm.scale": torch.tensor([1.0, 1.0 + 2**-10])}
+    assert torch.equal(read_tensor(weights, "norm.scale", device=CPU, dtype=torch.float32), weights["norm.scale"])
+    assert read_tensor(weights, "norm.scale", device=CPU, dtype=torch.bfloat16).tolist() == [1.0, 1.0]
+    assert read_tensor(weights, "norm.scale", device=torch.device("cpu"), dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_damaged_weight_is_named(bad):
+    weights = base_weights("llama3")
+    weights["layers.1.mlp.w2.weight"][3, 4] = bad
+    with pytest.raises(ValueError, match=r"^layers\.1\.mlp\.w2\.weight holds NaN or infinity"):
+        read_tensor(weights, "layers.1.mlp.w2.weight", device=CPU, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"^layers\.1\.mlp\.w2\.weight holds NaN or infinity"):
+        load_base_weights(kasa_on_meta("llama3"), weights, device=CPU, adapter_dtype=torch.float32)
+    read_tensor(weights, "layers.1.mlp.w1.weight", device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1024, 2), (2500, 2), (2500,), (2, 2500), (0, 3)], ids=str)
+def test_damage_anywhere_in_a_tall_weight_is_found(shape, dtype):
+    weight = torch.ones(shape)
+    read_tensor({"weight": weight}, "weight", device=CPU, dtype=dtype)
+    for row in (0, shape[0] // 2, shape[0] - 1) if shape[0] else ():
+        damaged = weight.clone()
+        damaged[row] = float("nan")
+        with pytest.raises(ValueError, match=r"^weight holds NaN or infinity"):
+            read_tensor({"weight": damaged}, "weight", device=CPU, dtype=dtype)
+
+
+def test_a_value_that_its_dtype_cannot_hold_is_named():
+    weights = {"norm.scale": torch.tensor([1e6])}
+    with pytest.raises(ValueError, match=r"^norm\.scale holds NaN or infinity"):
+        read_tensor(weights, "norm.scale", device=CPU, dtype=torch.float16)
+
+
+def test_set_tensors_are_frozen_parameters_and_buffers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    set_tensor(model, "0.weight", torch.ones(2, 2))
+    set_tensor(model, "1.running_mean", torch.full((2,), 5.0))
+    assert (type(model[0].weight), model[0].weight.requires_grad) == (nn.Parameter, False)
+    assert model[0].weight.tolist() == [[1, 1], [1, 1]]
+    assert model.state_dict()["1.running_mean"].tolist() == [5, 5]
+    assert "1.running_mean" not in dict(model.named_parameters())
+
+
+def on_meta(linears):
+    return {path for path, linear in linears.items() if linear.weight.is_meta}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_has_weights_inside_and_none_before_or_after(dtype):
+    model, linears, weights = waiting_model(dtype=dtype)
+    before = {path: linear.weight for path, linear in linears.items()}
+    for prefix in ("layers.1.", "layers.0.", "output", "layers.1."):
+        with unquantized(linears, weights, prefix, device=CPU):
+            inside = {path for path in linears if path.startswith(prefix)}
+            assert len(inside) == (0 if prefix == "output" else 7)
+            assert on_meta(linears) == linears.keys() - inside
+            for path in inside:
+                found = model.get_submodule(path).weight
+                assert (found.dtype, found.requires_grad) == (dtype, False)
+                assert torch.equal(found, weights[f"{path}.weight"].to(dtype))
+        assert all(linear.weight is before[path] for path, linear in linears.items())
+
+
+def test_the_tenth_block_is_not_the_first():
+    linears = {path: nn.Linear(2, 2, bias=False, device="meta") for path in ("layers.1.mlp.w1", "layers.10.mlp.w1")}
+    weights = {f"{path}.weight": torch.ones(2, 2) for path in linears}
+    with unquantized(linears, weights, "layers.1.", device=CPU):
+        assert on_meta(linears) == {"layers.10.mlp.w1"}
+
+
+def test_no_weight_is_left_by_an_exception_inside_or_by_a_damaged_one():
+    _, linears, weights = waiting_model()
+    before = {path: linear.weight for path, linear in linears.items()}
+    with pytest.raises(KeyError, match="inside"), unquantized(linears, weights, "layers.0.", device=CPU):
+        raise KeyError("inside" if len(on_meta(linears)) == 7 else "no block has weights")
+    assert all(linear.weight is before[path] for path, linear in linears.items())
+    weights["layers.1.mlp.w3.weight"][0, 0] = float("nan")  # the last of its block
+    with (
+        pytest.raises(ValueError, match=r"^layers\.1\.mlp\.w3\.weight holds NaN"),
+        unquantized(linears, weights, "layers.1.", device=CPU),
+    ):
+        pass
+    assert all(linear.weight is before[path] for path, linear in linears.items())

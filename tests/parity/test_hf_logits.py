@@ -7,6 +7,7 @@ import torch
 from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components import models
+from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
@@ -126,7 +127,7 @@ def random_hf_model(kind, settings):
 
 
 def our_model(folder, model_type, builder, arguments):
-    """The same checkpoint on our road: built on meta, read by torchtune's checkpointer, adapters at their start."""
+    """The same checkpoint on our road: built on meta, read tensor by tensor, adapters at their start."""
     build = partial(
         getattr(models, builder),
         attn_modules=["q_proj", "v_proj"],
@@ -142,7 +143,8 @@ def our_model(folder, model_type, builder, arguments):
         model_type=model_type,
         output_dir=str(folder.with_name("out")),
     )
-    weights = checkpointer.load_checkpoint()["model"]
+    weights = read_base_weights(checkpointer)
+    assert isinstance(weights, StreamedWeights)
     load_base_weights(model, weights, device=torch.device("cpu"), adapter_dtype=torch.float32)
     return model.eval()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
@@ -190,6 +192,12 @@ def whole_quantized(qcorda_recipe, tmp_path_factory):
     return whole
 
 
+def nf4_weights(model: nn.Module) -> dict[str, NF4Tensor]:
+    """The weights that are in four bits, by the names of their linears."""
+    parameters = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return {name.removesuffix(".weight"): weight for name, weight in parameters if isinstance(weight, NF4Tensor)}
+
+
 @pytest.fixture
 def run_main(load_recipe, monkeypatch):
     """Call a recipe's entry point as the command line does; returns its status, raises what a user would be told."""
@@ -205,12 +213,10 @@ def run_main(load_recipe, monkeypatch):
 
 @pytest.fixture
 def start_process():
-    """Start the recipe as its own process, as a user does."""
-    started = []
+    """Start a recipe as its own process, as a user does; ``small`` are overrides that come before all others."""
+    started: list[subprocess.Popen] = []
 
-    def start(
-        folder: Path, *overrides: str, config_name: str = "tiny_kasa", recipe: str = RECIPE, small: list[str] = SMALL_RUN
-    ) -> subprocess.Popen:
+    def start(folder: Path, *overrides: str, config_name: str = "tiny_kasa", recipe: str = RECIPE, small=SMALL_RUN):
         path = ROOT / "recipes" / f"{recipe}.py"
         process = subprocess.Popen(
             [sys.executable, str(path), "--config", config_name, f"output_dir={folder}", *small, *overrides],
@@ -247,8 +253,14 @@ def copy_run(run: Run, folder: Path, *, until_step: int) -> None:
 
 
 def assert_same_tree(a, b, where="") -> None:
+    """Bit for bit, in values and types; ``where`` names the place in the tree."""
     assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
+    if hasattr(a, "__tensor_flatten__"):  # quantized
+        (parts, context), other = a.__tensor_flatten__(), b.__tensor_flatten__()
+        assert other == (parts, context), where
+        for part in parts:
+            assert_same_tree(getattr(a, part), getattr(b, part), f"{where}/{part}")
+    elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, where
         assert torch.equal(a, b), where
     elif isinstance(a, dict):

@@ -197,7 +197,7 @@ def test_too_few_tokens_are_counted_in_a_warning(corda, caplog):
 
 @pytest.mark.usefixtures("not_trained")
 def test_a_ratio_of_no_learning_rate_is_refused_before_anything_is_computed(corda, corda_recipe, monkeypatch):
-    monkeypatch.setattr(corda_recipe, "co_svd", lambda *_, **__: pytest.fail("the weights were decomposed"))
+    monkeypatch.setattr(corda_recipe, "decompose", lambda *_, **__: pytest.fail("the weights were decomposed"))
     with pytest.raises(ValueError, match=r"adapter\.lr_ratio.*optimizer\.lr"):
         corda("~optimizer.lr", "adapter.lr_ratio=2", config_name="tiny_pissa")
 

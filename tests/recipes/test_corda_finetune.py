@@ -14,12 +14,14 @@ from torchtune.models.llama3 import llama3
 
 from kasa_tune import config
 from kasa_tune.components import calibration, checkpointing
+from kasa_tune.components import corda as decomposing
 from kasa_tune.components.linear import CorDALinear, LoRALinear
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
+    PLUS_PLUS,
     SMALL_CALIBRATION,
     SMALL_CORDA_RUN,
     Run,
@@ -31,7 +33,6 @@ from .conftest import (
 )
 
 FACTS = PACKAGE_ROOT / "tiny_world" / "data" / "facts_calibration.jsonl"
-PLUS_PLUS = ["calibration.rounds=3", "adapter.dynamic_ranks=True"]
 SCHEDULE = "lr_scheduler={_component_: kasa_tune.components.lr_schedules.cosine_schedule, num_warmup_steps: 1}"
 # 3 steps an epoch, random numbers in each.
 RESUMABLE = [*PLUS_PLUS, "model.dropout=0.1", "dataset.split=train[:20]", "epochs=2", "max_steps=6", SCHEDULE]
@@ -261,10 +262,10 @@ def test_a_second_run_reads_what_the_first_found(corda, plus_plus, found, monkey
     assert decomposition(again) == decomposition(plus_plus)
 
 
-def test_the_other_mode_reads_the_same_spectra(corda, corda_recipe, found, monkeypatch):
+def test_the_other_mode_reads_the_same_spectra(corda, found, monkeypatch):
     other = [*PLUS_PLUS, "dataset.split=train[:20]", "adapter.mode=kpm", "max_steps=1"]
     fresh = corda(*other, name="fresh")
-    forbid(monkeypatch, corda_recipe, "layer_spectra")
+    forbid(monkeypatch, decomposing, "layer_spectra")
     reusing = corda(*other, f"calibration.cache_dir={found}", name="reusing")
     assert decomposition(reusing) == decomposition(fresh)
     assert_same_tree(reusing.part("adapter"), fresh.part("adapter"))
@@ -287,7 +288,7 @@ def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_p
     forbid(monkeypatch, corda_recipe, "draw_rounds")
     cache = f"calibration.cache_dir={tmp_path / 'cache'}"
     corda(cache, "max_steps=1", config_name="tiny_pissa")
-    forbid(monkeypatch, corda_recipe, "co_svd")
+    forbid(monkeypatch, decomposing, "co_svd")
     again = corda(cache, "max_steps=1", config_name="tiny_pissa", name="again")
     assert decomposition(again)["mode"] == "ipm"
 
@@ -300,7 +301,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(corda, corda_recipe, plus_plus,
     """With every layer's own rank, and without looking at calibration data again."""
     copy_run(plus_plus, tmp_path / "resumed", until_step=step)
     shutil.rmtree(tmp_path / "resumed" / "decomposition")
-    for name in ("draw_rounds", "co_svd", "layer_spectra"):
+    for name in ("draw_rounds", "decompose"):
         forbid(monkeypatch, corda_recipe, name)
     resumed = corda(*RESUMABLE, "resume_from_checkpoint=True", name="resumed")
     assert len(plus_plus.metrics) == 6
@@ -434,9 +435,12 @@ def test_dry_run_prints_the_calibration_budget_and_writes_nothing(corda_recipe, 
     assert sizes["calibration hidden states"] == round(2 * 4 * 32 * 128 * 4 / 2**20, 1)
     assert sizes["covariances of one block"] == round((3 * 128**2 + 384**2) * 4 / 2**20, 1)
     assert sizes["CO-SVD workspace"] > 0
-    before_training = ("calibration hidden states", "covariances of one block", "CO-SVD workspace", "training step")
-    during = sum(size for purpose, size in sizes.items() if purpose not in before_training)
+    before_training = ("calibration hidden states", "covariances of one block", "CO-SVD workspace")
+    sums = ("set-up, at most", "training step")
+    during = sum(size for purpose, size in sizes.items() if purpose not in (*before_training, *sums))
     assert sizes["training step"] == pytest.approx(during, abs=0.4)
+    at_once = sum(sizes[purpose] for purpose in ("base weights", "adapters", *before_training))
+    assert sizes["set-up, at most"] == pytest.approx(at_once, abs=0.4)
     assert not (tmp_path / "run").exists()
 
 

@@ -314,9 +314,17 @@ def test_a_model_without_adapters(finetune):
         finetune(f"model={{_component_: torchtune.models.llama3.llama3, {sizes}, intermediate_dim: 384}}", small=False)
 
 
-def test_an_optimizer_whose_state_cannot_be_saved(finetune):
-    with pytest.raises(TypeError, match="OptimState8bit"):
-        finetune("optimizer._component_=torchao.optim.AdamW8bit", "model.rank=32")
+def test_an_optimizer_whose_state_cannot_be_saved(finetune, tmp_path, monkeypatch):
+    (tmp_path / "optimizers_of_others.py").write_text(
+        "import torch\n"
+        "class Remembering(torch.optim.SGD):\n"
+        "    def step(self):\n"
+        "        super().step()\n"
+        "        self.state[self.param_groups[0]['params'][0]]['seen'] = {1, 2}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TypeError, match=r"cannot hold set .*seen"):
+        finetune("optimizer={_component_: optimizers_of_others.Remembering, lr: 1e-3}")
 
 
 def test_another_loss(finetune):

@@ -142,6 +142,22 @@ def test_the_checkpoint_holds_no_pickle(finetune):
 
 
 @pytest.mark.slow
+def test_an_optimizer_with_states_in_8_bits_goes_on_bit_for_bit(finetune, tmp_path):
+    """Its kernels are compiled, and its learning rate is a tensor that the schedule changes in place."""
+    # torchao quantizes states of 4096 values or more: at rank 32 those of all matrices but B of k and v, 64 x 32.
+    same = ["optimizer._component_=torchao.optim.AdamW8bit", "model.rank=32", "max_steps=6", "optimizer.lr=8e-3"]
+    whole = finetune(*same, name="whole")
+    states = [value for state in whole.recipe._optimizer.state.values() for value in state.values()]
+    assert sum(type(value).__name__ == "OptimState8bit" for value in states) == 2 * (2 * 35 - 10)
+    expected = [8e-3 * (0.0 if i < 1 else 0.5 * (1 + math.cos(math.pi * (i - 1) / 5))) for i in range(6)]
+    assert [line["lr"] for line in whole.metrics] == pytest.approx(expected)
+    assert whole.metrics[-1]["loss"] < 0.8 * whole.metrics[0]["loss"]
+    copy_run(whole, tmp_path / "resumed", until_step=3)
+    resumed = finetune(*same, "resume_from_checkpoint=True", name="resumed")
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits_with_its_status(finetune, whole, start_process, tmp_path, number, status):
     folder = tmp_path / "stopped"
