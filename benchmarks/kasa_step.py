@@ -23,6 +23,7 @@ variant.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import state_bytes
 from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
-from kasa_tune.components.quantization import is_quantized, quantize, to_parts
+from kasa_tune.components.quantization import quantize
 from kasa_tune.components.quantized_base import put
 from kasa_tune.components.regularization import kasa_regularization
 
@@ -227,25 +228,20 @@ def seconds_of(step: Step, num_steps: int, device: str) -> tuple[float, float]:
 def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
     """MiB of frozen weights, and held before the first step and at most during three, in this process."""
     model, step = build(name, args)
-    base = base_bytes(model) / 2**20
+    base = state_bytes(p for p in model.parameters() if not p.requires_grad) / 2**20
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         for _ in range(3):
             step()
         return {"base": base, "before": before, "peak": torch.cuda.max_memory_allocated() / 2**20}
+    ctypes.CDLL(None).malloc_trim(0)  # or the step fills what making the model has left free
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # resets the peak to what is held now (Linux)
     before = resident("VmRSS")
     for _ in range(3):
         step()
     return {"base": base, "before": before, "peak": resident("VmHWM")}
-
-
-def base_bytes(model: nn.Module) -> int:
-    """Bytes of all frozen parameters, of quantized ones those of their parts."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return sum(state_bytes(to_parts(p)[1].values() if is_quantized(p) else [p]) for p in frozen)
 
 
 def resident(key: str) -> float:
