@@ -4,8 +4,8 @@
     KASA_TUNE_DATA=... python benchmarks/quantized_training.py --output /tmp/quantized_training --subject stories260k \
         --rank 4 --steps 150 --seeds 0 1 2
 
-CorDA++ (arXiv 2506.13187), figure 8, in miniature, with the shipped recipes: the embedded model learns its task (data to
-text), or stories260K learns E2E; same data order, rank, steps and optimizer. A run's result is kept in the output
+CorDA++ (arXiv 2506.13187), figure 8, in miniature, with the shipped recipes: the embedded model learns its task (data
+to text), or stories260K learns E2E; same data order, rank, steps and optimizer. A run's result is kept in the output
 folder, so the command can be repeated to add methods or seeds. Prints a Markdown table of means and spreads over seeds
 for each subject that has results, and draws `quantized_training.png`.
 """
@@ -24,8 +24,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from common import print_table
+from matplotlib.ticker import LogLocator
 from PIL import Image
-from tiny_world_methods import SMOOTH, load, merged, score, smoothed, spread, steps_to
+from quantization_error import cell
+from tiny_world_methods import SMOOTH, load, merged, score, smoothed, steps_to
 
 from kasa_tune import config
 from kasa_tune.components.metrics import read_metrics
@@ -40,7 +42,9 @@ METHODS: dict[str, list[str]] = {
     "qcorda_plus": ["calibration.rounds=5", "adapter.dynamic_ranks=True"],
     "qkasa": ["adapter.method=qkasa", "model.truncation_rank=1", "model.diag_init=ones"],
 }
-LABELS = dict(zip(METHODS, ("LoRA, base as it is", "QLoRA", "LoftQ", "QPiSSA", "QCorDA", "QCorDA++", "QKaSA"), strict=True))
+LABELS = dict(
+    zip(METHODS, ("LoRA, base as it is", "QLoRA", "LoftQ", "QPiSSA", "QCorDA", "QCorDA++", "QKaSA"), strict=True)
+)
 SUBJECTS = {"tiny": "tiny world", "stories260k": "stories260K learns E2E"}
 LLAMA = {"tiny": "llama3", "stories260k": "llama2"}
 GOAL = "qlora"  # whose final training loss the others are to reach
@@ -59,7 +63,8 @@ def fine_tune(subject: str, method: str, seed: int, options: argparse.Namespace,
     cfg = config.load(f"{subject}_{family}", overrides, schema, about_to_run=True)
     recipe = load(f"{family}_finetune_single_device")(cfg)
     recipe.setup(cfg)
-    recipe.train(cfg)
+    if status := recipe.train(cfg):
+        raise SystemExit(status)  # stopped by a signal; half a run is no result
     recipe.cleanup()
     metrics = read_metrics(folder / "metrics.jsonl")
     result = {"losses": [line["loss"] for line in metrics if "loss" in line]}
@@ -74,15 +79,14 @@ def rows(runs: Runs) -> list[list[str]]:
     found = []
     for method, by_seed in runs.items():
         reached = [steps_to(run["losses"], goals[seed]) for seed, run in by_seed.items() if seed in goals]
-        missed = reached.count(None)
-        steps = spread([step for step in reached if step], 0) if missed < len(reached) else "never"
+        steps, missed = [step for step in reached if step], reached.count(None)
         row = [LABELS[method], str(len(by_seed)), f"{next(iter(by_seed.values()))['trained']:,}"]
-        row.append(spread([run["val_loss_start"] for run in by_seed.values()]))
-        row.append(spread([smoothed(run["losses"])[-1] for run in by_seed.values()]))
-        row.append(f"{steps} ({missed} never)" if 0 < missed < len(reached) else steps)
-        row.append(spread([run["val_loss"] for run in by_seed.values()]))
-        for name in ("task_token_accuracy", "facts_exact_match"):
-            row.append(spread([run[name] for run in by_seed.values()]) if name in next(iter(by_seed.values())) else "")
+        row.append(cell([run["val_loss_start"] for run in by_seed.values()], 3))
+        row.append(cell([smoothed(run["losses"])[-1] for run in by_seed.values()], 3))
+        row.append(", ".join([cell(steps, 0)] * bool(steps) + [f"{missed} of {len(reached)} never"] * bool(missed)))
+        row.append(cell([run["val_loss"] for run in by_seed.values()], 3))
+        for name in ("task_token_accuracy", "facts_exact_match"):  # of the tiny world alone
+            row.append(cell([run[name] for run in by_seed.values() if name in run], 3))
         found.append(row)
     return found
 
@@ -100,6 +104,7 @@ def draw(results: dict[str, Runs], path: Path) -> None:
             axes.fill_between(steps, curves.amin(0), curves.amax(0), color=colors[method], alpha=0.12, linewidth=0)
         axes.set(title=SUBJECTS[subject], xlabel="step", yscale="log")
         axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
         axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel(f"training loss, mean of {SMOOTH} steps")
@@ -146,7 +151,15 @@ def main() -> None:
     for subject in SUBJECTS:
         if (known := options.output / f"{subject}.json").exists():
             results[subject] = read_results(options.output, subject, json.loads(known.read_text()))
-    header = ["", "seeds", "trained", "val loss, start", "train loss, end", f"steps to {LABELS[GOAL]}'s end", "val loss"]
+    header = [
+        "",
+        "seeds",
+        "trained",
+        "val loss, start",
+        "train loss, end",
+        f"steps to {LABELS[GOAL]}'s end",
+        "val loss",
+    ]
     for subject, runs in results.items():
         print(f"\n{SUBJECTS[subject]}:\n")
         print_table([*header, "task accuracy", "facts kept"], rows(runs))
