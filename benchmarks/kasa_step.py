@@ -40,14 +40,13 @@ from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.decomposition import co_svd, split_component
-from kasa_tune.components.linear import AdapterLinear, CorDALinear
+from kasa_tune.components.linear import AdapterLinear, CorDALinear, KaSALinear
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import state_bytes
 from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
 from kasa_tune.components.quantization import quantize
-from kasa_tune.components.quantized_base import put
+from kasa_tune.components.quantized_start import quantized_start
 from kasa_tune.components.regularization import kasa_regularization
 
 BETA, GAMMA, RANK, ALPHA = 1e-4, 1e-3, 8, 16.0
@@ -83,13 +82,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def start_quantized(linear: AdapterLinear) -> None:
     """A linear's weight in NF4 and its adapter's start; QCorDA's component is that of the weight without a context."""
     weight, in_nf4 = linear.weight.float(), partial(quantize, dtype=linear.weight.dtype)
-    if isinstance(linear, CorDALinear):
-        put(linear, weight)
-        linear.start_from(split_component(co_svd(weight, None, RANK, "ipm"), linear.scaling))
-        put(linear, in_nf4(linear.weight))
-    else:
-        put(linear, in_nf4(weight))
-        linear.initialize(weight)
+    method = {CorDALinear: "qpissa", KaSALinear: "qkasa"}.get(type(linear), "qlora")
+    quantized_start(weight, linear, method, quantize=in_nf4).put_into(linear)
 
 
 def our_step(

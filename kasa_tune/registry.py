@@ -18,7 +18,10 @@ RESOURCE_SCHEME = "kasa_tune://"
 # suffix ends another, so only one recipe can be meant.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "corda_finetune_single_device": ("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"),
+    "qcorda_finetune_distributed": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
     "qcorda_finetune_single_device": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
+    "corda_finetune_distributed": ("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"),
+    "kasa_finetune_distributed": ("_kasa", "_lora"),
     "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
 }

@@ -141,13 +141,15 @@ def lora_plus(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def offloading(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """Activations are offloaded from a GPU, and only where they are checkpointed."""
+    """Activations and weights are offloaded from a GPU, the former only where they are checkpointed."""
     key = "enable_activation_offloading"
     if cfg.get(key):
         if not cfg.get("enable_activation_checkpointing"):
             yield Problem(key, "got True without enable_activation_checkpointing; set both, or this one to False")
         if cfg.get("device") == "cpu":
             yield Problem(key, "got True on device cpu, which has nothing to offload to; set it to False")
+    if cfg.get("fsdp_cpu_offload") and cfg.get("device") == "cpu":
+        yield Problem("fsdp_cpu_offload", "got True on device cpu, where weights are on the host; set it to False")
 
 
 def warmup(cfg: dict[str, Any]) -> Iterator[Problem]:

@@ -216,6 +216,12 @@ FINETUNE: Schema = {
     "log_peak_memory_stats": Key(bool, True),
     "profiler": _PROFILER,
     "dry_run": Key(bool, False, help="print the byte budget and stop"),
+    "world_size": Key(int | None, None, POSITIVE, help="dry_run: of a process of so many"),
+    "data_parallel_shard_dim": Key(
+        int | None, None, POSITIVE, help="processes that share a copy of the model; null: all of them"
+    ),
+    "fsdp_cpu_offload": Key(bool, False, help="weights wait on the host"),
+    "timeout": Key(int, 600, POSITIVE, help="seconds a process waits for another"),
 }
 
 

@@ -40,7 +40,7 @@ from kasa_tune.components.memory import budget_report, check_optimizer, memory_b
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import resume_point
+from kasa_tune.components.resuming import place, resume_point
 
 log = utils.get_logger("INFO")
 
@@ -117,7 +117,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])

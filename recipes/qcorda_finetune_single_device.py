@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune import modules, training, utils
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules.peft import disable_adapter
@@ -41,16 +41,23 @@ from kasa_tune.components.calibration import Wanted, calibration_bytes, damped_c
 from kasa_tune.components.calibration_data import batched, draw_rounds, rows_digest
 from kasa_tune.components.corda import decompose
 from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.decomposition import Component, co_svd, fit_quantization, split_component
+from kasa_tune.components.decomposition import Component
 from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
 from kasa_tune.components.fingerprint import data_fingerprint
 from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget
 from kasa_tune.components.models.base_weights import read_base_weights
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor, require_adapters
+from kasa_tune.components.models.loading import (
+    build_on_meta,
+    lent_weights,
+    load_base_weights,
+    read_tensor,
+    require_adapters,
+)
 from kasa_tune.components.quantization import quantize
+from kasa_tune.components.quantized_start import quantized_start
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import resume_point
+from kasa_tune.components.resuming import place, resume_point
 
 log = utils.get_logger("INFO")
 
@@ -133,7 +140,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
@@ -160,7 +167,8 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 self._start_adapters(cfg, base)
             folder = Path(cfg.output_dir) / quantized_base.FOLDER
             known = self._resumed.get("quantized_base")
-            self._fingerprints["quantized_base"] = quantized_base.keep_quantized(folder, self._quantized, known)
+            weights = {name: linear.weight for name, linear in self._quantized.items()}
+            self._fingerprints["quantized_base"] = quantized_base.keep_quantized(folder, weights, known)
 
     def _setup_calibration(self, cfg: DictConfig) -> None:
         """The rows to calibrate on, in rounds of batches."""
@@ -175,33 +183,20 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _start_adapters(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> None:
         """Decompose what QCorDA adapts, a block of weights at a time; then quantize, a weight at a time."""
-        started = time.perf_counter()
+        started, in_nf4 = time.perf_counter(), partial(quantize, **cfg.quantization, dtype=self._dtype)
         components, spectra = self._decompose(cfg, base) if cfg.adapter.method == "qcorda" else ({}, {})
+        options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
+        options |= {"quantize": in_nf4, "adapter_dtype": self._adapter_dtype}
         for name, linear in tqdm(self._quantized.items(), "Quantizing", unit="layer", dynamic_ncols=True):
             weight = read_tensor(base, f"{name}.weight", device=self._device, dtype=torch.float32)
-            self._quantize(cfg, name, linear, weight, components)
+            arguments = self._linears.get(name), cfg.adapter.method
+            start = quantized_start(weight, *arguments, component=components.get(name), **options)
+            start.put_into(linear)
+            if start.component:
+                components[name] = start.without_vectors().component.to("cpu")
         if components:
             write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm")
         log.info(f"Base quantized and adapters started in {time.perf_counter() - started:.1f} s.")
-
-    def _quantize(self, cfg: DictConfig, name: str, linear: nn.Module, weight: Tensor, components: dict) -> None:
-        """One linear's NF4 weight from its full one, and its adapter's start; a component found here is kept."""
-        method, in_nf4 = cfg.adapter.method, partial(quantize, **cfg.quantization, dtype=self._dtype)
-        if name not in self._linears or method in ("qlora", "qkasa"):  # nothing is taken out before quantization
-            quantized_base.put(linear, in_nf4(weight))
-            if name in self._linears:
-                linear.initialize(weight)
-            return
-        turns = cfg.adapter.quantization_iterations or {"loftq": 5}.get(method, 1)
-        if method == "qpissa":
-            components[name], turns = co_svd(weight, None, linear.rank, "ipm"), turns - 1
-        if method != "qcorda":
-            found = components.get(name), linear.rank, turns
-            components[name], residual = fit_quantization(weight, *found, quantize=in_nf4)
-        quantized_base.put(linear, weight)
-        linear.start_from(split_component(components[name].to(self._device), linear.scaling, cfg.adapter.split))
-        quantized_base.put(linear, residual if method == "loftq" else in_nf4(linear.weight))  # of W - s B A
-        components[name] = components[name].to("cpu")
 
     def _decompose(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> tuple[dict[str, Component], dict]:
         """CorDA's components of all adapted layers; a CorDA run on the same weights and rows shares its cache."""
@@ -216,7 +211,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         options = {name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")}
         options |= {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
         options |= {"progress": partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)}
-        loaded = partial(quantized_base.unquantized, self._quantized, base, device=self._device)
+        loaded = partial(lent_weights, self._quantized, base, device=self._device)
         return damped_covariances(self._model, self._groups, self._rounds, wanted=wanted, loaded=loaded, **options)
 
     def _print_budget(self, cfg: DictConfig) -> None:

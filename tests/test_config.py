@@ -250,7 +250,11 @@ REFUSED = {
     "dataset.max_packs=0": ("dataset.max_packs", "at least 1"),
     "tokenizer.max_seq_len=0": ("tokenizer.max_seq_len", "at least 1"),
     "checkpointer.model_type=LLAMA": ("checkpointer.model_type", "LLAMA3"),
+    "world_size=0": ("world_size", "at least 1"),
+    "data_parallel_shard_dim=0": ("data_parallel_shard_dim", "at least 1"),
+    "timeout=0.5": ("timeout", "an integer"),
     # between keys
+    "fsdp_cpu_offload=True": ("fsdp_cpu_offload", "cpu"),
     "enable_activation_offloading=True": ("enable_activation_offloading", "enable_activation_checkpointing", "cpu"),
     "run_val_every_n_steps=5": ("run_val_every_n_steps", "dataset_val"),
     # supplied by the recipe
@@ -290,6 +294,25 @@ def test_offloading_goes_with_checkpointing_on_a_gpu(tree):
     assert "device cpu" in only_problem(tree, *both)[1]
     load(tree, *both, "device=cuda")  # without asking torch
     assert "without enable_activation_checkpointing" in only_problem(tree, both[0], "device=cuda:1")[1]
+
+
+def test_weights_are_offloaded_from_a_gpu(tree):
+    assert "device cpu" in only_problem(tree, "fsdp_cpu_offload=True")[1]
+    assert load(tree, "fsdp_cpu_offload=True", "device=cuda").fsdp_cpu_offload is True
+    assert load(tree).fsdp_cpu_offload is False
+
+
+def test_processes_are_described_in_every_finetuning_config(tree, corda_tree, qcorda_tree):
+    sizes = {"world_size": 8, "data_parallel_shard_dim": 4, "timeout": 60}
+    for each in (tree, corda_tree, qcorda_tree):
+        cfg = load(each, *(f"{key}={value}" for key, value in sizes.items()))
+        assert {key: cfg[key] for key in sizes} == sizes
+        alone = load(each)
+        assert {key: alone[key] for key in sizes} == {
+            "world_size": None,
+            "data_parallel_shard_dim": None,
+            "timeout": 600,
+        }
 
 
 def test_everything_wrong_is_said_at_once_and_the_message_names_it(tree):

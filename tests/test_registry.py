@@ -77,9 +77,16 @@ def test_the_suffixes_of_qcorda_are_not_taken_for_those_they_end_like(package):
     assert found["generate_text"] == {"toy_kasa_generate", "toy_qcorda_generate"}
 
 
-def test_no_config_belongs_to_two_recipes():
-    listed = [config.name for recipe in registry.recipes() for config in recipe.configs]
-    assert len(listed) == len({*listed})
+def test_a_config_belongs_to_one_recipe_for_one_device_and_to_its_twin_for_several():
+    shipped = registry.recipes()
+    for distributed in (False, True):
+        listed = [c.name for recipe in shipped if recipe.supports_distributed is distributed for c in recipe.configs]
+        assert len(listed) == len({*listed})
+    configs = {recipe.name: recipe.configs for recipe in shipped}
+    twins = {name for name in configs if name.endswith("_distributed")}
+    assert twins == {f"{method}_finetune_distributed" for method in ("kasa", "corda", "qcorda")}
+    for twin in twins:
+        assert configs[twin] == configs[twin.replace("_distributed", "_single_device")] != []
 
 
 def test_only_distributed_recipes_run_distributed(package):

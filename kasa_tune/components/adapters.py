@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.quantization import is_quantized
+from kasa_tune.components.sharding import whole
 
 
 def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
@@ -25,17 +26,16 @@ def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
-    the model.
+    the model. Factors of which every process holds a part are gathered: all processes must call.
     """
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": whole(value)
         for name, linear in adapter_linears(model)
         for key, value in linear.state_dict().items()
         if key.startswith("lora_")
     }
 
 
-@torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put a saved adapter onto a model that holds the untouched base weights, or quantized ones from which the edits to
     be folded have been taken.
@@ -46,10 +46,16 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         ValueError: names or shapes differ from the model's adapter; the first differences are listed.
         RuntimeError: an edit is folded into one of the weights already.
     """
-    linears = dict(adapter_linears(model))
+    check_adapter_fits(model, state)
+    for name, linear in adapter_linears(model):
+        load_adapter(name, linear, state)
+
+
+def check_adapter_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise as :func:`load_adapter_state_dict` would, before any tensor is touched."""
     expected = {name: tuple(value.shape) for name, value in adapter_state_dict(model).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
-    for name, linear in linears.items():
+    for name, linear in adapter_linears(model):
         linear.check_unfolded()
         saved = [(given.get(f"{name}.{key}") or (None,))[0] for key in ("lora_a.weight", "lora_edit_in")]
         if isinstance(linear, CorDALinear) and None not in saved:
@@ -61,14 +67,18 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
             if expected.get(name) != given.get(name)
         ]
         raise ValueError(f"The adapter does not fit the model in {len(wrong)} tensors: " + "; ".join(wrong[:3]))
-    for name, linear in linears.items():
-        if isinstance(linear, CorDALinear):
-            linear.set_rank(len(state[f"{name}.lora_a.weight"]))
-        for parameter in linear.adapter_params():
-            linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
-        edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
-        folded_before = is_quantized(linear.weight) and linear.edit_storage == "folded"
-        linear.set_edit(edit, taken_out=folded_before and edit.rank > 0)
+
+
+@torch.no_grad()
+def load_adapter(name: str, linear: AdapterLinear, state: Mapping[str, Tensor]) -> None:
+    """The part of :func:`load_adapter_state_dict` that belongs to one linear, which holds its weight."""
+    if isinstance(linear, CorDALinear):
+        linear.set_rank(len(state[f"{name}.lora_a.weight"]))
+    for parameter in linear.adapter_params():
+        linear.get_parameter(parameter).copy_(state[f"{name}.{parameter}"])
+    edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
+    folded_before = is_quantized(linear.weight) and linear.edit_storage == "folded"
+    linear.set_edit(edit, taken_out=folded_before and edit.rank > 0)
 
 
 def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:

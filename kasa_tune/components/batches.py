@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 from torchtune.modules.attention_utils import create_block_causal_mask, packed_block_causal_mask
 
+FILLER = -1  # index of the sample that ranks take when there are none left for them
+
 
 def permutation(n: int, *key: int) -> np.ndarray:
     """A random order of 0 .. n-1 [n], int64, that depends on nothing but ``n`` and ``key``.
@@ -40,9 +42,9 @@ class EpochBatches(Sampler[list[int]]):
     then those of a new split). Nothing is dropped: the last batch may be smaller.
 
     On ``world_size`` ranks the epoch is cut into global batches of ``world_size * batch_size`` samples of which rank r
-    takes the r-th slice. When the last global batch does not divide by ``world_size`` it is filled up with samples
-    from the start of the epoch, so that every rank takes the same number of batches of the same size; up to
-    ``world_size - 1`` samples are then seen twice in that epoch.
+    takes the r-th slice. When the last global batch does not divide by ``world_size`` it is filled up with FILLER, a
+    sample without labels, so that every rank takes the same number of batches of the same size and no sample counts
+    twice.
 
     Args:
         lengths: number of samples of each dataset; indices run through them one after the other.
@@ -118,7 +120,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.epoch)
-        order = np.resize(order, len(order) + -len(order) % self.world_size)  # wraps around to the epoch's start
+        order = np.append(order, np.full(-len(order) % self.world_size, FILLER))
         step = self.batch_size * self.world_size
         for start in range(self.start_batch * step, len(order), step):
             both = order[start : start + step]
@@ -169,6 +171,19 @@ def block_mask(
     if dense or (device is not None and torch.device(device).type != "cuda"):
         return create_block_causal_mask(list(seq_lens))
     return packed_block_causal_mask(list(seq_lens))
+
+
+class WithFiller(Dataset):
+    """A dataset and, at index FILLER, its first sample with nothing to learn in it."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self.inner = inner
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index != FILLER:
+            return self.inner[index]
+        sample = self.inner[0]
+        return sample | {"labels": np.full_like(sample["labels"], IGNORE)}
 
 
 class BatchLoader(DataLoader):
@@ -252,7 +267,7 @@ def build_dataloader(
         world_size=world_size,
     )
     return BatchLoader(
-        dataset,
+        WithFiller(dataset),
         batch_sampler=batches,
         collate_fn=partial(collate, pad_id=pad_id, width=getattr(dataset, "max_seq_len", None)),
         num_workers=num_workers,

@@ -44,12 +44,14 @@ class Covariance:
         round: index of the round, or POOLED for all of them.
         matrix: ``(d, d)``, uncentred.
         num_tokens: how many x were summed.
+        num_samples: of how many rows.
     """
 
     layers: tuple[str, ...]
     round: int
     matrix: Tensor
     num_tokens: int = 0
+    num_samples: int = 0
 
     def add(self, x: Tensor, valid: Tensor, *, per_sample: bool) -> None:
         """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed."""
@@ -57,14 +59,14 @@ class Covariance:
         if per_sample:
             x = x / torch.stack([row[kept].max().abs() for row, kept in zip(x, valid, strict=True)])[:, None, None]
         rows = x[valid]  # [t, d]
-        self.num_tokens += len(rows)
+        self.num_tokens, self.num_samples = self.num_tokens + len(rows), self.num_samples + len(valid)
         if rows.device.type == "cpu":  # half the work; a GPU is faster at one large product
             add_lower_gram(self.matrix, rows.T)
         else:
             self.matrix.addmm_(rows.T, rows)
 
-    def finish(self, num_samples: int | None) -> None:
-        """Mirror the lower triangle, divide by ``num_samples`` if given, look for damage.
+    def finish(self, *, per_sample: bool) -> None:
+        """Mirror the lower triangle, divide by the number of samples if that is wanted, look for damage.
 
         Raises:
             ValueError: the sums hold NaN or infinity, or there were no tokens.
@@ -72,8 +74,8 @@ class Covariance:
         if not self.num_tokens:
             raise ValueError(f"{self.layers[0]}: no calibration token reached it.")
         self.matrix.tril_().add_(self.matrix.tril(-1).T)
-        if num_samples:
-            self.matrix /= num_samples
+        if per_sample:
+            self.matrix /= self.num_samples
         if not self.matrix.diagonal().any():
             raise ValueError(f"{self.layers[0]}: every calibration input is zero; the checkpoint is damaged.")
         if not self.matrix.sum().isfinite():
@@ -127,6 +129,7 @@ def covariances(
     offload: bool = False,
     advance: Callable[[], object] = lambda: None,
     loaded: Callable[[str], AbstractContextManager] = lambda prefix: contextlib.nullcontext(),
+    combine: Callable[[Covariance], object] = lambda total: None,
 ) -> Iterator[Covariance]:
     """Run the model over calibration batches block by block; yield the covariances of each before the next is run.
 
@@ -142,6 +145,8 @@ def covariances(
         advance: called after every batch of every block.
         loaded: for models of which one block at a time has weights: what is entered with the block's prefix
             (``layers.<i>.``) before it is run and left when its covariances have been used.
+        combine: is given each sum before it is used, to add those of other processes; the matrix's upper triangle may
+            be empty.
 
     Yields:
         One for each group and wanted round; the matrix is the receiver's.
@@ -167,7 +172,8 @@ def covariances(
                                 hidden[round][position] = block(hidden[round][position].to(device), batch).to(waiting)
                             advance()
                     for total in sums:
-                        total.finish(sum(len(batch["tokens"]) for batch in batches) if per_sample else None)
+                        combine(total)
+                        total.finish(per_sample=per_sample)
                         if total.layers in pooled:
                             pooled[total.layers].matrix += total.matrix / (len(rounds) if per_sample else 1)
                             pooled[total.layers].num_tokens += total.num_tokens
@@ -252,7 +258,7 @@ def damped_covariances(
         damping_search: double it until the inverse is accurate, as published.
         normalization: ``unit_mean_diag``, or ``published``.
         progress: wraps the range of batches to run, all blocks together; tqdm does.
-        options: dtype, offload and loaded of :func:`covariances`.
+        options: dtype, offload, loaded and combine of :func:`covariances`.
 
     Yields:
         The layers that want this covariance, the round, the covariance ``(d, d)``.

@@ -106,6 +106,10 @@ class Component:
         cut = self.vectors[:, :rank], self.singular_values[:rank], self.projection[:rank]
         return Component(*cut, self.solver)
 
+    def without_vectors(self) -> Component:
+        """What is known of it alone: singular values and solver, with factors of no size."""
+        return Component(self.vectors[:, :0].clone(), self.singular_values, self.projection[:0].clone(), self.solver)
+
     def to(self, device: torch.device | str) -> Component:
         """The same on a device."""
         moved = (tensor.to(device) for tensor in (self.vectors, self.singular_values, self.projection))

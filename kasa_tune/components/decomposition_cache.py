@@ -67,15 +67,20 @@ class DecompositionCache:
     Args:
         folder: made when something is written.
         key: from :func:`decomposition_key`.
+        writes: whether this process writes what is found; of several, one does.
 
     Raises:
         CacheError: a file in the folder is damaged or of another key; the message says what differs.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        self.folder, self.key = folder, json.loads(json.dumps(key))
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, writes: bool = True) -> None:
+        self.folder, self.key, self.writes = folder, json.loads(json.dumps(key)), writes
         for path in sorted(folder.glob("[!.]*.safetensors")):  # now, and not after a pass over the calibration rows
             self._metadata(path)
+
+    def content(self) -> str:
+        """Names and sizes of the files there are, for processes to compare."""
+        return " ".join(f"{path.name}:{path.stat().st_size}" for path in sorted(self.folder.glob("[!.]*.safetensors")))
 
     def spectra(self, *, otherwise: Callable[[], dict[str, LayerSpectrum]]) -> dict[str, LayerSpectrum]:
         """The stored spectra; where there are none, what ``otherwise`` finds, which is then stored.
@@ -128,6 +133,8 @@ class DecompositionCache:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """All or nothing: another run may read the folder, and this one may be killed."""
+        if not self.writes:
+            return
         content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"version": FORMAT_VERSION, "key": self.key, "layers": about, "sha256": _digest(content, about)}
         temporary = self._path(f".{name}.{os.getpid()}")

@@ -3,13 +3,18 @@
 import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 from torch.utils.data import Dataset
+
+from kasa_tune import __version__
 
 # Keys of dataset and tokenizer nodes that say where a file lies, not what is in it.
 _LOCATIONS = {"data_files", "path", "vocab_path", "merges_path", "merges_file", "special_tokens_path"}
@@ -121,3 +126,17 @@ def _digest_object(value: Any, digest: Any, seen: set[int]) -> None:
         learned_later = {"prefix", "encoded_prefix"}  # torchtune's SentencePiece wrapper sets them on first use
         state = {k: v for k, v in sorted(getattr(value, "__dict__", {}).items()) if k not in learned_later}
         _digest_object(state, digest, seen | {id(value)})
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the values of tensors, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> str:
+    """Of the packages that decide what a run computes."""
+    others = (f"{name} {metadata.version(name)}" for name in ("torch", "torchtune", "torchao"))
+    return ", ".join([f"kasa_tune {__version__}", *others])

@@ -94,8 +94,8 @@ class AdapterLinear(nn.Module):
         self.lora_edit_in = torch.zeros(self.lora_edit_in.shape, device=device)
         self.reset_update()
 
-    def initialize(self, weight: Tensor | None = None) -> Subspace | None:
-        """Start the adapter on a loaded weight, or on the ``weight`` that the loaded one is a quantized copy of."""
+    def initialize(self) -> Subspace | None:
+        """Start the adapter on a loaded weight; a plain low-rank update needs nothing from it."""
         self.reset_update()
 
     @property
@@ -195,7 +195,7 @@ class LoRALinear(AdapterLinear):
             self.lora_magnitude = nn.Parameter(torch.ones(out_dim))
 
     @torch.no_grad()
-    def initialize(self, weight: Tensor | None = None) -> None:
+    def initialize(self) -> None:
         """Start of LoRA; DoRA's magnitudes are the lengths of the loaded weight's rows."""
         self.reset_update()
         if self.use_dora:
@@ -266,11 +266,12 @@ class CorDALinear(AdapterLinear):
             self.edit_storage = "folded"
 
     @torch.no_grad()
-    def start_from(self, start: LowRank) -> None:
+    def start_from(self, start: LowRank, *, taken_out: bool = False) -> None:
         """Start the update as ``s · out @ into`` and take the same out of the frozen weight.
 
         Args:
             start: ``(d_out, d_in)`` of any rank, which becomes the linear's.
+            taken_out: the weight has come without it, as a quantized residual does.
 
         Raises:
             ValueError: the shape is not the weight's.
@@ -283,7 +284,8 @@ class CorDALinear(AdapterLinear):
         self.lora_b.weight.copy_(start.out)
         self.lora_a.weight.copy_(start.into)
         # Of the parameters, which may be bfloat16: what is taken out is exactly what the update puts back.
-        self.set_edit(LowRank(self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()))
+        edit = LowRank(self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone())
+        self.set_edit(edit, taken_out=taken_out)
 
     def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:
         """As :class:`AdapterLinear`; once folded, the edit's factors, large as the update, wait on the host."""
@@ -369,9 +371,9 @@ class KaSALinear(AdapterLinear):
             self.lora_diag = nn.Parameter(torch.empty(self.rank))
         nn.init.normal_(self.lora_diag) if self.diag_init == "normal" else nn.init.ones_(self.lora_diag)
 
-    def initialize(self, weight: Tensor | None = None) -> Subspace | None:
+    def initialize(self) -> Subspace | None:
         """Remove the loaded weight's smallest singular triplets and start the update; returns how they were found."""
-        edit, subspace = smallest_triplets(self.weight if weight is None else weight, self.lora_edit_in.shape[0])
+        edit, subspace = smallest_triplets(self.weight, self.lora_edit_in.shape[0])
         self.set_edit(edit)
         self.reset_update()
         return subspace

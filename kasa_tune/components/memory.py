@@ -84,6 +84,27 @@ def memory_budget(
     }
 
 
+def per_process(budget: Mapping[str, int], model: nn.Module, shards: int) -> dict[str, int]:
+    """A :func:`memory_budget` of one of ``shards`` processes that hold the model together (FSDP2).
+
+    Weights, gradients and optimizer state are cut; the block that computes, the one that is fetched meanwhile, and what
+    lies outside the blocks are whole.
+    """
+    if shards == 1:
+        return dict(budget)
+    cut = {"base weights", "base weights in NF4", "gradients", "optimizer"}
+    own = {purpose: -(-size // shards) if purpose in cut else size for purpose, size in budget.items()}
+    own["adapters"] += own["gradients"] - budget["gradients"]  # those trained, as large as their gradients; not edits
+    in_nf4 = budget.get("base weights in NF4")
+    blocks = [
+        state_bytes(p for p in block.parameters() if p.requires_grad or not in_nf4)
+        + (in_nf4 // len(model.layers) if in_nf4 else 0)
+        for block in model.layers
+    ]
+    outside = state_bytes(p for name, p in model.named_parameters() if not name.startswith("layers."))
+    return own | {"gathered weights": 2 * max(blocks) + outside}
+
+
 def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
     """Lines to print: the trained parameters of a model, a :func:`memory_budget` in MiB, the most that preparing takes
     at once, and the sum in training.
@@ -92,10 +113,12 @@ def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
     total, diagonals = sum(trained.values()), sum(n for name, n in trained.items() if name.endswith("lora_diag"))
     parts = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if diagonals else ""
     phases = [sum(budget.get(purpose, 0) for purpose in phase) for phase in SET_UP]
+    # On many processes what is outside the blocks, and one of them, is whole until all are filled.
+    set_up = sum(budget.get(purpose, 0) for purpose in (*WEIGHTS, "gathered weights")) + max(phases)
     over = {purpose for phase in SET_UP for purpose in phase} - {"base weights in NF4"}
     step = sum(size for purpose, size in budget.items() if purpose not in over)
     sizes = [(purpose, size) for purpose, size in budget.items() if size]
-    sizes += [("set-up, at most", sum(budget.get(purpose, 0) for purpose in WEIGHTS) + max(phases))] * any(phases)
+    sizes += [("set-up, at most", set_up)] * any(phases)
     lines = [f"{purpose:>25} {size / 2**20:>12,.1f} MiB" for purpose, size in [*sizes, ("training step", step)]]
     return [f"Trainable parameters: {total:,}{parts}", *lines]
 
@@ -117,14 +140,29 @@ def stepped_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
     return optimizer
 
 
-def check_optimizer(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], model: nn.Module) -> None:
+def check_optimizer(
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer], model: nn.Module, *, is_cut: bool = False
+) -> None:
     """See before any training that checkpoints can hold the optimizer's state.
+
+    Args:
+        make_optimizer: from the trained parameters.
+        model: on any device, meta included.
+        is_cut: every process will hold a part of each parameter and of its state.
 
     Raises:
         TypeError: they cannot; the message says what and where.
+        ValueError: the state is quantized, which cannot be cut.
     """
     largest = max((p for p in model.parameters() if p.requires_grad), key=torch.numel)
-    check_saveable(stepped_optimizer(make_optimizer, largest).state_dict())
+    optimizer = stepped_optimizer(make_optimizer, largest)
+    check_saveable(optimizer.state_dict())
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    if is_cut and any(to_parts(value) for value in state):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} keeps a quantized state, which is not cut over processes yet. Use "
+            "one of torch.optim, or train on one device."
+        )
 
 
 def allow_graphs(number: int) -> None:

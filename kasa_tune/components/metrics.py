@@ -53,6 +53,22 @@ class JSONLLogger:
         self._file.close()
 
 
+class SilentLogger:
+    """Logs nothing: for the processes beside the one that reports."""
+
+    def log_config(self, config: DictConfig) -> None:
+        """Nothing."""
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Nothing."""
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class TrackioLogger:
     """Logs to trackio (extra ``trackio``), an experiment tracker that keeps its data on this machine.
 

@@ -90,6 +90,12 @@ def fitting_scaler_block_size(numel: int, block_size: int, scaler_block_size: in
     return next(size for size in range(min(scaler_block_size, blocks), 0, -1) if blocks % size == 0)
 
 
+def divides(weight: Tensor, pieces: int) -> bool:
+    """Whether a quantized weight can be cut along its rows: its codes, its scales and their scales into as many."""
+    parts = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor)
+    return len(weight) % pieces == 0 and all(part.numel() % pieces == 0 for part in parts)
+
+
 def quantized_bytes(
     numel: int, block_size: int = BLOCK_SIZE, scaler_block_size: int = SCALER_BLOCK_SIZE, *, itemsize: int = 4
 ) -> int:

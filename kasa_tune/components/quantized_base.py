@@ -6,7 +6,6 @@ names it by its checksum: a run goes on with the same bits, and needs no calibra
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -22,8 +21,7 @@ from kasa_tune.components.checkpointing import (
     read_manifest,
     save_checkpoint,
 )
-from kasa_tune.components.linear import AdapterLinear
-from kasa_tune.components.models.loading import read_tensor
+from kasa_tune.components.models.loading import block_linears, put_weight
 from kasa_tune.components.quantization import (
     check_quantizable,
     dequantize_workspace,
@@ -46,52 +44,18 @@ def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]
     Raises:
         ValueError: a layer's weight does not divide into such blocks.
     """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLinear | nn.Linear) and name.startswith("layers.") and ".lora_" not in name:
-            check_quantizable(module.weight.shape, block_size, name)
-            found[name] = module
-    return found
+    linears = block_linears(model)
+    for name, linear in linears.items():
+        check_quantizable(linear.weight.shape, block_size, name)
+    return linears
 
 
-@contextlib.contextmanager
-def unquantized(
-    linears: Mapping[str, nn.Module], weights: Mapping[str, Tensor], prefix: str, *, device: torch.device
-) -> Iterator[None]:
-    """While active, those of ``linears`` whose names begin with ``prefix`` hold their weights; before and after they
-    hold none.
-
-    Args:
-        linears: from :func:`quantized_linears`, with weights on meta, whose dtype is taken.
-        weights: of the base, by name.
-        prefix: ``layers.<i>.``, of one block.
-        device: where the block is to run.
-
-    Raises:
-        ValueError: a weight holds NaN or infinity.
-    """
-    inside = {name: linear for name, linear in linears.items() if name.startswith(prefix)}
-    on_meta = {name: linear.weight for name, linear in inside.items()}
-    try:
-        for name, linear in inside.items():
-            put(linear, read_tensor(weights, f"{name}.weight", device=device, dtype=on_meta[name].dtype))
-        yield
-    finally:
-        for name, linear in inside.items():
-            linear.weight = on_meta[name]
-
-
-def put(linear: nn.Module, weight: Tensor) -> None:
-    """Make a tensor, quantized or not, a linear's frozen weight."""
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def keep_quantized(folder: Path, linears: Mapping[str, nn.Module], known: str | None = None) -> str:
+def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | None = None) -> str:
     """Write the NF4 weights, whole or not at all.
 
     Args:
         folder: FOLDER in the run's output_dir; an older copy in it is replaced.
-        linears: from :func:`quantized_linears`, quantized.
+        weights: NF4, by the names of the linears from :func:`quantized_linears`.
         known: their checksum, if they were loaded; then a copy that has it stays as it is.
 
     Returns:
@@ -105,8 +69,8 @@ def keep_quantized(folder: Path, linears: Mapping[str, nn.Module], known: str | 
         if stored and _checksum(read_manifest(stored)) == known:
             return known
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, linear in linears.items():
-        parts.setdefault(_block_of(name), {})[name] = linear.weight
+    for name, weight in weights.items():
+        parts.setdefault(_block_of(name), {})[name] = weight
     return _checksum(read_manifest(save_checkpoint(folder, 0, parts)))
 
 
@@ -120,6 +84,16 @@ def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: t
 
     Raises:
         CheckpointError: they are missing, damaged, of another checksum, or of other layers than the model's.
+    """
+    for name, weight in read_quantized(checkpoint, linears):
+        put_weight(linears[name], weight.to(device))
+
+
+def read_quantized(checkpoint: Path, linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Names and NF4 weights of :func:`load_quantized`, a block at a time, on the CPU.
+
+    Raises:
+        CheckpointError: as :func:`load_quantized`.
     """
     folder = checkpoint.parent.parent / FOLDER
     stored, passed_over = latest_checkpoint(folder)
@@ -135,9 +109,9 @@ def load_quantized(checkpoint: Path, linears: Mapping[str, nn.Module], device: t
     waiting = dict(linears)
     for part in manifest["parts"]:
         for name, weight in load_part(stored, part).items():
-            if name not in waiting or waiting[name].weight.shape != weight.shape:
+            if name not in waiting or waiting.pop(name).weight.shape != weight.shape:
                 raise CheckpointError(f"{folder} is of another model: it has {name} {tuple(weight.shape)}.")
-            put(waiting.pop(name), weight.to(device))
+            yield name, weight
     if waiting:
         raise CheckpointError(f"{folder} is of another model: it has no {next(iter(waiting))}.")
 

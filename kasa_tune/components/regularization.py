@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.linear import KaSALinear
+from kasa_tune.components.sharding import whole
 
 ORTHOGONAL_GRAMS = ("thin", "full")
 REDUCTIONS = ("mean", "sum")
@@ -22,7 +23,7 @@ def kasa_regularization(
     ``L2 = Σ_j d_j²`` and ``L3 = ‖BᵀB − I_r‖_F + ‖A Aᵀ − I_r‖_F`` per layer, norms not squared, in float32.
 
     Args:
-        linears: modules of the model; those that are not :class:`KaSALinear` are passed over.
+        linears: modules of the model; those that are not :class:`KaSALinear` are passed over. Cut factors are gathered.
         orthogonal_gram: ``thin`` is the equation above; ``full`` the published training script, whose Gram matrices are
             ``d_out × d_out`` and ``d_in × d_in`` (computed from the thin ones, never formed).
         reduction: ``mean`` over layers as in the published script, or ``sum`` as in PEFT.
@@ -41,8 +42,8 @@ def kasa_regularization(
     layers = [linear for linear in linears if isinstance(linear, KaSALinear)]
     if not layers:
         return torch.zeros(()), torch.zeros(())
-    diagonals = torch.cat([layer.lora_diag.float() for layer in layers])
-    thin_factors = [layer.lora_a.weight for layer in layers] + [layer.lora_b.weight.T for layer in layers]
+    diagonals = torch.cat([whole(layer.lora_diag).float() for layer in layers])
+    thin_factors = [whole(layer.lora_a.weight) for layer in layers] + [whole(layer.lora_b.weight).T for layer in layers]
     l2 = diagonals.square().sum()
     l3 = orthogonality_defect(thin_factors, full=orthogonal_gram == "full").sum()
     return (l2 / len(layers), l3 / len(layers)) if reduction == "mean" else (l2, l3)

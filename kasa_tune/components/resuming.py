@@ -8,6 +8,7 @@ from typing import Any
 
 from torchtune import utils
 
+from kasa_tune.components.batches import EpochBatches
 from kasa_tune.components.checkpointing import find_checkpoint, latest_checkpoint, list_checkpoints, load_part
 
 log = utils.get_logger("INFO")
@@ -18,13 +19,19 @@ RESUMABLE_KEYS = {
     "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
     "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
     "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
-    "checkpointer", "tokenizer", "dataset", "dry_run", "calibration.dataset", "calibration.batch_size",
-    "calibration.offload", "calibration.cache_dir",
+    "batch_size", "gradient_accumulation_steps", "world_size", "timeout", "data_parallel_shard_dim",
+    "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset", "dry_run", "calibration.dataset",
+    "calibration.batch_size", "calibration.offload", "calibration.cache_dir",
 }  # fmt: skip
 
 
 def resume_point(
-    folder: Path, choice: bool | str, config: Mapping[str, Any], *, may_change: Collection[str] = RESUMABLE_KEYS
+    folder: Path,
+    choice: bool | str,
+    config: Mapping[str, Any],
+    *,
+    may_change: Collection[str] = RESUMABLE_KEYS,
+    world_size: int = 1,
 ) -> Path | None:
     """The checkpoint to go on from, or None to start from the beginning.
 
@@ -33,6 +40,7 @@ def resume_point(
         choice: True for the newest good one in ``folder``, if any; False for none; or the path of one or of a run.
         config: the run's, as plain containers.
         may_change: keys, dotted inside a section, whose value may differ from that of the saved run.
+        world_size: number of processes; it may differ if a step still has as many samples.
 
     Raises:
         ValueError: the run would overwrite another one's checkpoints, or goes on with other settings.
@@ -50,7 +58,14 @@ def resume_point(
                 "go on from it, choose another output_dir, or delete them."
             )
     if path is not None:
-        saved = load_part(path, "run")["config"]
+        run = load_part(path, "run")
+        saved = run["config"]
+        before, now = _samples_a_step(saved, run.get("world_size", 1)), _samples_a_step(config, world_size)
+        if before != now:
+            raise ValueError(
+                f"{path} was saved by a run with {before} samples a step; batch_size x gradient_accumulation_steps x "
+                f"processes is now {now}. Set the first two so that the product is {before}."
+            )
         if changed := list(_changed(saved, config, may_change)):
             raise ValueError(
                 f"{path} was saved by a run with other settings; going on would be neither run. Different: "
@@ -58,6 +73,22 @@ def resume_point(
             )
     log.info(f"Resuming from {path}." if path else "Starting from the beginning.")
     return path
+
+
+def place(run: Mapping[str, Any], accumulation: int, batches: EpochBatches) -> tuple[int, int, int]:
+    """Steps, epochs and batches of the running epoch that are done, for a run that may cut a step into other batches.
+
+    Args:
+        run: part ``run`` of the checkpoint.
+        accumulation: batches of a step now.
+        batches: of an epoch now, on one process.
+    """
+    steps = -(-run["batches_done"] // run["config"]["gradient_accumulation_steps"])  # of this epoch
+    return run["step"], run["epoch"], min(steps * accumulation, len(batches))
+
+
+def _samples_a_step(config: Mapping[str, Any], world_size: int) -> int:
+    return config.get("batch_size", 1) * config.get("gradient_accumulation_steps", 1) * world_size
 
 
 def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> Iterator[str]:

@@ -84,3 +84,29 @@ def write_rows(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """Called with a function and its arguments: what two processes that have met return, by rank."""
+    yield from _processes(2)
+
+
+@pytest.fixture(scope="session", params=[2, 3], ids="{} processes".format)
+def processes(request):
+    """Two processes that have met, then three."""
+    yield from _processes(request.param)
+
+
+@pytest.fixture(scope="session")
+def two_by_two_processes():
+    """Four processes of which two share a copy of the model."""
+    yield from _processes(4, shards=2)
+
+
+def _processes(size, **options):
+    from tests.components.several_processes import Processes
+
+    started = Processes(size, **options)
+    yield started
+    started.stop()

@@ -102,8 +102,7 @@ def test_ranks_share_the_epoch_that_one_rank_sees(n, batch_size, seed, world_siz
     for step in zip(*got):
         assert len({len(batch) for batch in step}) == 1
         joined += flat(step)
-    extra = -n % world_size  # padding of the tail, taken from the epoch's start
-    assert joined == order + [order[i % n] for i in range(extra)]
+    assert joined == order + [batches.FILLER] * (-n % world_size)
 
 
 @given(
@@ -325,3 +324,60 @@ def test_a_dense_mask_is_dense_even_for_a_gpu():
         assert batch["mask"].tolist() == batches.block_mask([torch.tensor([4, 2])], "cpu").tolist()
         (batch,) = loader(packed)
         assert batch["mask"] == "a BlockMask"
+
+
+# ---------------------------------------------------------------------------------------------------- filler
+
+
+class Packed(torch.utils.data.Dataset):
+    """Rows of six tokens in two samples."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return {key: np.arange(6) + i for key in ("tokens", "labels", "input_pos")} | {"seq_lens": np.array([4, 2])}
+
+
+@pytest.mark.parametrize("dataset", [Numbers(7), Packed()])
+def test_a_filler_is_a_sample_with_nothing_to_learn(dataset):
+    filled = batches.WithFiller(dataset)
+    for index in range(5):
+        assert {k: v.tolist() for k, v in filled[index].items()} == {k: v.tolist() for k, v in dataset[index].items()}
+    filler, first = filled[batches.FILLER], dataset[0]
+    assert filler.keys() == first.keys()
+    assert filler["labels"].tolist() == [-100] * len(first["labels"])
+    assert all(filler[key].tolist() == first[key].tolist() for key in filler.keys() - {"labels"})
+
+
+class Stored(torch.utils.data.Dataset):
+    """Rows that are kept, and handed out as they are."""
+
+    def __init__(self):
+        self.rows = [{"tokens": np.arange(3), "labels": np.arange(3)} for _ in range(2)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def test_the_sample_that_stands_in_keeps_its_own_labels():
+    stored = Stored()
+    batches.WithFiller(stored)[batches.FILLER]
+    assert stored.rows[0]["labels"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ranks_learn_from_every_token_once_and_take_batches_of_one_shape(world_size, num_workers):
+    options = {"shuffle": True, "world_size": world_size, "batch_size": 2, "num_workers": num_workers}
+    per_rank = [list(loader(Numbers(11), rank=rank, **options)) for rank in range(world_size)]
+    assert len({len(mine) for mine in per_rank}) == 1
+    labels = Counter()
+    for step in zip(*per_rank, strict=True):
+        assert len({len(batch["tokens"]) for batch in step}) == 1
+        for batch in step:
+            labels.update(batch["labels"][batch["labels"] != -100].tolist())
+    assert labels == Counter({i: i % 5 for i in range(11) if i % 5})

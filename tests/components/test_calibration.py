@@ -29,9 +29,9 @@ from kasa_tune.components.calibration_data import batched, draw_rounds, rows_dig
 from kasa_tune.components.decomposition import co_svd_workspace
 from kasa_tune.components.linear import CorDALinear
 from kasa_tune.components.models.attach import ATTN_MODULES
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, lent_weights, load_base_weights
 from kasa_tune.components.packing import pack
-from kasa_tune.components.quantized_base import quantized_linears, unquantized
+from kasa_tune.components.quantized_base import quantized_linears
 from tests.toy_models import FAMILIES, SIZES, VOCAB, randomized
 
 CPU = torch.device("cpu")
@@ -244,7 +244,7 @@ def test_widths_around_those_that_are_summed_in_halves(num_tokens, width):
     total = Covariance(("layer",), 0, torch.zeros(width, width, dtype=torch.float64))
     for part in range(2):
         total.add(x[part : part + 1], valid[part : part + 1], per_sample=False)
-    total.finish(None)
+    total.finish(per_sample=False)
     rows = x[valid].double()
     assert total.num_tokens == len(rows) == 2 * num_tokens - 1
     torch.testing.assert_close(total.matrix, rows.T @ rows, rtol=1e-10, atol=1e-10)
@@ -307,7 +307,7 @@ def test_the_largest_entry_of_a_sample_is_signed_and_not_one_of_the_padding():
     x = torch.tensor([[[-8.0, 2.0], [1.0, -4.0], [99.0, 99.0]]])
     total = Covariance(("layer",), 0, torch.zeros(2, 2))
     total.add(x, torch.tensor([[True, True, False]]), per_sample=True)
-    total.finish(1)
+    total.finish(per_sample=True)
     torch.testing.assert_close(total.matrix, torch.tensor([[65.0, -20.0], [-20.0, 20.0]]) / 4)
 
 
@@ -315,7 +315,7 @@ def test_half_precision_inputs_are_normalized_in_the_precision_of_the_sums():
     x = torch.randn(1, 50, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     total = Covariance(("layer",), 0, torch.zeros(4, 4))
     total.add(x, torch.ones(1, 50, dtype=torch.bool), per_sample=True)
-    total.finish(1)
+    total.finish(per_sample=True)
     scaled = x[0].double() / x.double().max()
     torch.testing.assert_close(total.matrix.double(), scaled.T @ scaled, rtol=1e-5, atol=1e-6)
 
@@ -403,7 +403,7 @@ def test_one_bad_entry_is_seen_wherever_it_is(bad):
         total = Covariance(("layers.3.mlp.w1",), 4, torch.zeros(4, 4))
         total.add(x, torch.ones(1, 6, dtype=torch.bool), per_sample=False)
         with pytest.raises(ValueError, match=r"layers\.3\.mlp\.w1: .* round 5"):
-            total.finish(None)
+            total.finish(per_sample=False)
 
 
 def test_no_token_at_all_is_an_error_that_names_the_layer():
@@ -763,7 +763,7 @@ def one_at_a_time(linears, weights, visited):
     @contextlib.contextmanager
     def loaded(prefix):
         assert all(linear.weight.is_meta for linear in linears.values())
-        with unquantized(linears, weights, prefix, device=CPU):
+        with lent_weights(linears, weights, prefix, device=CPU):
             visited.append(prefix)
             yield
         assert all(linear.weight.is_meta for linear in linears.values())

@@ -11,7 +11,7 @@ from kasa_tune.components.covariance import damped
 from kasa_tune.components.decomposition import co_svd
 from kasa_tune.components.decomposition_cache import CacheError, DecompositionCache
 from kasa_tune.components.linear import CorDALinear
-from kasa_tune.components.quantized_base import put
+from kasa_tune.components.models.loading import put_weight
 from tests.components.test_allocation import allocate_by_the_loop
 
 # Linears by the input they share: their names, d_in, and d_out of each.
@@ -52,13 +52,13 @@ class World:
         self.walks.append(title)
         for names, _, _ in GROUPS:
             for name in names:
-                put(self.linears[name], self.weights[name].clone())
+                put_weight(self.linears[name], self.weights[name].clone())
             for round in (*range(self.rounds), POOLED):
                 if layers := [name for name in names if wanted(name, round)]:
                     self.visits.append((title, tuple(layers), round))
                     yield layers, round, self.covariances[layers[0], round]
             for name in names:
-                put(self.linears[name], torch.empty_like(self.weights[name], device="meta"))
+                put_weight(self.linears[name], torch.empty_like(self.weights[name], device="meta"))
 
 
 def cache(folder, **key):

@@ -340,3 +340,36 @@ def test_two_runs_of_different_ranks_share_a_folder(tmp_path):
         assert_same_components(cache.components("ipm", ranks_of(*ranks), otherwise=never), found)
     both = cache.components("ipm", ranks_of(4, 3), otherwise=never)
     assert_same_components(both, {LAYERS[0]: whole[LAYERS[0]], LAYERS[1]: whole[LAYERS[1]].first(3)})
+
+
+def test_who_does_not_write_finds_and_reads_all_the_same(tmp_path):
+    folder = tmp_path / "cache"
+    reader = DecompositionCache(folder, key(), writes=False)
+    found = components()
+    assert_same_spectra(reader.spectra(otherwise=spectra), spectra())
+    assert_same_components(reader.components("ipm", ranks_of(3, 2), otherwise=lambda: found), found)
+    assert not folder.exists()
+    writer = DecompositionCache(folder, key())
+    writer.spectra(otherwise=spectra)
+    writer.components("ipm", ranks_of(3, 2), otherwise=lambda: found)
+    assert_same_spectra(reader.spectra(otherwise=never), spectra())
+    assert_same_components(reader.components("ipm", ranks_of(3, 2), otherwise=never), found)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    reader.components("ipm", ranks_of(4, 2), otherwise=lambda: components((4, 2)))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_content_tells_folders_apart(tmp_path):
+    empty, one = (DecompositionCache(tmp_path / name, key()) for name in ("empty", "one"))
+    assert empty.content() == one.content() == ""
+    one.components("kpm", ranks_of(1, 1), otherwise=lambda: components((1, 1)))
+    small = one.content()
+    size = (tmp_path / "one" / "kpm.safetensors").stat().st_size
+    assert small == f"kpm.safetensors:{size}"
+    one.spectra(otherwise=spectra)
+    assert one.content().startswith(f"{small} spectra.safetensors:")
+    (tmp_path / "one" / ".ipm.123.safetensors").write_bytes(b"of a run that was killed")
+    (tmp_path / "one" / "notes.txt").write_text("of the user")
+    assert one.content().count(":") == 2
+    one.components("kpm", ranks_of(3, 2), otherwise=components)
+    assert one.content().split()[0] not in ("", small)

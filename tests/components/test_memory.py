@@ -1,5 +1,6 @@
 """The byte budget counted on meta against what a real run of the same toy on the CPU holds."""
 
+import math
 from functools import partial
 
 import pytest
@@ -9,8 +10,17 @@ from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchtune import modules, training
 
 from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.distributed import shard
 from kasa_tune.components.loss import return_hidden_states
-from kasa_tune.components.memory import SET_UP, budget_report, memory_budget, state_bytes, truncation_workspace
+from kasa_tune.components.memory import (
+    SET_UP,
+    budget_report,
+    check_optimizer,
+    memory_budget,
+    per_process,
+    state_bytes,
+    truncation_workspace,
+)
 from kasa_tune.components.models.llama3 import kasa_llama3_8b
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from kasa_tune.components.quantization import dequantize, quantize, to_parts
@@ -237,3 +247,64 @@ def test_the_trained_parameters_are_told(method):
     diagonals = len(list(adapter_linears(model))) * RANK
     words = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if method == "kasa" else ""
     assert budget_report(model, {})[0] == f"Trainable parameters: {total:,}{words}"
+
+
+def bytes_held(world, dtype):
+    """Of a model that the processes hold together: this one's frozen and trained parameters, and buffers of edits."""
+    model = loaded(dtype=dtype)
+    for block in (*model.layers, model):
+        shard(block, world)
+    held = dict.fromkeys((False, True), 0)
+    for parameter in model.parameters():
+        held[parameter.requires_grad] += parameter.to_local().nbytes
+    edits = sum(buffer.nbytes for name, buffer in model.named_buffers() if "lora_edit" in name)
+    return held[False], held[True], edits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_process_holds_its_part_of_what_is_cut_and_all_of_the_rest(two_processes, dtype):
+    """The toy's sizes divide by two, so that both processes hold the same."""
+    model = on_meta(dtype=dtype)
+    alone = budget(model)
+    own = per_process(alone, model, 2)
+    assert own["gradients"] * 2 == alone["gradients"]
+    assert own["optimizer"] * 2 == alone["optimizer"]
+    for frozen, trained, edits in two_processes(bytes_held, dtype):
+        assert own["base weights"] == frozen == alone["base weights"] / 2
+        assert own["adapters"] == trained + edits
+        assert own["gradients"] == trained
+    unchanged = alone.keys() - {"base weights", "adapters", "gradients", "optimizer"}
+    assert all(own[purpose] == alone[purpose] for purpose in unchanged)
+    block, *others = [sum(p.nbytes for p in layer.parameters()) for layer in model.layers]
+    assert others == [block]
+    outside = (2 * VOCAB * 32 + 32) * dtype.itemsize  # embedding, output, the last norm
+    assert own["gathered weights"] == 2 * block + outside
+
+
+def test_of_a_single_process_it_is_the_budget_itself():
+    model = on_meta()
+    alone = budget(model)
+    assert per_process(alone, model, 1) == alone
+
+
+def test_uneven_parts_are_counted_as_the_largest():
+    model = on_meta()
+    alone = budget(model)
+    own = per_process(alone, model, 7)
+    assert own["optimizer"] == math.ceil(alone["optimizer"] / 7)
+    assert own["base weights"] == math.ceil(alone["base weights"] / 7)
+
+
+@pytest.mark.parametrize("make", [AdamW8bit, AdamW4bit, AdamWFp8])
+def test_a_quantized_optimizer_state_is_refused_where_it_would_be_cut(make, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    options = FAMILIES["llama3"].sizes | {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 1}
+    model = build_on_meta(partial(FAMILIES["llama3"].lora, ["q_proj"], rank=16, **options), dtype=torch.float32)
+    check_optimizer(partial(make, lr=0.1), model)
+    with pytest.raises(ValueError, match=rf"{make.__name__} keeps a quantized state.*torch\.optim"):
+        check_optimizer(partial(make, lr=0.1), model, is_cut=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_of_torchs_optimizers_may_be_cut(name):
+    check_optimizer(OPTIMIZERS[name], on_meta(), is_cut=True)

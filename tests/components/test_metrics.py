@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from kasa_tune.components.metrics import JSONLLogger, read_metrics
+from kasa_tune.components.metrics import JSONLLogger, SilentLogger, read_metrics
 
 
 @pytest.fixture
@@ -106,3 +106,16 @@ def test_the_config_is_kept_beside_the_metrics_resolved(logger):
     found = OmegaConf.load(logger.path.parent / "config.yaml")
     assert found == {"output_dir": "/runs/a", "log_dir": "/runs/a/log", "lr": 2e-4}
     assert "${" not in (logger.path.parent / "config.yaml").read_text()
+
+
+def test_a_silent_logger_takes_what_another_does_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    logger = SilentLogger()
+    logger.log_config(OmegaConf.create({"lr": 2e-4}))
+    logger.log("loss", 1.0, step=1)
+    logger.log_dict({"loss": torch.tensor(1.0)}, step=2)
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    asked = {name for name in vars(JSONLLogger) if not name.startswith("_")} - {"rewind"}
+    assert all(callable(getattr(logger, name)) for name in asked)

@@ -20,6 +20,7 @@ from kasa_tune.components.quantization import (
     check_quantizable,
     dequantize,
     dequantize_workspace,
+    divides,
     fitting_scaler_block_size,
     from_parts,
     is_quantized,
@@ -405,3 +406,24 @@ def test_a_frozen_nf4_weight_is_kept_for_the_backward_and_not_its_dequantized_co
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         F.linear(normal(2, 64).requires_grad_(), quantized)
     assert [is_quantized(tensor) for tensor in kept] == [True]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("block_size", [2, 8, 16])
+@pytest.mark.parametrize("scaler_block_size", [1, 4, 16])
+@pytest.mark.parametrize("shape", [(8, 16), (6, 16), (5, 32), (24, 24), (16, 4)])
+def test_it_divides_where_every_part_does(shape, block_size, scaler_block_size, pieces):
+    """By counting: two codes to a byte, a scale to a block, a scale of scales to a group of these."""
+    numel = shape[0] * shape[1]
+    blocks = numel // block_size
+    groups = blocks // max(n for n in range(1, scaler_block_size + 1) if blocks % n == 0)
+    expected = all(number % pieces == 0 for number in (shape[0], numel // 2, blocks, groups))
+    assert (
+        divides(quantize(normal(*shape), block_size=block_size, scaler_block_size=scaler_block_size), pieces)
+        is expected
+    )
+
+
+def test_a_weight_of_a_real_size_divides_into_the_processes_of_a_machine():
+    weight = quantize(normal(1024, 1024))
+    assert [pieces for pieces in range(1, 17) if divides(weight, pieces)] == [1, 2, 4, 8, 16]

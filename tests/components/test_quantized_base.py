@@ -10,14 +10,13 @@ from torch import nn
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import CheckpointError, list_checkpoints, save_checkpoint
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, put_weight
 from kasa_tune.components.quantization import dequantize_workspace, is_quantized, quantize, quantize_workspace, to_parts
 from kasa_tune.components.quantized_base import (
     FOLDER,
     base_bytes,
     keep_quantized,
     load_quantized,
-    put,
     quantized_linears,
 )
 from tests.components.failing_disk import at_each_call, died_by_kill, disk_full, in_a_process_that_dies, killed
@@ -45,12 +44,16 @@ def quantized(name="llama3", kind="corda", dtype=torch.float32, *, seed=0, **opt
     load_base_weights(model, weights, device=CPU, adapter_dtype=torch.float32, without=without)
     for path, linear in linears.items():
         sizes = {"block_size": BLOCK, "scaler_block_size": SCALER_BLOCK}
-        put(linear, quantize(weights[f"{path}.weight"], **sizes, dtype=dtype))
+        put_weight(linear, quantize(weights[f"{path}.weight"], **sizes, dtype=dtype))
     return model.eval(), linears
 
 
 def checkpoint_of(output_dir, checksum, step=3):
     return save_checkpoint(output_dir / "checkpoints", step, {"run": {"quantized_base": checksum}})
+
+
+def weights_of(linears):
+    return {path: linear.weight for path, linear in linears.items()}
 
 
 def assert_same_weights(linears, expected):
@@ -91,10 +94,10 @@ def test_a_layer_that_does_not_divide_is_refused_by_name():
 
 def test_put_weights_are_frozen():
     linear = nn.Linear(4, 4)
-    put(linear, torch.ones(4, 4))
+    put_weight(linear, torch.ones(4, 4))
     assert (type(linear.weight), linear.weight.requires_grad) == (nn.Parameter, False)
     weight = quantize(torch.randn(4, 4), block_size=4)
-    put(linear, weight)
+    put_weight(linear, weight)
     assert_same_bits(linear.weight, weight)
     assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
 
@@ -135,7 +138,7 @@ def test_the_largest_block_and_weight_count():
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2"])
 def test_kept_weights_come_back_bit_for_bit(name, dtype, tmp_path):
     model, linears = quantized(name, dtype=dtype)
-    checksum = keep_quantized(tmp_path / FOLDER, linears)
+    checksum = keep_quantized(tmp_path / FOLDER, weights_of(linears))
     again, others = quantized(name, dtype=dtype, seed=1)
     assert not torch.equal(again(tokens()), model(tokens()))
     load_quantized(checkpoint_of(tmp_path, checksum), others, CPU)
@@ -147,7 +150,7 @@ def test_kept_weights_come_back_bit_for_bit(name, dtype, tmp_path):
 
 def test_they_are_loaded_onto_a_model_without_weights(tmp_path):
     _, linears = quantized()
-    checksum = keep_quantized(tmp_path / FOLDER, linears)
+    checksum = keep_quantized(tmp_path / FOLDER, weights_of(linears))
     _, others = on_meta()
     load_quantized(checkpoint_of(tmp_path, checksum), others, CPU)
     assert_same_weights(others, linears)
@@ -155,7 +158,7 @@ def test_they_are_loaded_onto_a_model_without_weights(tmp_path):
 
 def test_on_disk_they_take_what_they_take_in_memory(tmp_path):
     _, linears = quantized()
-    keep_quantized(tmp_path / FOLDER, linears)
+    keep_quantized(tmp_path / FOLDER, weights_of(linears))
     (folder,) = list_checkpoints(tmp_path / FOLDER)
     assert sorted(path.stem for path in folder.glob("*.safetensors")) == ["layers.0", "layers.1"]
     tensors = [part for linear in linears.values() for part in to_parts(linear.weight)[1].values()]
@@ -166,11 +169,11 @@ def test_on_disk_they_take_what_they_take_in_memory(tmp_path):
 
 def test_the_checksum_tells_bases_apart(tmp_path):
     _, linears = quantized()
-    checksum = keep_quantized(tmp_path / "one", linears)
-    assert keep_quantized(tmp_path / "same", linears) == checksum
+    checksum = keep_quantized(tmp_path / "one", weights_of(linears))
+    assert keep_quantized(tmp_path / "same", weights_of(linears)) == checksum
     codes = to_parts(linears["layers.1.mlp.w2"].weight)[1]["quantized_data"]
     codes[5] ^= 1
-    assert keep_quantized(tmp_path / "other", linears) != checksum
+    assert keep_quantized(tmp_path / "other", weights_of(linears)) != checksum
 
 
 def modified(folder):
@@ -181,11 +184,11 @@ def test_a_known_copy_stays_as_it_is_and_any_other_is_replaced(tmp_path):
     _, linears = quantized()
     _, others = quantized(seed=1)
     folder = tmp_path / FOLDER
-    checksum = keep_quantized(folder, linears)
+    checksum = keep_quantized(folder, weights_of(linears))
     before = modified(folder)
-    assert keep_quantized(folder, linears, checksum) == checksum
+    assert keep_quantized(folder, weights_of(linears), checksum) == checksum
     assert modified(folder) == before
-    other = keep_quantized(folder, others)
+    other = keep_quantized(folder, weights_of(others))
     assert other != checksum
     load_quantized(checkpoint_of(tmp_path, other), linears, CPU)
     assert_same_weights(linears, others)
@@ -195,10 +198,10 @@ def test_a_known_copy_stays_as_it_is_and_any_other_is_replaced(tmp_path):
 def test_a_run_that_goes_on_elsewhere_takes_its_base_along(tmp_path):
     _, linears = quantized()
     _, others = quantized(seed=1)
-    checksum = keep_quantized(tmp_path / "first" / FOLDER, linears)
-    keep_quantized(tmp_path / "second" / FOLDER, others)  # of an earlier run
+    checksum = keep_quantized(tmp_path / "first" / FOLDER, weights_of(linears))
+    keep_quantized(tmp_path / "second" / FOLDER, weights_of(others))  # of an earlier run
     for folder in ("second", "third"):
-        assert keep_quantized(tmp_path / folder / FOLDER, linears, checksum) == checksum
+        assert keep_quantized(tmp_path / folder / FOLDER, weights_of(linears), checksum) == checksum
         _, again = on_meta()
         load_quantized(checkpoint_of(tmp_path / folder, checksum), again, CPU)
         assert_same_weights(again, linears)
@@ -206,10 +209,10 @@ def test_a_run_that_goes_on_elsewhere_takes_its_base_along(tmp_path):
 
 def test_a_damaged_copy_of_a_known_base_is_written_again(tmp_path):
     _, linears = quantized()
-    checksum = keep_quantized(tmp_path / FOLDER, linears)
+    checksum = keep_quantized(tmp_path / FOLDER, weights_of(linears))
     (file,) = (tmp_path / FOLDER).rglob("layers.1.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    assert keep_quantized(tmp_path / FOLDER, linears, checksum) == checksum
+    assert keep_quantized(tmp_path / FOLDER, weights_of(linears), checksum) == checksum
     _, again = on_meta()
     load_quantized(checkpoint_of(tmp_path, checksum), again, CPU)
     assert_same_weights(again, linears)
@@ -222,7 +225,7 @@ def test_a_damaged_copy_of_a_known_base_is_written_again(tmp_path):
 def kept(tmp_path):
     """A run's output_dir with a quantized base and a checkpoint that names it."""
     _, linears = quantized()
-    checksum = keep_quantized(tmp_path / "run" / FOLDER, linears)
+    checksum = keep_quantized(tmp_path / "run" / FOLDER, weights_of(linears))
     return tmp_path / "run", checkpoint_of(tmp_path / "run", checksum)
 
 
@@ -256,7 +259,7 @@ def test_a_damaged_file_is_named(kept, damage, name):
 
 def test_another_runs_base_is_refused(kept):
     output_dir, checkpoint = kept
-    keep_quantized(output_dir / FOLDER, quantized(seed=1)[1])
+    keep_quantized(output_dir / FOLDER, weights_of(quantized(seed=1)[1]))
     _, linears = on_meta()
     with pytest.raises(CheckpointError, match=r"quantized_base is not the quantized base that .*checksums differ"):
         load_quantized(checkpoint, linears, CPU)
@@ -285,7 +288,7 @@ def writers(tmp_path):
     """A template with a kept base and its checkpoint, the kept linears and others."""
     _, old = quantized(num_layers=1)
     _, new = quantized(num_layers=1, seed=1)
-    checksum = keep_quantized(tmp_path / "template" / FOLDER, old)
+    checksum = keep_quantized(tmp_path / "template" / FOLDER, weights_of(old))
     checkpoint_of(tmp_path / "template", checksum)
     return old, new
 
@@ -302,12 +305,12 @@ def loaded_from(output_dir, checksum=None):
 
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(tmp_path, monkeypatch):
     old, new = writers(tmp_path)
-    written = keep_quantized(tmp_path / "elsewhere", new)
+    written = keep_quantized(tmp_path / "elsewhere", weights_of(new))
 
     def work(folder, n):
         with monkeypatch.context() as patch:
             at_each_call(patch, killed)(n)
-            keep_quantized(folder, new)
+            keep_quantized(folder, weights_of(new))
 
     outcomes = []
     for n in range(1, 100):
@@ -320,7 +323,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(tmp_path, monkeypatc
         except CheckpointError:
             assert_same_weights(loaded_from(run, written), new)
             outcomes.append("new")
-        assert keep_quantized(run / FOLDER, new) == written  # the next start writes it all the same
+        assert keep_quantized(run / FOLDER, weights_of(new)) == written  # the next start writes it all the same
         assert [path.name for path in (run / FOLDER).iterdir()] == ["step_00000000"]
     assert outcomes.count("old") > 8
     assert "new" in outcomes
@@ -334,6 +337,6 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_each_call(patch, disk_full)(4)
         with pytest.raises(OSError, match=r"quantized_base.*No space left"):
-            keep_quantized(run / FOLDER, new)
+            keep_quantized(run / FOLDER, weights_of(new))
     assert_same_weights(loaded_from(run), old)
     assert os.listdir(run / FOLDER) == ["step_00000000"]

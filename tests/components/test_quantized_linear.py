@@ -11,8 +11,10 @@ from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, l
 from kasa_tune.components.decomposition import co_svd, smallest_triplets, split_component
 from kasa_tune.components.linear import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.models.loading import put_weight
 from kasa_tune.components.quantization import dequantize, from_parts, is_quantized, quantize, to_parts
-from kasa_tune.components.quantized_base import put, quantized_linears
+from kasa_tune.components.quantized_base import quantized_linears
+from kasa_tune.components.quantized_start import quantized_start
 from tests.tolerances import assert_rounding_only, assert_same_bits
 from tests.toy_models import FAMILIES, randomized, tokens
 
@@ -29,6 +31,12 @@ def nf4(weight, dtype=torch.float32):
     return quantize(weight, block_size=BLOCK, dtype=dtype)
 
 
+def start(linear, full, dtype=torch.float32):
+    """Give a linear the NF4 copy of a full weight and start its adapter, as the recipe does."""
+    method = "qkasa" if isinstance(linear, KaSALinear) else "qlora"
+    quantized_start(full, linear, method, quantize=lambda weight: nf4(weight, dtype)).put_into(linear)
+
+
 def quantized(kind, *, dtype=torch.float32, use_bias=False, trained=True):
     """A linear of a kind on an NF4 weight, as the recipe makes it, with the full weight as ``full``."""
     torch.manual_seed(0)
@@ -40,15 +48,14 @@ def quantized(kind, *, dtype=torch.float32, use_bias=False, trained=True):
     if use_bias:
         linear.bias.data = torch.randn(D_OUT).to(dtype)
     if kind == "corda, folded":
-        put(linear, linear.full)
+        put_weight(linear, linear.full)
         linear.start_from(split_component(co_svd(linear.full, None, 5, "ipm"), linear.scaling))
-        put(linear, nf4(linear.weight, dtype))
+        put_weight(linear, nf4(linear.weight, dtype))
     elif kind == "corda, factored":
-        put(linear, nf4(linear.full, dtype))
+        put_weight(linear, nf4(linear.full, dtype))
         linear.start_from(split_component(co_svd(linear.full, None, 5, "ipm"), linear.scaling))
     else:
-        put(linear, nf4(linear.full, dtype))
-        linear.initialize(linear.full)
+        start(linear, linear.full, dtype)
     if trained:
         for name in linear.adapter_params():
             linear.get_parameter(name).data.normal_()
@@ -94,7 +101,7 @@ def test_forward_and_gradients_are_those_on_the_dequantized_weight(kind, use_bia
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_update_are_those_on_the_dequantized_weight(kind):
     linear, plain = quantized(kind), quantized(kind)
-    put(plain, dequantize(linear.weight))
+    put_weight(plain, dequantize(linear.weight))
     x = torch.randn(5, D_IN)
     for each in (linear, plain):
         each(x).square().sum().backward()
@@ -163,8 +170,7 @@ def test_a_factored_start_is_the_quantized_weight_bit_for_bit(dtype):
 def test_kasa_is_undone_bit_for_bit_without_its_adapter(storage):
     linear = KaSALinear(D_IN, D_OUT, RANK, edit_storage=storage)
     full = torch.randn(D_OUT, D_IN)
-    put(linear, nf4(full))
-    linear.initialize(full)
+    start(linear, full)
     linear.disabled = True
     x = torch.randn(4, D_IN)
     assert torch.equal(linear(x), F.linear(x, linear.weight))
@@ -174,7 +180,7 @@ def test_kasa_is_undone_bit_for_bit_without_its_adapter(storage):
 @pytest.mark.parametrize("make", [KaSALinear, CorDALinear])
 def test_folding_into_a_quantized_weight_is_refused_and_changes_nothing(make):
     linear = make(D_IN, D_OUT, RANK, edit_storage="folded")
-    put(linear, nf4(torch.randn(D_OUT, D_IN)))
+    put_weight(linear, nf4(torch.randn(D_OUT, D_IN)))
     before = {name: tensor.clone() for name, tensor in linear.state_dict().items() if name != "weight"}
     weight = nf4(dequantize(linear.weight))
     edit = LowRank(torch.randn(D_OUT, 2), torch.randn(2, D_IN))
@@ -190,7 +196,7 @@ def test_folding_into_a_quantized_weight_is_refused_and_changes_nothing(make):
 def test_an_edit_that_has_been_taken_out_is_noted_and_nothing_else():
     linear = CorDALinear(D_IN, D_OUT, RANK)
     weight = nf4(torch.randn(D_OUT, D_IN))
-    put(linear, weight)
+    put_weight(linear, weight)
     edit = LowRank(torch.randn(D_OUT, 2), torch.randn(2, D_IN))
     linear.set_edit(edit, taken_out=True)
     assert linear.folded
@@ -207,7 +213,7 @@ def test_an_edit_that_has_been_taken_out_is_noted_and_nothing_else():
 def test_an_edit_can_be_taken_out_of_a_plain_weight_elsewhere_too(make):
     linear = make(D_IN, D_OUT, RANK)
     weight = torch.randn(D_OUT, D_IN)
-    put(linear, weight)
+    put_weight(linear, weight)
     linear.set_edit(LowRank(torch.randn(D_OUT, 2), torch.randn(2, D_IN)), taken_out=True)
     assert linear.folded
     assert torch.equal(linear.weight, weight)
@@ -228,9 +234,10 @@ def model(kind, name="llama3", *, started=True, storage=None):
         adapted = hasattr(linear, "lora_a")
         if adapted and kind == "corda" and started:
             linear.start_from(split_component(co_svd(full, None, 1 + index % 4, "ipm"), linear.scaling))
-        put(linear, nf4(linear.weight))
         if adapted and started and kind != "corda":
-            linear.initialize(full)
+            start(linear, full)
+        else:
+            put_weight(linear, nf4(linear.weight))
         assert is_quantized(made.get_submodule(path).weight)
     return made, linears
 
@@ -250,7 +257,7 @@ def test_an_adapter_comes_back_onto_the_same_quantized_base_bit_for_bit(kind, na
     state = {key: tensor.clone() for key, tensor in adapter_state_dict(trained).items()}
     again, others = model(kind, name, started=False)
     for path, linear in others.items():
-        put(linear, linears[path].weight)
+        put_weight(linear, linears[path].weight)
     if checkpointing:
         training.set_activation_checkpointing(again, {modules.TransformerSelfAttentionLayer})
     load_adapter_state_dict(again, state)
@@ -271,7 +278,7 @@ def test_a_factored_edit_on_a_quantized_base_stays_in_the_forward():
     state = adapter_state_dict(trained)
     again, others = model("kasa", storage="factored", started=False)
     for path, linear in others.items():
-        put(linear, linears[path].weight)
+        put_weight(linear, linears[path].weight)
     load_adapter_state_dict(again, state)
     assert not any(linear.folded for _, linear in adapter_linears(again))
     assert all(linear.edit.dense().any() for _, linear in adapter_linears(again))
@@ -285,7 +292,7 @@ def test_a_plain_lora_of_corda_linears_comes_back_too():
         nn.init.normal_(linear.lora_b.weight)
     again, others = model("corda", started=False)
     for path, linear in others.items():
-        put(linear, linears[path].weight)
+        put_weight(linear, linears[path].weight)
     load_adapter_state_dict(again, adapter_state_dict(trained))
     assert not any(linear.folded for _, linear in adapter_linears(again))
     assert torch.equal(again(tokens()), trained(tokens()))

@@ -1,9 +1,14 @@
 """From where a run goes on: every choice, and every reason not to."""
 
-import pytest
+import math
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kasa_tune.components.batches import FILLER, EpochBatches
 from kasa_tune.components.checkpointing import CheckpointError, save_checkpoint
-from kasa_tune.components.resuming import RESUMABLE_KEYS, resume_point
+from kasa_tune.components.resuming import RESUMABLE_KEYS, place, resume_point
 
 CONFIG = {
     "seed": 1,
@@ -193,8 +198,99 @@ def test_which_keys_may_change_is_up_to_the_recipe(folder):
 
 
 def test_nothing_that_shapes_the_result_is_free_to_change():
-    fixed = {"seed", "model", "adapter", "optimizer", "lr_scheduler", "loss", "batch_size", "dtype", "shuffle",
-             "gradient_accumulation_steps", "clip_grad_norm", "max_steps_per_epoch", "calibration"}  # fmt: skip
+    fixed = {"seed", "model", "adapter", "optimizer", "lr_scheduler", "loss", "dtype", "shuffle", "clip_grad_norm",
+             "max_steps_per_epoch", "quantization", "calibration"}  # fmt: skip
     assert not fixed & RESUMABLE_KEYS
     inside = {key.partition(".")[2] for key in RESUMABLE_KEYS if key.startswith("calibration.")}
     assert inside == {"dataset", "batch_size", "offload", "cache_dir"}
+
+
+# --------------------------------------------------------------------------------- as many samples a step
+
+
+def save_sizes(folder, batch_size, accumulation, processes):
+    config = CONFIG | {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    run = {"config": config} | ({"world_size": processes} if processes else {})
+    return save_checkpoint(folder, 1, {"run": run, "adapter": {}})
+
+
+def resume_with(folder, batch_size, accumulation, processes):
+    config = CONFIG | {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    return resume_point(folder, True, config, **({"world_size": processes} if processes else {}))
+
+
+@pytest.mark.parametrize("now", [(2, 3, 4), (4, 3, 2), (1, 6, 4), (24, 1, 1), (8, 3, None), (1, 1, 24)])
+@pytest.mark.parametrize("saved", [(2, 3, 4), (6, 4, None), (6, 4, 1)])
+def test_a_step_may_be_cut_in_another_way(folder, saved, now):
+    checkpoint = save_sizes(folder, *saved)
+    assert resume_with(folder, *now) == checkpoint
+
+
+@pytest.mark.parametrize("now", [(2, 3, 2), (2, 3, 5), (4, 3, 4), (2, 6, 4), (2, 3, None)])
+def test_other_samples_a_step_are_refused_with_both_numbers(folder, now):
+    save_sizes(folder, 2, 3, 4)
+    product = now[0] * now[1] * (now[2] or 1)
+    told = rf"24 samples a step; batch_size x gradient_accumulation_steps x processes is now {product}\. .* is 24\."
+    with pytest.raises(ValueError, match=told) as caught:
+        resume_with(folder, *now)
+    assert "step_00000001" in str(caught.value)
+
+
+def test_left_out_sizes_are_one(folder):
+    saved = save_checkpoint(folder, 1, {"run": {"config": CONFIG}, "adapter": {}})
+    assert resume_with(folder, 1, 1, None) == saved
+    with pytest.raises(ValueError, match=r"with 1 samples a step.* is now 2"):
+        resume_with(folder, 1, 1, 2)
+
+
+def epoch_of(samples, batch_size, processes, rank=0):
+    return EpochBatches([samples], batch_size=batch_size, seed=5, shuffle=True, rank=rank, world_size=processes)
+
+
+def steps_of(samples, batch_size, accumulation, processes, start=0):
+    """The samples of each step of an epoch, from a batch on, in any order inside the step."""
+    parts = []
+    for rank in range(processes):
+        batches = epoch_of(samples, batch_size, processes, rank)
+        batches.set_position(2, start)
+        left = list(batches)
+        parts.append([left[i : i + accumulation] for i in range(0, len(left), accumulation)])
+    return [
+        sorted(i for windows in step for batch in windows for i in batch if i != FILLER)
+        for step in zip(*parts, strict=True)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, 4)] * 3).flatmap(
+        lambda saved: st.tuples(
+            st.just(saved),
+            st.sampled_from(
+                [
+                    (b, a, math.prod(saved) // (a * b))
+                    for b in range(1, math.prod(saved) + 1)
+                    for a in range(1, math.prod(saved) // b + 1)
+                    if math.prod(saved) % (a * b) == 0
+                ]
+            ),
+        )
+    ),
+    samples=st.integers(1, 60),
+    data=st.data(),
+)
+def test_the_rest_of_the_epoch_has_the_steps_it_would_have_had(sizes, samples, data):
+    (batch_size, accumulation, processes), now = sizes
+    whole_epoch = steps_of(samples, batch_size, accumulation, processes)
+    done = data.draw(st.integers(0, len(whole_epoch)))
+    run = {
+        "step": 100 + done,
+        "epoch": 2,
+        "batches_done": min(done * accumulation, len(epoch_of(samples, batch_size, processes))),
+        "config": {"gradient_accumulation_steps": accumulation},
+    }
+    step, epoch, batches_done = place(run, now[1], epoch_of(samples, now[0], now[2]))
+    assert (step, epoch) == (100 + done, 2)
+    assert steps_of(samples, *now, start=batches_done) == whole_epoch[done:]
+    if now == (batch_size, accumulation, processes):
+        assert batches_done == run["batches_done"]

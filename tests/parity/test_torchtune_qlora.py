@@ -7,8 +7,9 @@ from torchtune.models import llama3, qwen2
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.models import lora_llama3, lora_qwen2
+from kasa_tune.components.models.loading import put_weight
 from kasa_tune.components.quantization import is_quantized, quantize
-from kasa_tune.components.quantized_base import put, quantized_linears
+from kasa_tune.components.quantized_base import quantized_linears
 from tests.tolerances import MODEL_FP32, assert_same_bits
 
 RANK, ALPHA, VOCAB, LENGTH = 4, 12.0, 48, 10
@@ -42,7 +43,7 @@ def both(family, attn_modules, apply_to_mlp):
         assert not unexpected
         assert all(".lora_" in name for name in missing)
     for linear in quantized_linears(ours, 64).values():
-        put(linear, quantize(linear.weight))
+        put_weight(linear, quantize(linear.weight))
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:

@@ -1,7 +1,11 @@
 """Runs of the fine-tuning recipes, in this process and in one of their own, and what makes two of them the same."""
 
+import contextlib
+import fcntl
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
+from kasa_tune.components.checkpointing import list_checkpoints, load_part, run_lock, verify_checkpoint
 from kasa_tune.components.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,3 +289,184 @@ def assert_same_run(resumed: Run, whole: Run) -> None:
     assert {k: v for k, v in resumed.part("run").items() if k not in ignored} == {
         k: v for k, v in whole.part("run").items() if k not in ignored
     }
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+SHARED = ["dataset_val.split=train[:8]", "run_val_every_n_steps=4", "save_every_n_steps=4", "keep_last=9"]
+CALIBRATED = [*SHARED, "dataset.split=train[:20]", "epochs=4", "max_steps=10", *SMALL_CALIBRATION]
+# What one device and two processes both do. The batch sizes of one device and of each of two processes follow.
+BOTH_WAYS = {
+    # Packed, and rows that do not divide: an epoch's last step has fewer.
+    "kasa": ("kasa", "tiny_kasa", [*SHARED, "dataset.split=train[:46]", "dataset.packed=True", "epochs=3"], 2, 1),
+    "corda++": (
+        "corda",
+        "tiny_corda",
+        [*CALIBRATED, "calibration.rounds=2", "adapter.dynamic_ranks=True", "enable_activation_checkpointing=True"],
+        8,
+        4,
+    ),
+    "qcorda": ("qcorda", "tiny_qcorda", CALIBRATED, 8, 4),
+    # Steps of 8, 8 and 1 samples: in the last, rank 1 has none.
+    "qlora": ("qcorda", "tiny_qlora", [*SHARED, "dataset.split=train[:17]", "epochs=4", "max_steps=12"], 8, 4),
+    "qkasa": ("qcorda", "tiny_qkasa", [*SHARED, "dataset.split=train[:20]", "epochs=4", "max_steps=10"], 8, 4),
+}
+ACCUMULATED = {"kasa": ["gradient_accumulation_steps=2"]}
+STEP_OF_ONE = 4  # where one device stops for two processes to go on
+# A run that only two processes do: with random numbers, which the processes draw for themselves.
+ROUGH = [
+    *SHARED,
+    "dataset.split=train[:22]",
+    "batch_size=2",
+    "epochs=2",
+    "max_steps=8",
+    "model.dropout=0.1",
+    "lr_scheduler=null",
+    "save_every_n_steps=3",
+]
+
+
+def overrides_of(name: str, folder: Path, processes: int) -> list[str]:
+    """The overrides of a run in BOTH_WAYS on so many processes."""
+    _, _, overrides, alone, each = BOTH_WAYS[name]
+    batch_size = alone if processes == 1 else each
+    # the cache is named by what it is made from, so the second of two equal runs would not work anything out
+    cache = [f"calibration.cache_dir={folder}/cache"] * name.endswith(("corda", "corda++"))
+    batches = [f"batch_size={batch_size}", *ACCUMULATED.get(name, [])]
+    return [f"output_dir={folder}", *overrides, *batches, *cache]
+
+
+def run_alone(load_recipe, name: str, folder: Path, *more: str) -> Run:
+    """A run in BOTH_WAYS, or the rest of one, on one device in this process."""
+    method, config_name, *_ = BOTH_WAYS[name]
+    module, schema = load_recipe(f"{method}_finetune_single_device"), SCHEMAS[method]
+    overrides = [*overrides_of(name, folder, 1)[1:], *more]
+    return run_recipe(module, folder, *overrides, config_name=config_name, schema=schema, small=False)
+
+
+SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
+
+
+@dataclass
+class Pair(Run):
+    """A run of two processes: how it ended on each of them."""
+
+    ends: list[dict] | None = None
+
+
+def torchrun(recipe: str | Path, config_name: str | Path, *overrides: str, options: tuple = ()) -> list[str]:
+    """The command that starts a recipe as a user does, on two processes unless ``options`` say otherwise."""
+    options = options or ("--nproc_per_node", "2")
+    return [sys.executable, "-m", "kasa_tune", "run", *options, str(recipe), "--config", str(config_name), *overrides]
+
+
+def environment() -> dict[str, str]:
+    """Of a started process: one thread, no progress bars, this checkout."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
+
+
+def write_plan(folder: Path, entries: list[dict]) -> Path:
+    """A plan for several_runs.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(entries))
+    return folder / "plan.yaml"
+
+
+def pairs_of(plan: Path) -> dict[str, Pair]:
+    """The runs of a plan that has been carried out, by name."""
+    found = {}
+    for entry in yaml.safe_load(plan.read_text()):
+        ends = [json.loads((plan.parent / f"{entry['name']}.rank{rank}.json").read_text()) for rank in (0, 1)]
+        (output_dir,) = (o.partition("=")[2] for o in entry["overrides"] if o.startswith("output_dir="))
+        found[entry["name"]] = Pair(ends[0].get("status", 1), Path(output_dir), None, ends)
+    return found
+
+
+def planned_pairs(root: Path, alone: dict[str, Run]) -> list[dict]:
+    """All that two processes do in one start."""
+    entries = []
+
+    def add(name: str, what: str, *overrides: str, folder: str | None = None, **more) -> None:
+        method, config_name = BOTH_WAYS[what][:2] if what in BOTH_WAYS else ("kasa", "tiny_kasa")
+        output = root / (folder or name)
+        base = overrides_of(what, output, 2) if what in BOTH_WAYS else [f"output_dir={output}", *ROUGH]
+        entries.append(
+            {"name": name, "recipe": method, "config": config_name, "overrides": [*base, *overrides], **more}
+        )
+
+    for name in BOTH_WAYS:
+        add(name, name)
+    for name in ("kasa", "qcorda"):
+        add(f"{name} from one", name, f"resume_from_checkpoint={alone[name].checkpoints[0]}")
+    step = root / "qcorda" / "checkpoints" / "step_00000004"
+    add("qcorda resumed", "qcorda", f"resume_from_checkpoint={step}")
+    resume = f"resume_from_checkpoint={root / 'kasa'}"
+    add("other product", "kasa", resume, "batch_size=2", "gradient_accumulation_steps=3")
+    add("again", "kasa", folder="kasa")
+    add("rough", "rough")
+    add("locked", "rough")
+    add("stopped", "rough", "save_every_n_steps=1000", trouble={"kind": "SIGTERM", "step": 5})
+    add("stopped resumed", "rough", f"resume_from_checkpoint={root / 'stopped'}")
+    add("nan", "rough", "save_every_n_steps=2", trouble={"kind": "nan", "step": 4})
+    add("other config", "rough", overrides_of_rank_1=["optimizer.lr=1e-3"])
+    component = ["dataset._component_=several_runs.rows_by_rank", "dataset.split_of_rank_1=train[1:23]"]
+    add("other rows", "rough", *component)
+    return entries
+
+
+@pytest.fixture(scope="session")
+def runs(load_recipe, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Pair]]:
+    """The runs of one device and of two processes, by name; made once, whatever the number of pytest's own workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "distributed"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        alone = {name: Run(0, root / "alone" / name, None) for name in BOTH_WAYS}
+        if not (root / "done").exists():
+            shutil.rmtree(root / "alone", ignore_errors=True)
+            shutil.rmtree(root / "pairs", ignore_errors=True)
+            for name, run in alone.items():
+                run_alone(load_recipe, name, run.folder)
+            plan = write_plan(root / "pairs", planned_pairs(root / "pairs", alone))
+            with run_lock(root / "pairs" / "locked" / "checkpoints"):
+                command = torchrun(Path(__file__).with_name("several_runs.py"), plan)
+                end = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+            assert end.returncode == 0, end.stderr[-4000:]
+            (root / "done").touch()
+    return alone, pairs_of(root / "pairs" / "plan.yaml")
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started and that still run."""
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
+
+
+def finish(process: subprocess.Popen, seconds: float = 240) -> str:
+    """Wait for the end of a process; all that it printed."""
+    return "".join(process.communicate(timeout=seconds))
+
+
+@pytest.fixture
+def start():
+    """Start a command; whatever of it still runs at the end of the test, its own children included, is ended then."""
+    started: list[subprocess.Popen] = []
+
+    def start(command: list[str], **variables: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        for pid in [*children(process.pid), process.pid] if process.poll() is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()

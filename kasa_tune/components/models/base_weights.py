@@ -90,7 +90,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without reading a tensor where the mapping knows them."""
-    known = weights.meta if isinstance(weights, StreamedWeights) else weights
+    known = getattr(weights, "meta", weights)
     return {name: tuple(tensor.shape) for name, tensor in known.items()}
 
 

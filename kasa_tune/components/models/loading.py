@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.decomposition import check_finite
+from kasa_tune.components.linear import AdapterLinear
 from kasa_tune.components.models.base_weights import shapes_of
 
 
@@ -93,6 +95,53 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Names and modules of all linears in the transformer's blocks, with or without an adapter: nearly all weights."""
+    return {
+        name: module
+        for name, module in ((n.replace("_checkpoint_wrapped_module.", ""), m) for n, m in model.named_modules())
+        if isinstance(module, AdapterLinear | nn.Linear) and name.startswith("layers.") and ".lora_" not in name
+    }
+
+
+def blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, list[str]]]:
+    """The model's transformer blocks, each with the names of the linears in it, of those given."""
+    for index, block in enumerate(model.layers):
+        yield block, [name for name in linears if name.startswith(f"layers.{index}.")]
+
+
+def put_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Make a tensor, quantized or not, a linear's frozen weight."""
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+@contextlib.contextmanager
+def lent_weights(
+    linears: Mapping[str, nn.Module], weights: Mapping[str, Tensor], prefix: str, *, device: torch.device
+) -> Iterator[None]:
+    """While active, those of ``linears`` whose names begin with ``prefix`` hold their weights; before and after they
+    hold none.
+
+    Args:
+        linears: from :func:`block_linears`, with weights on meta, whose dtype is taken.
+        weights: of the base, by name.
+        prefix: ``layers.<i>.``, of one block.
+        device: where the block is to run.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity.
+    """
+    inside = {name: linear for name, linear in linears.items() if name.startswith(prefix)}
+    on_meta = {name: linear.weight for name, linear in inside.items()}
+    try:
+        for name, linear in inside.items():
+            put_weight(linear, read_tensor(weights, f"{name}.weight", device=device, dtype=on_meta[name].dtype))
+        yield
+    finally:
+        for name, linear in inside.items():
+            linear.weight = on_meta[name]
 
 
 def _check_same_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,103 @@
+"""Several runs of the distributed recipes, one after the other, in processes that are started once:
+
+    kasa-tune run --nproc_per_node 2 tests/recipes/several_runs.py --config plan.yaml
+
+A start takes longer than most runs on the embedded model. The plan is a list of runs: ``name``, ``recipe``, ``config``,
+``overrides``, and where wanted ``overrides_of_rank_1`` and ``trouble``, see :func:`make_trouble`. How each ended is
+written next to the plan, by every rank: ``<name>.rank<rank>.json``.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch.distributed as dist
+import yaml
+from torchtune.recipe_interfaces import FTRecipeInterface
+
+from kasa_tune import config
+from kasa_tune.components.datasets import instruct_dataset
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def rows_by_rank(tokenizer, *, split_of_rank_1: str, split: str, **options):
+    """The embedded task, of which rank 1 is given other rows."""
+    return instruct_dataset(tokenizer, split=split_of_rank_1 if RANK == 1 else split, **options)
+
+
+def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
+    """On rank 1, in the step of that number: a signal, a loss that is no number, or, the first time, a sudden end."""
+    real_step, real_loss = recipe.train_step, recipe._loss_sum
+
+    def train_step(cfg, window):
+        if recipe.step + 1 == step and kind == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        if recipe.step + 1 == step and kind == "SIGKILL" and not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_step(cfg, window)
+
+    def loss_sum(batch):
+        return real_loss(batch) * (float("nan") if recipe.step + 1 == step and kind == "nan" else 1.0)
+
+    if RANK == 1:
+        recipe.train_step, recipe._loss_sum = train_step, loss_sum
+
+
+def load(method: str) -> ModuleType:
+    """The module of a distributed recipe, by its file."""
+    path = RECIPES / f"{method}_finetune_distributed.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{method}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(entry: dict) -> dict:
+    """One run of the plan; how it ended on this rank."""
+    module = load(entry["recipe"])
+    (recipe_class,) = (
+        value for value in vars(module).values() if FTRecipeInterface in getattr(value, "__mro__", ())[1:]
+    )
+    overrides = [*entry["overrides"], *(entry.get("overrides_of_rank_1", []) if RANK == 1 else [])]
+    try:
+        cfg = config.load(entry["config"], overrides, SCHEMAS[entry["recipe"]], about_to_run=True)
+        recipe = recipe_class(cfg)
+        recipe.setup(cfg)
+        if entry.get("trouble"):
+            make_trouble(recipe, **entry["trouble"])
+        status = recipe.train(cfg)
+        recipe.cleanup()
+    except Exception as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"status": status, "step": recipe.step}
+
+
+def main() -> None:
+    """Carry out the plan. A single run meets as the recipe does by itself; of several, each under its own name."""
+    plan = Path(sys.argv[sys.argv.index("--config") + 1])
+    entries, meet = yaml.safe_load(plan.read_text()), dist.init_process_group
+    size = int(os.environ["WORLD_SIZE"])
+    if len(entries) > 1:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    for entry in entries:
+        if len(entries) > 1:  # processes that meet again must not find what they left in the store before
+            own = dist.PrefixStore(entry["name"], store)
+            dist.init_process_group = lambda backend, *, timeout, own=own, **_: meet(
+                backend, timeout=timeout, store=own, rank=RANK, world_size=size
+            )
+        end = run(entry)
+        (plan.parent / f"{entry['name']}.rank{RANK}.json").write_text(json.dumps(end))
+
+
+if __name__ == "__main__":
+    main()
