@@ -291,7 +291,7 @@ def test_covariances_of_half_precision_inputs():
     peft_corda.preprocess_corda(model, config, lambda: [model.layer(row[None]) for row in rows])
     ours = Covariance(("layer",), 0, torch.zeros(24, 24))
     ours.add(rows, torch.ones(6, 50, dtype=torch.bool), per_sample=True)
-    ours.finish(num_samples=len(rows))
+    ours.finish(per_sample=True)
     assert relative_error(ours.matrix, model.layer.covariance_matrix) < 1e-5
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kasa_tune import config
-from kasa_tune.components import calibration
+from kasa_tune.components import calibration, quantized_start
 from kasa_tune.components.quantized_base import FOLDER
 from kasa_tune.registry import PACKAGE_ROOT
 
@@ -41,10 +41,14 @@ def contents(folder) -> dict[str, bytes]:
 @pytest.fixture
 def find_nothing_again(qcorda_recipe, monkeypatch):
     """From its call on no calibration row is drawn, no weight decomposed or quantized."""
-    names = ("draw_rounds", "decompose", "quantize", "co_svd", "fit_quantization", "split_component")
+    names = {
+        qcorda_recipe: ("draw_rounds", "decompose", "quantize", "quantized_start"),
+        quantized_start: ("co_svd", "fit_quantization", "smallest_triplets", "split_component"),
+        calibration: ("covariances",),
+    }
 
     def forbid() -> None:
-        for owner, name in (*((qcorda_recipe, name) for name in names), (calibration, "covariances")):
+        for owner, name in ((owner, name) for owner, of_owner in names.items() for name in of_owner):
             monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
     return forbid
