@@ -139,14 +139,11 @@ def covariances(
         rounds: the batches of each round, see :func:`~kasa_tune.components.calibration_data.draw_rounds`.
         wanted: whether a layer needs the covariance of a round, or that of all rounds (POOLED is asked).
         dtype: of the sums, float32 or float64.
-        per_sample: the published normalization: every sample divided by the absolute value of its largest entry, and
-            the sum by the number of samples.
+        per_sample: as published: a sample divided by its largest entry's absolute value, the sum by the samples.
         offload: hidden states wait in host memory.
         advance: called after every batch of every block.
-        loaded: for models of which one block at a time has weights: what is entered with the block's prefix
-            (``layers.<i>.``) before it is run and left when its covariances have been used.
-        combine: is given each sum before it is used, to add those of other processes; the matrix's upper triangle may
-            be empty.
+        loaded: entered with a block's prefix (``layers.<i>.``) while it is needed, for models read block by block.
+        combine: is given each sum (its lower triangle) before it is used, to add those of other processes.
 
     Yields:
         One for each group and wanted round; the matrix is the receiver's.
