@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch.utils.data import Dataset
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
@@ -31,7 +30,7 @@ from kasa_tune.components.datasets import prompt_tokens
 from kasa_tune.components.generation import complete
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.quantized_base import load_quantized, quantized_linears
+from kasa_tune.components.quantized_base import linears_in_nf4, load_quantized
 
 log = utils.get_logger("INFO")
 
@@ -121,11 +120,6 @@ class GenerateTextRecipe:
             for record, tokens in zip(records, completions, strict=True):
                 record[label] = self._tokenizer.decode(tokens).strip()
         return records
-
-
-def linears_in_nf4(model: nn.Module, run: dict[str, Any]) -> dict[str, nn.Module]:
-    """The model's linears whose weights a run had quantized; none of a run on a full-precision base."""
-    return quantized_linears(model, run["config"]["quantization"]["block_size"]) if "quantized_base" in run else {}
 
 
 def print_records(records: list[dict[str, str]]) -> None:

@@ -13,6 +13,8 @@ from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.quantization import is_quantized
 from kasa_tune.components.sharding import whole
 
+EDIT = ("lora_edit_out", "lora_edit_in")
+
 
 def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
     """Names and modules of every adapter linear in the model, in the model's order.
@@ -79,6 +81,23 @@ def load_adapter(name: str, linear: AdapterLinear, state: Mapping[str, Tensor]) 
     edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
     folded_before = is_quantized(linear.weight) and linear.edit_storage == "folded"
     linear.set_edit(edit, taken_out=folded_before and edit.rank > 0)
+
+
+def adapter_update(state: Mapping[str, Tensor], name: str, scaling: float) -> LowRank:
+    """What turns a layer's base weight into the one it was trained to, exactly: ``W_eff - W0`` as factors
+    ``[s · B diag(d) | -E_out]`` and ``[A ; E_in]`` in float64, of rank ``r + k``. Of DoRA it is the change before the
+    rows are scaled.
+
+    Args:
+        state: from :func:`adapter_state_dict`.
+        name: of the linear.
+        scaling: its ``s``.
+    """
+    part = {key: state[f"{name}.{key}"].double() for key in ("lora_a.weight", "lora_b.weight", *EDIT)}
+    diag = state[f"{name}.lora_diag"].double() if f"{name}.lora_diag" in state else 1.0
+    edit_out, edit_in = (part[key] for key in EDIT)
+    out = torch.cat((scaling * part["lora_b.weight"] * diag, -edit_out), dim=1)
+    return LowRank(out, torch.cat((part["lora_a.weight"], edit_in)))
 
 
 def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:

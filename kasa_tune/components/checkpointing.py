@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kasa_tune.components.files import error_number, size_and_digest, sync_folder, write_synced
+from kasa_tune.components.files import error_number, is_running, size_and_digest, sync_folder, write_synced
 from kasa_tune.components.trees import decode, encode
 
 log = logging.getLogger(__name__)
@@ -138,18 +138,8 @@ def _clear_leftovers(folder: Path) -> None:
     _put_back(folder)
     for leftover in folder.glob(f".{PREFIX}*.tmp"):
         writer = leftover.name.split(".")[-2]
-        if not writer.isdigit() or int(writer) == os.getpid() or not _is_running(int(writer)):
+        if not writer.isdigit() or int(writer) == os.getpid() or not is_running(int(writer)):
             shutil.rmtree(leftover)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextlib.contextmanager

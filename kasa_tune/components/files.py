@@ -41,3 +41,14 @@ def size_and_digest(path: Path) -> dict[str, Any]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of that number lives, of whatever user."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

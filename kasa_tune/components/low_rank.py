@@ -44,6 +44,28 @@ class LowRank:
         """The full matrix ``(d_out, d_in)``."""
         return self.out @ self.into
 
+    def balanced(self, tolerance: float = 0.0) -> LowRank:
+        """The same matrix as ``U √S`` and ``√S Vᵀ`` of its singular value decomposition, in float64.
+
+        Factors whose products cancel, such as those of a difference, become factors as small as what is left.
+
+        Args:
+            tolerance: singular values of at most this share of the largest are left out; 0 leaves out none.
+        """
+        q_out, r_out = torch.linalg.qr(self.out.double())
+        q_into, r_into = torch.linalg.qr(self.into.double().T)
+        u, s, vt = torch.linalg.svd(r_out @ r_into.T, full_matrices=False)
+        if tolerance and len(s):
+            kept = int((s > tolerance * s[0]).sum())
+            u, s, vt = u[:, :kept], s[:kept], vt[:kept]
+        return LowRank(q_out @ (u * s.sqrt()), s.sqrt()[:, None] * vt @ q_into.T)
+
+    def padded(self, rank: int) -> LowRank:
+        """The same matrix with zeros appended to its factors up to ``rank``."""
+        more = rank - self.rank
+        pad = torch.nn.functional.pad
+        return LowRank(pad(self.out, (0, more)), pad(self.into, (0, 0, 0, more)))
+
     def to(self, *args, **kwargs) -> LowRank:
         """Both factors after ``Tensor.to``."""
         return LowRank(self.out.to(*args, **kwargs), self.into.to(*args, **kwargs))

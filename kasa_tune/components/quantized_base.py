@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,16 @@ def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]
     for name, linear in linears.items():
         check_quantizable(linear.weight.shape, block_size, name)
     return linears
+
+
+def linears_in_nf4(model: nn.Module, run: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The model's linears whose weights a run had quantized; none of a run on a full-precision base.
+
+    Args:
+        model: on any device.
+        run: the part ``run`` of one of its checkpoints.
+    """
+    return quantized_linears(model, run["config"]["quantization"]["block_size"]) if "quantized_base" in run else {}
 
 
 def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | None = None) -> str:
@@ -95,7 +106,26 @@ def read_quantized(checkpoint: Path, linears: Mapping[str, nn.Module]) -> Iterat
     Raises:
         CheckpointError: as :func:`load_quantized`.
     """
-    folder = checkpoint.parent.parent / FOLDER
+    folder = find_quantized(checkpoint)
+    waiting = dict(linears)
+    for part in read_manifest(folder)["parts"]:
+        for name, weight in load_part(folder, part).items():
+            if name not in waiting or waiting.pop(name).weight.shape != weight.shape:
+                raise CheckpointError(f"{folder} is of another model: it has {name} {tuple(weight.shape)}.")
+            yield name, weight
+    if waiting:
+        raise CheckpointError(f"{folder} is of another model: it has no {next(iter(waiting))}.")
+
+
+def find_quantized(checkpoint: Path) -> Path:
+    """Where the NF4 weights that a checkpoint was trained on lie: within it (a native adapter) or beside its folder.
+
+    Raises:
+        CheckpointError: they are missing, damaged or of another checksum.
+    """
+    folder = checkpoint / FOLDER
+    if not folder.is_dir():
+        folder = checkpoint.parent.parent / FOLDER
     stored, passed_over = latest_checkpoint(folder)
     if not stored:
         found = " ".join(passed_over).replace(" Use an earlier checkpoint.", "")  # they all need this one base
@@ -103,17 +133,41 @@ def read_quantized(checkpoint: Path, linears: Mapping[str, nn.Module]) -> Iterat
             f"{checkpoint} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
             "Copy it there from where the run was, or start over in another output_dir."
         )
-    manifest = read_manifest(stored)
-    if _checksum(manifest) != load_part(checkpoint, "run")["quantized_base"]:
+    if _checksum(read_manifest(stored)) != load_part(checkpoint, "run")["quantized_base"]:
         raise CheckpointError(f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ.")
-    waiting = dict(linears)
-    for part in manifest["parts"]:
-        for name, weight in load_part(stored, part).items():
-            if name not in waiting or waiting.pop(name).weight.shape != weight.shape:
-                raise CheckpointError(f"{folder} is of another model: it has {name} {tuple(weight.shape)}.")
-            yield name, weight
-    if waiting:
-        raise CheckpointError(f"{folder} is of another model: it has no {next(iter(waiting))}.")
+    return stored
+
+
+class QuantizedWeights(Mapping[str, Tensor]):
+    """The NF4 weights that a checkpoint was trained on, by the names of their linears; one block's are held at a time.
+
+    Args:
+        checkpoint: as in :func:`load_quantized`.
+        linears: from :func:`quantized_linears`.
+
+    Raises:
+        CheckpointError: as :func:`find_quantized`, or, when asked for, a weight is missing.
+    """
+
+    def __init__(self, checkpoint: Path, linears: Mapping[str, nn.Module]) -> None:
+        self._folder, self._names = find_quantized(checkpoint), list(linears)
+        self._block, self._held = "", {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._block != _block_of(name):
+            self._block = _block_of(name)
+            self._held = load_part(self._folder, self._block)
+        if name not in self._held:
+            raise CheckpointError(f"{self._folder} is of another model: it has no {name}.")
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _block_of(name: str) -> str:

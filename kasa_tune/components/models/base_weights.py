@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -49,6 +49,15 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         ) from error
 
 
+class Place(NamedTuple):
+    """Where a weight lies in a checkpoint: the tensor's name there, and which of its rows ``(d_out,)`` are the
+    weight's, in the weight's order.
+    """
+
+    key: str
+    rows: Tensor
+
+
 class StreamedWeights(Mapping[str, Tensor]):
     """Tensors of safetensors files under other names, in other layouts; none is held between two requests.
 
@@ -58,6 +67,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     Attributes:
         meta: this mapping on the meta device: shapes and dtypes without reading any tensor.
+        stored: the files' own tensors on the meta device, by their own names.
 
     Raises:
         ValueError: a tensor is of no unquantized floating dtype.
@@ -65,27 +75,47 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def __init__(self, paths: list[Path], convert: Convert) -> None:
         self._convert = convert
-        self._sources: dict[str, tuple[Path, str]] = {}
+        self._keys: dict[str, str] = {}
         self.meta: dict[str, Tensor] = {}
+        self.stored: dict[str, Tensor] = {}
+        self._paths: dict[str, Path] = {}
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     header = file.get_slice(key)
                     dtype = _floating(key, header.get_dtype())
-                    converted = convert({key: torch.empty(header.get_shape(), dtype=dtype, device="meta")})
-                    self._sources |= dict.fromkeys(converted, (path, key))
+                    self.stored[key] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+                    converted = convert({key: self.stored[key]})
+                    self._paths[key] = path
+                    self._keys |= dict.fromkeys(converted, key)
                     self.meta |= converted
 
     def __getitem__(self, name: str) -> Tensor:
-        path, key = self._sources[name]
-        with safe_open(path, framework="pt") as file:
-            return self._convert({key: file.get_tensor(key)})[name]
+        key = self._keys[name]
+        return self._convert({key: self.read(key)})[name]
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the files as it is there, by its own name."""
+        with safe_open(self._paths[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    @property
+    def keys_read(self) -> list[str]:
+        """Own names of the tensors that the model is made of; others, rotary frequencies say, it does without."""
+        return list(dict.fromkeys(self._keys.values()))
+
+    def place(self, name: str) -> Place:
+        """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
+        key = self._keys[name]
+        rows, columns = self.stored[key].shape
+        numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, columns)
+        return Place(key, self._convert({key: numbers})[name][:, 0].long())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._keys)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

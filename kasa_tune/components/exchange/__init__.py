@@ -1,0 +1,1 @@
+"""What leaves for other programs (PEFT, transformers, vLLM) and what comes in from them."""

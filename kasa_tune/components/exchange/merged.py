@@ -1,0 +1,104 @@
+"""The trained model as a Hugging Face checkpoint of its own: shards, index, config and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kasa_tune.components.exchange.errors import Errors, relative_errors
+from kasa_tune.components.exchange.trained_run import TrainedRun
+
+INDEX = "model.safetensors.index.json"
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # in config.json, of transformers 5 and 4
+# What a checkpoint's folder holds besides weights: config, tokenizer, chat template, code, terms of use.
+_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+@torch.no_grad()
+def write_merged(
+    run: TrainedRun, folder: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+) -> Errors:
+    """Write the model with its adapter merged in, one shard in memory at a time.
+
+    Weights that training left alone are the base's, bit for bit unless ``dtype`` is another than theirs. Those of a run
+    on an NF4 base are the dequantized ones that it multiplied with.
+
+    Args:
+        run: what to export.
+        folder: exists.
+        dtype: of all weights; None: each tensor's in the base.
+        max_shard_size: of a file: ``5GB``, ``500MB``.
+
+    Returns:
+        By how much each merged weight differs from the trained one, because of ``dtype``.
+
+    Raises:
+        ValueError: ``max_shard_size`` is no size.
+    """
+    modules, known = run.modules(run.changed), set(run.base.keys_read)
+    stored = {key: value.to(dtype if key in known else None) for key, value in run.base.stored.items()}
+    plan = split_torch_state_dict_into_shards(
+        stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    errors = Errors()
+    for filename, keys in plan.filename_to_tensors.items():
+        shard = {}
+        for key in keys:
+            shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+        del shard
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_side_files(run, folder)
+    _set_dtype(folder / "config.json", {value.dtype for key, value in stored.items() if key in known})
+    return errors
+
+
+def _tensor(
+    run: TrainedRun, key: str, linears: Mapping[str, Tensor] | None, dtype: torch.dtype, errors: Errors
+) -> Tensor:
+    if linears is None:
+        return run.base.read(key).to(dtype)
+    trained = run.merged(key, linears)
+    merged = trained.to(dtype)
+    errors[key.removesuffix(".weight")] = relative_errors(
+        merged.to(torch.float32, copy=True), trained, run.base.read(key).float()
+    )
+    return merged.contiguous()
+
+
+def _copy_side_files(run: TrainedRun, folder: Path) -> None:
+    """All of the base's folder that is not weights, and the run's tokenizer if that lies elsewhere."""
+    for source in [*_side_files(run.checkpoint_dir), *_paths_in(run.config["tokenizer"])]:
+        if not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
+
+
+def _side_files(folder: Path) -> Iterator[Path]:
+    for pattern in _SIDE_FILES:
+        for path in folder.glob(pattern):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                yield path
+
+
+def _paths_in(tokenizer: Mapping[str, Any]) -> list[Path]:
+    texts = [value for value in tokenizer.values() if isinstance(value, str)]
+    return [Path(text) for text in texts if Path(text).is_file()]
+
+
+def _set_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
+    """Let config.json name the weights' dtype, if they all have one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if len(dtypes) == 1:
+        name = str(next(iter(dtypes))).removeprefix("torch.")
+        config |= dict.fromkeys([key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"], name)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,43 @@
+"""An adapter by itself, edit and update, for our own recipes: a checkpoint without what going on would take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kasa_tune.components.checkpointing import save_checkpoint
+from kasa_tune.components.exchange.trained_run import TrainedRun
+from kasa_tune.components.quantized_base import FOLDER, find_quantized
+
+_KEPT = ("step", "base", "data", "config", "quantized_base")  # of the part `run`
+
+
+def write_native(run: TrainedRun, folder: Path) -> None:
+    """Write a run's adapter, and the quantized weights under it if it has such.
+
+    Args:
+        run: what to export.
+        folder: exists; it becomes what ``adapter_checkpoint`` takes.
+    """
+    write_adapter(folder, run.adapter, {key: run.state[key] for key in _KEPT if key in run.state})
+    if run.quantized:
+        stored = find_quantized(run.checkpoint)
+        shutil.copytree(stored, folder / FOLDER / stored.name)
+
+
+def write_adapter(folder: Path, adapter: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write an adapter's tensors with what it belongs to, sealed by a manifest.
+
+    Args:
+        folder: exists.
+        adapter: see :func:`~kasa_tune.components.adapters.adapter_state_dict`.
+        state: ``step``, ``base`` (fingerprint of the base weights), ``config`` (with at least ``model``), ...
+    """
+    written = save_checkpoint(folder, state["step"], {"adapter": dict(adapter), "run": dict(state)})
+    for path in written.iterdir():
+        path.rename(folder / path.name)
+    written.rmdir()

@@ -1,0 +1,179 @@
+"""A finished checkpoint opened to be exported: its adapter, its base and its layers, one layer at a time in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torchtune import training
+from torchtune.config import instantiate
+
+from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits, load_adapter
+from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
+from kasa_tune.components.linear import AdapterLinear
+from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
+from kasa_tune.components.models.loading import build_on_meta, put_weight, read_tensor, require_adapters
+from kasa_tune.components.quantization import dequantize
+from kasa_tune.components.quantized_base import QuantizedWeights, linears_in_nf4
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class TrainedRun:
+    """What a checkpoint and its base hold; see :func:`open_run`.
+
+    Attributes:
+        checkpoint: its folder.
+        state: its part ``run``: step, fingerprints of base and data, the config.
+        adapter: its part ``adapter``, float tensors by ``<module>.lora_*``.
+        base: the base's weights, read when asked for.
+        checkpoint_dir: where the base's files lie.
+        model: on meta.
+        quantized: NF4 weights by the names of their linears; empty of a run on a full-precision base.
+    """
+
+    checkpoint: Path
+    state: dict[str, Any]
+    adapter: dict[str, Tensor]
+    base: StreamedWeights
+    checkpoint_dir: Path
+    model: nn.Module
+    quantized: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.linears: dict[str, AdapterLinear] = dict(adapter_linears(self.model))
+        self.dtype = training.get_dtype(self.config["dtype"], device=CPU)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's config, as plain containers."""
+        return self.state["config"]
+
+    @property
+    def method(self) -> str:
+        """``kasa``, or what ``adapter.method`` says; CorDA's mode with it, DoRA by its name."""
+        if self.config["model"].get("use_dora"):
+            return "dora"
+        name = self.config["adapter"].get("method") or _method_of(next(iter(self.linears.values())))
+        return f"{name} ({self.config['adapter']['mode']})" if name == "corda" else name
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the linears whose weights are not the base's: adapted, or quantized."""
+        return list(dict.fromkeys([*self.linears, *self.quantized]))
+
+    def update(self, name: str) -> LowRank:
+        """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""
+        return adapter_update(self.adapter, name, self.linears[name].scaling)
+
+    @contextlib.contextmanager
+    def loaded(self, name: str) -> Iterator[AdapterLinear]:
+        """An adapted linear as it was at the checkpoint's step, on the CPU; afterwards its weight is let go.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        linear = self.linears[name]
+        on_meta = linear.weight
+        put_weight(linear, self.frozen(name))
+        linear.materialize(CPU, torch.float32)
+        try:
+            load_adapter(name, linear, self.adapter)
+            yield linear
+        finally:
+            put_weight(linear, on_meta)
+            linear.to("meta").folded = False
+
+    def frozen(self, name: str) -> Tensor:
+        """The weight that a linear had before its adapter was loaded: NF4, or the base's in the run's dtype."""
+        if name in self.quantized:
+            return self.quantized[name]
+        return read_tensor(self.base, f"{name}.weight", device=CPU, dtype=self.dtype)
+
+    def modules(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The base's own tensors that linears lie in: linears by tensor, each with the rows ``(d_out,)`` that are its.
+
+        One linear each, but for fused tensors, as Phi's.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            key, rows = self.base.place(f"{name}.weight")
+            found.setdefault(key, {})[name] = rows
+        return found
+
+    def merged(self, key: str, linears: Mapping[str, Tensor]) -> Tensor:
+        """A tensor of the base, float32 in the base's own layout, as training changed it.
+
+        Args:
+            key: its own name.
+            linears: what lies in it, from :meth:`modules`.
+        """
+        tensor = self.base.read(key).float()
+        for name, rows in linears.items():
+            tensor[rows] = self.effective(name)
+        return tensor
+
+    def effective(self, name: str) -> Tensor:
+        """The weight ``(d_out, d_in)`` float32 that the trained model multiplies with, of any linear in ``changed``."""
+        if name not in self.linears:
+            return dequantize(self.frozen(name))
+        with self.loaded(name) as linear:
+            return linear.merged_weight()
+
+
+def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
+    """Open a checkpoint and the base it was trained on, and see that they belong together.
+
+    Args:
+        path: a run's output_dir, one of its checkpoints, or a native adapter.
+        checkpoint_dir: where the base's files lie now; None for where the run had them.
+
+    Raises:
+        CheckpointError: the checkpoint is unfinished or damaged, belongs to other base weights, or lacks its quantized
+            base.
+        ValueError: the base is no Hugging Face checkpoint in safetensors, or not of the model that was trained.
+    """
+    checkpoint = find_checkpoint(path)
+    state = load_part(checkpoint, "run")
+    adapter, model_config = load_part(checkpoint, "adapter"), state["config"]["model"]
+    base, folder = _open_base(checkpoint, state["config"]["checkpointer"], checkpoint_dir)
+    check_belongs(checkpoint, base_fingerprint=weights_fingerprint(base), model=model_config)
+    model = build_on_meta(partial(instantiate, OmegaConf.create(model_config)), dtype=torch.float32)
+    require_adapters(model, model_config["_component_"])
+    check_adapter_fits(model, adapter)
+    quantized = linears_in_nf4(model, state)
+    weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
+    return TrainedRun(checkpoint, state, adapter, base, folder, model, weights)
+
+
+def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | None) -> tuple[StreamedWeights, Path]:
+    folder = Path(checkpoint_dir or node["checkpoint_dir"])
+    if not folder.is_dir():
+        raise ValueError(
+            f"The base that {checkpoint} was trained on should be in {folder}, which is no folder. Say where it is now "
+            "with checkpoint_dir=<folder>."
+        )
+    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
+        options = node | {"checkpoint_dir": str(folder), "output_dir": unused}
+        base = read_base_weights(instantiate(OmegaConf.create(options)))
+    if not isinstance(base, StreamedWeights):
+        raise ValueError(
+            f"{folder} is read by {node['_component_'].rpartition('.')[2]} as a {node.get('model_type')} checkpoint. "
+            "Names and layout of the export are those of a Hugging Face checkpoint in safetensors: give the same base "
+            "in that form."
+        )
+    return base, folder
+
+
+def _method_of(linear: AdapterLinear) -> str:
+    return type(linear).__name__.removesuffix("Linear").lower()
