@@ -32,10 +32,10 @@ from kasa_tune.schema import (
     above,
     at_least,
 )
-from kasa_tune.schemas import CORDA, FINETUNE, GENERATE, QCORDA, schema_of
+from kasa_tune.schemas import CORDA, EXPORT, FINETUNE, GENERATE, QCORDA, schema_of
 from kasa_tune.validation import Checker
 
-__all__ = ["CORDA", "FINETUNE", "GENERATE", "QCORDA", "REQUIRED", "Check", "Component", "ConfigError", "Key"]
+__all__ = ["CORDA", "EXPORT", "FINETUNE", "GENERATE", "QCORDA", "REQUIRED", "Check", "Component", "ConfigError", "Key"]
 __all__ += ["OneOrMany", "Section", "above", "at_least", "instantiate", "load", "parse", "validate_file"]
 
 Recipe = Callable[[DictConfig], Any]

@@ -24,6 +24,7 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "kasa_finetune_distributed": ("_kasa", "_lora"),
     "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
+    "export_adapter": ("_export",),
 }
 
 

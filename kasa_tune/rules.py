@@ -57,7 +57,7 @@ def adapted(cfg: dict[str, Any]) -> Iterator[Problem]:
 def builder(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The model has the adapters that the recipe trains; generation takes any."""
     given, (method, methods) = (cfg.get("model") or {}).get("_component_"), _method(cfg)
-    if given is None or "adapter_checkpoint" in cfg or method not in methods:
+    if given is None or "max_new_tokens" in cfg or method not in methods:
         return
     kind, _, name = given.rpartition(".")[2].partition("_")
     known = [recipe for recipe, others in _BUILDERS.items() if kind in next(iter(others.values()))]

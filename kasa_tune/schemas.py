@@ -19,6 +19,8 @@ DTYPE = Check(
     ),
 )
 EVEN = Check("even and at least 2", lambda value: value >= 2 and value % 2 == 0)
+TOLERANCE = Check("above 0 and below 1", lambda value: 0 < value < 1)
+SHARD_SIZE = Check("as 5GB or 500MB", lambda value: re.fullmatch(r"[1-9]\d*(KB|MB|GB)", value) is not None)
 BY_RESUME = Check("False: the top level's resume_from_checkpoint decides", lambda value: not value)
 
 _ATTN_MODULES = Key(list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]])
@@ -188,6 +190,9 @@ FINETUNE: Schema = {
     "resume_from_checkpoint": Key(
         bool | str, False, help="True: the newest good one in output_dir; or the path of one"
     ),
+    "adapter_checkpoint": Key(
+        str | None, None, help="start from this adapter: a run's output_dir, a checkpoint or a native adapter"
+    ),
     "dataset": OneOrMany(_DATASET, help="what to learn from"),
     "dataset_val": OneOrMany(_DATASET_OR_NONE, help="held-out samples; null: no validation"),
     "run_val_every_n_steps": Key(int | None, None, POSITIVE),
@@ -257,9 +262,25 @@ GENERATE: Schema = {
     "dtype": _DTYPE,
 }
 
+EXPORT: Schema = {
+    "format": Key(Literal["peft", "merged", "native"], help="what to write"),
+    "adapter_checkpoint": Key(str, help="a run's output_dir or one of its checkpoints"),
+    "output_dir": Key(str, help="a folder that does not exist yet"),
+    "checkpoint_dir": Key(str | None, None, help="where the base model's files lie; null: where the run had them"),
+    "dtype": Key(str | None, None, DTYPE, help="null: peft fp32, merged as the base's files"),
+    "base_model": Key(
+        str | None, None, help="what the adapter and the card call the base; null: its repository, or its folder"
+    ),
+    "rank": Key(int | None, None, POSITIVE, help="peft: of every layer, filled up with zeros; null: what they need"),
+    "rank_pattern": Key(bool, False, help="peft: each layer its own rank"),
+    "tolerance": Key(float | None, None, TOLERANCE, help="peft: share of a layer's largest singular value to leave out"),
+    "max_shard_size": Key(str, "5GB", SHARD_SIZE, help="merged: of a file, which is also what stands in memory"),
+}
+
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     "_generate": GENERATE,
+    "_export": EXPORT,
     **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
     **dict.fromkeys(("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"), QCORDA),
     **dict.fromkeys(("_kasa", "_lora"), FINETUNE),
@@ -269,6 +290,7 @@ _RECIPES: Mapping[str, Schema] = {
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
+    "export_adapter": EXPORT,
 }
 
 
@@ -280,11 +302,13 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     named = next((schema for ending, schema in SCHEMAS.items() if name.endswith(ending)), None)
     if named is not None:
         return named
+    if "format" in tree:
+        return EXPORT
     if "quantization" in tree:
         return QCORDA
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
-    return GENERATE if tree.keys() & {"prompts", "adapter_checkpoint"} else FINETUNE
+    return GENERATE if "optimizer" not in tree and tree.keys() & {"prompts", "adapter_checkpoint"} else FINETUNE
 
 
 def recipes_taking(key: str, value: Any) -> list[str]:

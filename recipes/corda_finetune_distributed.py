@@ -71,7 +71,7 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 from kasa_tune.components.sharding import cut_optimizer_state, whole, whole_tree
 
 log = utils.get_logger("INFO")
@@ -100,7 +100,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.dry_run:
             self._setup_model(cfg)
             self._rounds = []
-            if cfg.adapter.method == "corda":
+            if cfg.adapter.method == "corda" and not cfg.adapter_checkpoint:
                 self._dense_mask = False  # masks are not counted
                 self._setup_calibration(cfg, 0, cfg.world_size or 1)
             return self._print_budget(cfg)
@@ -110,12 +110,13 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             choice = cfg.resume_from_checkpoint
             self._resume_path = resume_point(self._checkpoints, choice, settings, world_size=world.size)
             self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
             self._setup_model(cfg)
             self._setup_data(cfg)
             self._rounds, self._calibration_digest = [], None
-            if cfg.adapter.method == "corda" and not self._resume_path:
+            if cfg.adapter.method == "corda" and not self._start_path:
                 self._setup_calibration(cfg, world.rank, world.size)
-        facts = {"resume point": str(self._resume_path), "data": self._fingerprints["data"]}
+        facts = {"resume point": str(self._start_path), "data": self._fingerprints["data"]}
         world.check_same(facts | {"calibration data": str(self._calibration_digest)})
         if cfg.compile:
             allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
@@ -183,15 +184,15 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._world.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the resume point's adapter; both fit the model."""
+        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.together("Opening the checkpoint"):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-            if self._resume_path:
-                known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-                checkpointing.check_belongs(self._resume_path, **known)
-                saved = checkpointing.load_part(self._resume_path, "adapter")
+            if self._start_path:
+                known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+                checkpointing.check_belongs(self._start_path, **known)
+                saved = checkpointing.load_part(self._start_path, "adapter")
                 check_adapter_fits(self._model, saved)
         self._world.check_same({"base weights": self._fingerprints["base"]})
         return base, saved
@@ -274,7 +275,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
-        if cfg.adapter.method == "corda":
+        if self._rounds:
             options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         shards = cfg.data_parallel_shard_dim or cfg.world_size or 1

@@ -48,7 +48,7 @@ from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 
 log = utils.get_logger("INFO")
 
@@ -74,6 +74,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
         self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
         self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         self._linears, self._groups = dict(adapter_linears(self._model)), shared_inputs(self._model)
@@ -86,7 +87,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         self._rounds, self._calibration_digest = [], None
-        if cfg.adapter.method == "corda" and not self._resume_path:
+        if cfg.adapter.method == "corda" and not self._start_path:
             self._setup_calibration(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
@@ -141,16 +142,16 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
+        """Base weights from the checkpoint; the adapter from a checkpoint or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-        if self._resume_path:
-            known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-            checkpointing.check_belongs(self._resume_path, **known)
+        if self._start_path:
+            known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+            checkpointing.check_belongs(self._start_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
-        if self._resume_path:
-            return load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
+        if self._start_path:
+            return load_adapter_state_dict(self._model, checkpointing.load_part(self._start_path, "adapter"))
         with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
             self._start_adapters(cfg)
 
@@ -198,7 +199,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
-        if cfg.adapter.method == "corda":
+        if self._rounds:
             options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         print(*budget_report(self._model, budget), sep="\n")

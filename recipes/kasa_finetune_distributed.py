@@ -56,7 +56,7 @@ from kasa_tune.components.models.loading import (
     require_adapters,
 )
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 from kasa_tune.components.sharding import cut_optimizer_state, whole, whole_tree
 
 log = utils.get_logger("INFO")
@@ -91,9 +91,10 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
             choice = cfg.resume_from_checkpoint
             self._resume_path = resume_point(self._checkpoints, choice, settings, world_size=world.size)
             self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
             self._setup_model(cfg)
             self._setup_data(cfg)
-        world.check_same({"resume point": str(self._resume_path), "data": self._fingerprints["data"]})
+        world.check_same({"resume point": str(self._start_path), "data": self._fingerprints["data"]})
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
         self._setup_weights(cfg)
@@ -158,15 +159,15 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._world.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the resume point's adapter; both fit the model."""
+        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.together("Opening the checkpoint"):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-            if self._resume_path:
-                known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-                checkpointing.check_belongs(self._resume_path, **known)
-                saved = checkpointing.load_part(self._resume_path, "adapter")
+            if self._start_path:
+                known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+                checkpointing.check_belongs(self._start_path, **known)
+                saved = checkpointing.load_part(self._start_path, "adapter")
                 check_adapter_fits(self._model, saved)
         self._world.check_same({"base weights": self._fingerprints["base"]})
         return base, saved

@@ -40,7 +40,7 @@ from kasa_tune.components.memory import budget_report, check_optimizer, memory_b
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 
 log = utils.get_logger("INFO")
 
@@ -66,6 +66,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
         self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
         self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         return_hidden_states(self._model)
@@ -128,16 +129,16 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Base weights from the checkpoint; the adapter from the resume point or by decomposition."""
+        """Base weights from the checkpoint; the adapter from a checkpoint or by decomposition."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-        if self._resume_path:
-            known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-            checkpointing.check_belongs(self._resume_path, **known)
+        if self._start_path:
+            known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+            checkpointing.check_belongs(self._start_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
-        if self._resume_path:
-            return load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
+        if self._start_path:
+            return load_adapter_state_dict(self._model, checkpointing.load_part(self._start_path, "adapter"))
         started = time.perf_counter()
         for name, linear in tqdm(list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"):
             try:

@@ -72,7 +72,7 @@ from kasa_tune.components.models.loading import (
 from kasa_tune.components.quantization import quantize
 from kasa_tune.components.quantized_start import QuantizedStart, quantized_start
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 from kasa_tune.components.sharding import cut_optimizer_state, whole, whole_tree
 
 log = utils.get_logger("INFO")
@@ -101,7 +101,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.dry_run:
             self._setup_model(cfg)
             self._rounds = []
-            if cfg.adapter.method == "qcorda":
+            if cfg.adapter.method == "qcorda" and not cfg.adapter_checkpoint:
                 self._dense_mask = False  # masks are not counted
                 self._setup_calibration(cfg, 0, cfg.world_size or 1)
             return self._print_budget(cfg)
@@ -111,12 +111,14 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             choice = cfg.resume_from_checkpoint
             self._resume_path = resume_point(self._checkpoints, choice, settings, world_size=world.size)
             self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            quantized = {"quantization": settings["quantization"], "dtype": cfg.dtype}
+            self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint, quantized=quantized)
             self._setup_model(cfg)
             self._setup_data(cfg)
             self._rounds, self._calibration_digest = [], None
-            if cfg.adapter.method == "qcorda" and not self._resume_path:
+            if cfg.adapter.method == "qcorda" and not self._start_path:
                 self._setup_calibration(cfg, world.rank, world.size)
-        facts = {"resume point": str(self._resume_path), "data": self._fingerprints["data"]}
+        facts = {"resume point": str(self._start_path), "data": self._fingerprints["data"]}
         world.check_same(facts | {"calibration data": str(self._calibration_digest)})
         if cfg.compile:
             allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
@@ -185,15 +187,15 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._world.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the resume point's adapter; both fit the model."""
+        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.together("Opening the checkpoint"):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-            if self._resume_path:
-                known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-                checkpointing.check_belongs(self._resume_path, **known)
-                saved = checkpointing.load_part(self._resume_path, "adapter")
+            if self._start_path:
+                known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+                checkpointing.check_belongs(self._start_path, **known)
+                saved = checkpointing.load_part(self._start_path, "adapter")
                 check_adapter_fits(self._model, saved)
         self._world.check_same({"base weights": self._fingerprints["base"]})
         return base, saved
@@ -206,8 +208,8 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         shared, kept = SharedReading(base, self._world), {}
         options = {"device": self._device, "adapter_dtype": self._adapter_dtype}
         load_base_weights(self._model, shared, **options, without={f"{name}.weight" for name in self._quantized})
-        if saved:
-            stored = quantized_base.read_quantized(self._resume_path, self._quantized)
+        if saved and "quantized_base" in checkpointing.load_part(self._start_path, "run"):
+            stored = quantized_base.read_quantized(self._start_path, self._quantized)
             starts = ((name, QuantizedStart(weight)) for name, weight in stored)
         else:
             starts = self._find_starts(cfg, base, shared)
@@ -244,10 +246,11 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     ) -> Iterator[tuple[str, QuantizedStart]]:
         """Every linear's quantized weight and its adapter's start, each found by one process, in the model's order."""
         started = time.perf_counter()
-        components, spectra = self._decompose(cfg, shared) if cfg.adapter.method == "qcorda" else ({}, {})
+        method = "qlora" if self._start_path else cfg.adapter.method  # an adapter that comes with no base has no edit
+        components, spectra = self._decompose(cfg, shared) if method == "qcorda" else ({}, {})
         options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
         options |= {"quantize": partial(quantize, **cfg.quantization, dtype=self._dtype)}
-        options |= {"method": cfg.adapter.method, "adapter_dtype": self._adapter_dtype}
+        options |= {"method": method, "adapter_dtype": self._adapter_dtype}
 
         def find(name: str) -> QuantizedStart:
             weight = read_tensor(base, f"{name}.weight", device=self._device, dtype=torch.float32)
@@ -291,7 +294,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         make = partial(config.instantiate, cfg.optimizer)
         base = quantized_base.base_bytes(self._model, self._quantized, **cfg.quantization)
         budget = base | memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape) | base
-        if cfg.adapter.method == "qcorda":
+        if self._rounds:
             options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         shards = cfg.data_parallel_shard_dim or cfg.world_size or 1

@@ -57,7 +57,7 @@ from kasa_tune.components.models.loading import (
 from kasa_tune.components.quantization import quantize
 from kasa_tune.components.quantized_start import quantized_start
 from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point
+from kasa_tune.components.resuming import place, resume_point, start_point
 
 log = utils.get_logger("INFO")
 
@@ -83,6 +83,8 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
         self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
         self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        quantized = {"quantization": settings["quantization"], "dtype": cfg.dtype}
+        self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint, quantized=quantized)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         self._linears, self._groups = dict(adapter_linears(self._model)), shared_inputs(self._model)
@@ -96,7 +98,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         self._rounds, self._calibration_digest = [], None
-        if cfg.adapter.method == "qcorda" and not self._resume_path:
+        if cfg.adapter.method == "qcorda" and not self._start_path:
             self._setup_calibration(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
@@ -151,20 +153,21 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Full-precision weights from the checkpoint; quantized base and adapter from the resume point, or made."""
+        """Full-precision weights from the checkpoint; quantized base and adapter from one of ours, or made."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-        if self._resume_path:
-            known = {"base_fingerprint": self._fingerprints["base"], "model": self._resumed["config"]["model"]}
-            checkpointing.check_belongs(self._resume_path, **known)
+        if self._start_path:
+            known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+            checkpointing.check_belongs(self._start_path, **known)
         options = {"device": self._device, "adapter_dtype": self._adapter_dtype}
         load_base_weights(self._model, base, **options, without={f"{name}.weight" for name in self._quantized})
         with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
-            if self._resume_path:
-                quantized_base.load_quantized(self._resume_path, self._quantized, self._device)
-                load_adapter_state_dict(self._model, checkpointing.load_part(self._resume_path, "adapter"))
+            if self._start_path and "quantized_base" in checkpointing.load_part(self._start_path, "run"):
+                quantized_base.load_quantized(self._start_path, self._quantized, self._device)
             else:
                 self._start_adapters(cfg, base)
+            if self._start_path:
+                load_adapter_state_dict(self._model, checkpointing.load_part(self._start_path, "adapter"))
             folder = Path(cfg.output_dir) / quantized_base.FOLDER
             known = self._resumed.get("quantized_base")
             weights = {name: linear.weight for name, linear in self._quantized.items()}
@@ -184,13 +187,13 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _start_adapters(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> None:
         """Decompose what QCorDA adapts, a block of weights at a time; then quantize, a weight at a time."""
         started, in_nf4 = time.perf_counter(), partial(quantize, **cfg.quantization, dtype=self._dtype)
-        components, spectra = self._decompose(cfg, base) if cfg.adapter.method == "qcorda" else ({}, {})
+        method = "qlora" if self._start_path else cfg.adapter.method  # an adapter that comes with no base has no edit
+        components, spectra = self._decompose(cfg, base) if method == "qcorda" else ({}, {})
         options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
         options |= {"quantize": in_nf4, "adapter_dtype": self._adapter_dtype}
         for name, linear in tqdm(self._quantized.items(), "Quantizing", unit="layer", dynamic_ncols=True):
             weight = read_tensor(base, f"{name}.weight", device=self._device, dtype=torch.float32)
-            arguments = self._linears.get(name), cfg.adapter.method
-            start = quantized_start(weight, *arguments, component=components.get(name), **options)
+            start = quantized_start(weight, self._linears.get(name), method, component=components.get(name), **options)
             start.put_into(linear)
             if start.component:
                 components[name] = start.without_vectors().component.to("cpu")
@@ -220,7 +223,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         make = partial(config.instantiate, cfg.optimizer)
         base = quantized_base.base_bytes(self._model, self._quantized, **cfg.quantization)
         budget = base | memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape) | base
-        if cfg.adapter.method == "qcorda":
+        if self._rounds:
             options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         print(*budget_report(self._model, budget), sep="\n")

@@ -20,7 +20,7 @@ RESUMABLE_KEYS = {
     "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
     "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
     "batch_size", "gradient_accumulation_steps", "world_size", "timeout", "data_parallel_shard_dim",
-    "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset", "dry_run", "calibration.dataset",
+    "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset", "dry_run", "adapter_checkpoint", "calibration.dataset",
     "calibration.batch_size", "calibration.offload", "calibration.cache_dir",
 }  # fmt: skip
 
@@ -72,6 +72,43 @@ def resume_point(
                 + "; ".join(changed)
             )
     log.info(f"Resuming from {path}." if path else "Starting from the beginning.")
+    return path
+
+
+def start_point(
+    resume_path: Path | None, adapter_checkpoint: str | None, *, quantized: Mapping[str, Any] | None = None
+) -> Path | None:
+    """The checkpoint whose adapters a run starts with, or None where it starts them itself.
+
+    Args:
+        resume_path: from :func:`resume_point`, which goes first.
+        adapter_checkpoint: a run's output_dir, one of its checkpoints, or a native adapter.
+        quantized: the keys ``quantization`` and ``dtype`` of a run that quantizes its base; None of one that does not.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        ValueError: what its adapters take out of the weights was taken out of other ones: quantized here and not there,
+            not here and there, or otherwise.
+    """
+    if resume_path or not adapter_checkpoint:
+        return resume_path
+    path = find_checkpoint(Path(adapter_checkpoint))
+    run, adapter = load_part(path, "run"), load_part(path, "adapter")
+    edited = any(len(value) for name, value in adapter.items() if name.endswith(".lora_edit_in"))
+    if "quantized_base" not in run:
+        if quantized and edited:
+            raise ValueError(
+                f"{path} holds what its adapters took out of full-precision weights; here they are quantized. Go on "
+                "with the recipe that trained it, or merge the adapter into its base and start from that."
+            )
+    elif quantized is None and edited:
+        raise ValueError(
+            f"{path} holds what its adapters took out of weights before they were quantized; here they are not. Go on "
+            "with a qcorda_finetune recipe, or merge the adapter into its base and start from that."
+        )
+    elif quantized and (changed := list(_changed({key: run["config"][key] for key in quantized}, quantized, ()))):
+        raise ValueError(f"{path} brings its quantized base, made with other settings: {'; '.join(changed)}.")
+    log.info(f"Starting with the adapters of {path}.")
     return path
 
 

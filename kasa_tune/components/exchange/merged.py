@@ -44,7 +44,7 @@ def write_merged(
         ValueError: ``max_shard_size`` is no size.
     """
     modules, known = run.modules(run.changed), set(run.base.keys_read)
-    stored = {key: value.to(dtype if key in known else None) for key, value in run.base.stored.items()}
+    stored = {key: value.to(dtype) if dtype and key in known else value for key, value in run.base.stored.items()}
     plan = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

@@ -1,6 +1,6 @@
 """An adapter as a plain LoRA on the original base, in the files that PEFT writes and vLLM reads.
 
-KaSA's edit, CorDA's and PiSSA's starting point and the trained update are all low-rank, so together they are one LoRA of
+KaSA's edit, the start of CorDA and PiSSA and the trained update are all low-rank, so together they are one LoRA of
 rank ``r + k`` on the untouched weights: nothing has to be known of how it came about.
 """
 
@@ -81,7 +81,7 @@ def write_peft(
 
 
 def module_update(run: TrainedRun, key: str, linears: Mapping[str, Tensor]) -> LowRank:
-    """What turns a tensor of the base into what was trained, in the base's own layout, of the sum of its linears' ranks.
+    """What turns a tensor of the base into the trained one, in the base's layout; of the sum of its linears' ranks.
 
     Args:
         run: what to export.

@@ -1,0 +1,172 @@
+"""README.md of an exported adapter or model: what it is, what it came from, how to load it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from string import Template
+
+from omegaconf import OmegaConf
+
+from kasa_tune import __version__
+from kasa_tune.components.exchange.errors import Errors
+from kasa_tune.components.exchange.peft_lora import VLLM_RANKS
+from kasa_tune.components.exchange.trained_run import TrainedRun
+
+PAPERS = {
+    "kasa": "KaSA (arXiv 2412.06071)",
+    "qkasa": "KaSA (arXiv 2412.06071) on an NF4 base",
+    "corda (ipm)": "CorDA, instruction-previewed (arXiv 2406.05223)",
+    "corda (kpm)": "CorDA, knowledge-preserved (arXiv 2406.05223)",
+    "qcorda": "QCorDA (arXiv 2506.13187)",
+    "pissa": "PiSSA (arXiv 2404.02948)",
+    "qpissa": "QPiSSA (arXiv 2404.02948)",
+    "milora": "MiLoRA (arXiv 2406.09044)",
+    "loftq": "LoftQ (arXiv 2310.08659)",
+    "lora": "LoRA (arXiv 2106.09685)",
+    "qlora": "QLoRA (arXiv 2305.14314)",
+    "dora": "DoRA (arXiv 2402.09353)",
+}
+_HYPERPARAMETERS = (
+    "model", "adapter", "quantization", "calibration", "optimizer", "lr_scheduler", "epochs", "max_steps", "batch_size",
+    "gradient_accumulation_steps", "clip_grad_norm", "seed", "dtype",
+)  # fmt: skip
+
+_CARD = Template("""---
+base_model: $base_json
+library_name: $library
+tags: [$tags]
+---
+
+# $title
+
+$what
+
+| | |
+|---|---|
+| method | $method |
+| base model | `$base` |
+| base weights | `$fingerprint` (SHA-256 over names, shapes and samples of every tensor) |
+| trained | $step |
+| error | $error |
+| written by | kasa_tune $version |
+
+The terms of the base model apply to this one too.
+
+## Load
+
+$load
+## Data
+
+    $data
+
+## Hyper-parameters
+
+    $hyperparameters
+""")
+
+_WHAT = {
+    "peft": "A plain LoRA on the unchanged base model: the update that was trained and what the method took out of the "
+    "weights, together. $rank",
+    "merged": "The base model with the trained adapter merged in.",
+    "native": "The adapter by itself, update and edit, as the recipes of kasa_tune use it.",
+}
+_LOAD = {
+    "peft": """    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained($base_json)
+    model = PeftModel.from_pretrained(model, "<this folder>")
+
+$vllm""",
+    "merged": """    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("<this folder>")
+
+    vllm serve <this folder>
+""",
+    "native": """    tune run generate_text --config <yours> adapter_checkpoint=<this folder>
+""",
+}
+_VLLM = """    vllm serve $base_quoted --enable-lora --max-lora-rank $served --lora-modules tuned=<this folder>
+"""
+_NO_VLLM = "vLLM does not read $why; export this adapter merged for it.\n"
+
+
+def model_card(
+    run: TrainedRun, folder: Path, form: str, *, base_model: str, errors: Errors, config: dict | None = None
+) -> str:
+    """The card of what was written.
+
+    Args:
+        run: what was exported.
+        folder: that it will be called; its name is the title.
+        form: ``peft``, ``merged`` or ``native``.
+        base_model: repository or path of the base.
+        errors: from writing.
+        config: of a PEFT adapter, its ``adapter_config.json``.
+    """
+    facts = {
+        "title": folder.name,
+        "base": base_model,
+        "base_json": json.dumps(base_model),
+        "base_quoted": shlex.quote(base_model),
+        "library": {"peft": "peft", "merged": "transformers", "native": "kasa_tune"}[form],
+        "tags": ", ".join([run.config["adapter"].get("method") or run.method, *(["lora"] if form == "peft" else [])]),
+        "method": PAPERS.get(run.method, run.method),
+        "fingerprint": run.state["base"],
+        "step": _trained(run),
+        "error": error_sentence(errors),
+        "version": __version__,
+        "data": _yaml({key: run.config.get(key) for key in ("dataset",)}),
+        "hyperparameters": _yaml({key: run.config[key] for key in _HYPERPARAMETERS if key in run.config}),
+        "rank": _rank_sentence(config) if config else "",
+    }
+    facts["vllm"] = Template(_vllm(config)).substitute(facts, **_served(config)) if config else ""
+    facts["what"], facts["load"] = (Template(texts[form]).substitute(facts) for texts in (_WHAT, _LOAD))
+    return _CARD.substitute(facts)
+
+
+def error_sentence(errors: Errors) -> str:
+    """The worst layer's error in one line."""
+    if not errors or not any(error.of_weight for error in errors.values()):
+        return "none"
+    worst = errors.worst
+    of_change = max(errors.values(), key=lambda error: error.of_change).of_change
+    return (
+        f"at most {errors[worst].of_weight:.1e} of a weight's norm (`{worst}`), at most {of_change:.1e} of what "
+        "training and edit changed in one"
+    )
+
+
+def _trained(run: TrainedRun) -> str:
+    total = run.state.get("total_steps")
+    return f"{run.state['step']} steps" + (f" of {total}" if total else "")
+
+
+def _yaml(tree: dict) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(tree)).rstrip().replace("\n", "\n    ")
+
+
+def _rank_sentence(config: dict) -> str:
+    ranks = {config["r"], *config["rank_pattern"].values()}
+    return f"Rank {config['r']}." if len(ranks) == 1 else f"Ranks {min(ranks)} to {max(ranks)}."
+
+
+def _largest(config: dict) -> int:
+    return max([config["r"], *config["rank_pattern"].values()])
+
+
+def _vllm(config: dict) -> str:
+    return _VLLM if not config["use_dora"] and _largest(config) <= VLLM_RANKS[-1] else _NO_VLLM
+
+
+def _served(config: dict) -> dict[str, object]:
+    """The vLLM option a rank takes, or why there is none."""
+    if config["use_dora"]:
+        return {"why": "DoRA's magnitudes"}
+    rank = _largest(config)
+    if rank > VLLM_RANKS[-1]:
+        return {"why": f"ranks above {VLLM_RANKS[-1]} (this one has {rank})"}
+    return {"served": next(known for known in VLLM_RANKS if known >= rank)}

@@ -1,0 +1,104 @@
+"""Write a trained adapter for PEFT and vLLM, merged into its base model, or by itself.
+
+    tune run export_adapter --config peft_export adapter_checkpoint=/tmp/run output_dir=/tmp/adapter
+    tune run export_adapter --config merged_export adapter_checkpoint=/tmp/run output_dir=/tmp/model dtype=bf16
+    tune run export_adapter --config native_export adapter_checkpoint=/tmp/run output_dir=/tmp/adapter
+
+Takes the runs of every fine-tuning recipe; what they were trained on is written in their checkpoints. Every method here
+ends in  W_eff  =  W0 - E_out E_in + s B diag(d) A,  so on the base model W0 every one of them is
+
+    a LoRA  [ s B diag(d) | -E_out ] [ A ; E_in ]  of rank r + k           format: peft
+    or a weight W_eff                                                      format: merged
+    or the factors as they are                                             format: native
+
+The folder appears when all of it is on the disk; its README.md says what it is and how to load it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torchtune import training
+
+from kasa_tune import config
+from kasa_tune.components.exchange.errors import Errors
+from kasa_tune.components.exchange.merged import write_merged
+from kasa_tune.components.exchange.model_card import error_sentence, model_card
+from kasa_tune.components.exchange.native import write_native
+from kasa_tune.components.exchange.peft_lora import write_peft
+from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
+from kasa_tune.components.exchange.whole_folder import check_new, new_folder
+
+# Which keys say something about which format; the others belong to all.
+ONLY_OF = {
+    "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",), "max_shard_size": ("merged",),
+    "dtype": ("peft", "merged"),
+}  # fmt: skip
+SHOWN = 1e-5  # errors, as a share of a weight, that are printed layer by layer
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be meant, before anything is read.
+
+    Raises:
+        ValueError: a key of another format was set.
+        FileExistsError: output_dir exists.
+    """
+    for key, formats in ONLY_OF.items():
+        if cfg.format not in formats and cfg[key] != config.EXPORT[key].default:
+            raise ValueError(f"{key} says nothing about format {cfg.format}: it is of {' and '.join(formats)}.")
+    if cfg.rank and cfg.rank_pattern:
+        raise ValueError("rank gives all layers one rank, rank_pattern each its own: set one of them.")
+    check_new(Path(cfg.output_dir))
+
+
+def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Errors:
+    """Everything but the card; returns how far the weights are from those that were trained."""
+    dtype = training.get_dtype(cfg.dtype) if cfg.dtype else None
+    match cfg.format:
+        case "peft":
+            options = {"rank": cfg.rank, "rank_pattern": cfg.rank_pattern, "tolerance": cfg.tolerance}
+            options |= {"dtype": dtype} if dtype else {}
+            return write_peft(run, folder, base_model=base_model, **options)
+        case "merged":
+            return write_merged(run, folder, dtype=dtype, max_shard_size=cfg.max_shard_size)
+        case "native":
+            write_native(run, folder)
+            return Errors()
+
+
+def name_of_base(run: TrainedRun) -> str:
+    """The repository that ``tune download`` noted, or else the folder."""
+    note = run.checkpoint_dir / "original_repo_id.json"
+    return json.loads(note.read_text(encoding="utf-8"))["repo_id"] if note.is_file() else str(run.checkpoint_dir)
+
+
+def print_errors(errors: Errors) -> None:
+    """One line in all, and one a layer where that is worth knowing."""
+    for name, error in errors.items():
+        if error.of_weight > SHOWN:
+            print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_change:.1e} of the change")
+    print(f"Error: {error_sentence(errors)}.")
+
+
+@config.parse(config.EXPORT)
+def recipe_main(cfg: DictConfig) -> int:
+    """Entry point: ``--config <name or path> [key=value ...]``."""
+    check(cfg)
+    output_dir = Path(cfg.output_dir)
+    run = open_run(Path(cfg.adapter_checkpoint), checkpoint_dir=cfg.checkpoint_dir)
+    base_model = cfg.base_model or name_of_base(run)
+    with new_folder(output_dir) as folder:
+        errors = write(cfg, run, folder, base_model)
+        peft_config = folder / "adapter_config.json"
+        facts = {"config": json.loads(peft_config.read_text(encoding="utf-8"))} if peft_config.exists() else {}
+        card = model_card(run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print_errors(errors)
+    print(f"{run.method} after {run.state['step']} steps, as {cfg.format}: {output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
