@@ -24,6 +24,7 @@ from kasa_tune.schema import (
     Check,
     Component,
     ConfigError,
+    Ignored,
     Key,
     OneOrMany,
     Problem,
@@ -32,11 +33,12 @@ from kasa_tune.schema import (
     above,
     at_least,
 )
-from kasa_tune.schemas import CORDA, EXPORT, FINETUNE, GENERATE, QCORDA, schema_of
+from kasa_tune.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, schema_of
 from kasa_tune.validation import Checker
 
-__all__ = ["CORDA", "EXPORT", "FINETUNE", "GENERATE", "QCORDA", "REQUIRED", "Check", "Component", "ConfigError", "Key"]
-__all__ += ["OneOrMany", "Section", "above", "at_least", "instantiate", "load", "parse", "validate_file"]
+__all__ = ["CORDA", "EXPORT", "FINETUNE", "GENERATE", "IMPORT", "QCORDA", "REQUIRED", "Check", "Component"]
+__all__ += ["ConfigError", "Key", "OneOrMany", "Section", "above", "at_least", "instantiate", "load", "parse"]
+__all__ += ["validate_file"]
 
 Recipe = Callable[[DictConfig], Any]
 _USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"
@@ -252,6 +254,8 @@ def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
 def _help(schema: Schema, indent: str = "  ") -> Iterator[str]:
     """A line for each key: what it takes, the default, what it is for."""
     for name, spec in schema.items():
+        if isinstance(spec, Ignored):
+            continue
         if isinstance(spec, Section):
             yield f"{indent}{name}: {spec.help}"
             yield from _help(spec.keys, indent + "  ")

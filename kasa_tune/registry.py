@@ -25,6 +25,7 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
     "export_adapter": ("_export",),
+    "import_adapter": ("_import",),
 }
 
 

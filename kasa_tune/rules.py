@@ -97,7 +97,7 @@ def of_other_methods(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 def quantized(cfg: dict[str, Any]) -> Iterator[Problem]:
     """What is learnt or taken out of a weight in four bits goes with it."""
-    if "quantization" not in cfg:
+    if not cfg.get("quantization"):
         return
     node, (method, _) = cfg.get("model") or {}, _method(cfg)
     if node.get("use_dora"):
@@ -277,7 +277,7 @@ def _flat(given: Any) -> Iterator[str]:
 
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
     """What is to be resumed or generated from is there."""
-    for key in ("resume_from_checkpoint", "adapter_checkpoint"):
+    for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
         if isinstance(cfg.get(key), str):
             yield from _missing(key, cfg[key])
 

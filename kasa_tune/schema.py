@@ -154,6 +154,17 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Ignored(Key):
+    """A key of other recipes' configs that a recipe takes, whatever its value, and has no use for: it becomes null."""
+
+    type: Any = Any
+    default: Any = None
+
+    def accept(self, value: Any) -> None:
+        """None."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A mapping with a schema of its own; absent, every key takes its default."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from kasa_tune.schema import Check, Component, Key, OneOrMany, Schema, Section, above, at_least
+from kasa_tune.schema import Check, Component, Ignored, Key, OneOrMany, Schema, Section, above, at_least
 
 POSITIVE, NOT_NEGATIVE = at_least(1), at_least(0)
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -267,20 +267,35 @@ EXPORT: Schema = {
     "adapter_checkpoint": Key(str, help="a run's output_dir or one of its checkpoints"),
     "output_dir": Key(str, help="a folder that does not exist yet"),
     "checkpoint_dir": Key(str | None, None, help="where the base model's files lie; null: where the run had them"),
-    "dtype": Key(str | None, None, DTYPE, help="null: peft fp32, merged as the base's files"),
     "base_model": Key(
         str | None, None, help="what the adapter and the card call the base; null: its repository, or its folder"
     ),
+    "dtype": Key(str | None, None, DTYPE, help="null: peft fp32, merged as the base's files"),
     "rank": Key(int | None, None, POSITIVE, help="peft: of every layer, filled up with zeros; null: what they need"),
     "rank_pattern": Key(bool, False, help="peft: each layer its own rank"),
-    "tolerance": Key(float | None, None, TOLERANCE, help="peft: share of a layer's largest singular value to leave out"),
+    "tolerance": Key(float | None, None, TOLERANCE, help="peft: singular values left out, as a share of the largest"),
     "max_shard_size": Key(str, "5GB", SHARD_SIZE, help="merged: of a file, which is also what stands in memory"),
 }
+
+_OF_IMPORT: Schema = {
+    "peft_adapter": Key(str, help="folder of a LoRA saved by PEFT, with adapter_config.json"),
+    "initial_adapter": Key(
+        str | None, None, help="PiSSA, CorDA, OLoRA, LoRA-GA, LoftQ: the same adapter, saved before training"
+    ),
+    "output_dir": Key(str, help="a folder that does not exist yet"),
+    "model": replace(_MODEL, help="of the base; where adapters go and their rank come from the adapter"),
+    "checkpointer": _CHECKPOINTER,
+    "device": replace(_DEVICE, default="cpu", help="where weights are decomposed"),
+    "dtype": replace(_DTYPE, help="of the base when the adapter was trained"),
+}
+# Of a base that has a training config, that one will do.
+IMPORT: Schema = _OF_IMPORT | {name: Ignored() for name in QCORDA if name not in _OF_IMPORT}
 
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     "_generate": GENERATE,
     "_export": EXPORT,
+    "_import": IMPORT,
     **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
     **dict.fromkeys(("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"), QCORDA),
     **dict.fromkeys(("_kasa", "_lora"), FINETUNE),
@@ -291,6 +306,7 @@ _RECIPES: Mapping[str, Schema] = {
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
     "export_adapter": EXPORT,
+    "import_adapter": IMPORT,
 }
 
 
@@ -304,6 +320,8 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return named
     if "format" in tree:
         return EXPORT
+    if "peft_adapter" in tree:
+        return IMPORT
     if "quantization" in tree:
         return QCORDA
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
@@ -321,8 +339,8 @@ def _takes(schema: Schema, key: str, value: Any) -> bool:
     spec = schema.get(name)
     if rest:
         return isinstance(spec, Section) and _takes(spec.keys, rest, value)
-    if not isinstance(spec, Key):
-        return spec is not None
+    if not isinstance(spec, Key) or isinstance(spec, Ignored):
+        return spec is not None and not isinstance(spec, Ignored)
     try:
         spec.accept(value)
     except ValueError:

@@ -18,6 +18,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from torchtune import training
 
@@ -55,7 +56,7 @@ def check(cfg: DictConfig) -> None:
 
 def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Errors:
     """Everything but the card; returns how far the weights are from those that were trained."""
-    dtype = training.get_dtype(cfg.dtype) if cfg.dtype else None
+    dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu")) if cfg.dtype else None
     match cfg.format:
         case "peft":
             options = {"rank": cfg.rank, "rank_pattern": cfg.rank_pattern, "tolerance": cfg.tolerance}

@@ -29,12 +29,14 @@ from kasa_tune.components import models
 from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
 from kasa_tune.components.metrics import read_metrics
 from kasa_tune.components.models.loading import build_on_meta
+from kasa_tune.schema import Ignored
 from kasa_tune.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 SELF_CONTAINED = [name for name in FILES if name.startswith(("tiny_", "stories260k_"))]  # their models are at hand
-FINETUNED = [name for name in FILES if name not in SELF_CONTAINED]
+EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
+FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED]
 KASA = [name for name in FINETUNED if name.endswith("_kasa")]
 CORDA = [name for name in FINETUNED if name.endswith("_corda")]
 
@@ -820,6 +822,25 @@ def test_docs_tell_the_recipe_of_every_suffix():
         on_one_device = recipe.name.replace("_distributed", "_single_device")
         endings = [suffix for suffix in told if told[suffix] == on_one_device]
         assert all(shipped.name.endswith(tuple(endings)) for shipped in recipe.configs)
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_header_of_an_exchange_shows_how_it_is_called(name):
+    runs = [words for words in header_commands(name) if words[1] == "run"]
+    assert {tuple(words[:5]) for words in runs} == {("tune", "run", recipe_of(name), "--config", name)}
+    for words in runs:
+        config.load(name, words[5:], check_files=False)
+
+
+def test_docs_describe_every_key_of_exporting():
+    assert documented("Keys of `export_adapter`") == described(config.EXPORT)
+
+
+def test_docs_describe_every_key_of_importing():
+    own = {name: spec for name, spec in config.IMPORT.items() if not isinstance(spec, Ignored)}
+    expected = {key: row for key, row in described(own).items() if "." not in key}  # those inside are as in training
+    assert documented("Keys of `import_adapter`") == expected
+    assert {*config.IMPORT} == {*own, *config.QCORDA}
 
 
 def test_docs_describe_every_key_of_generation():

@@ -7,68 +7,14 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchtune.models.convert_weights import tune_to_hf
-from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
-from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
-from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
-from torchtune.training import FullModelHFCheckpointer, FullModelTorchTuneCheckpointer
+from torchtune.training import FullModelTorchTuneCheckpointer
 
 from kasa_tune.components.checkpointing import weights_fingerprint
 from kasa_tune.components.models import base_weights
 from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights, shapes_of
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
-from tests.toy_models import FAMILIES, randomized, tokens
-
-# model: (its family, further sizes, torchtune's model type, from torchtune's names to the file's)
-MODELS = {
-    "llama2": ("llama2", {}, "LLAMA2", tune_to_hf),
-    "llama3": ("llama3", {}, "LLAMA3", tune_to_hf),
-    "llama3_2": ("llama3_2", {}, "LLAMA3_2", tune_to_hf),
-    "mistral": ("mistral", {"num_kv_heads": 1}, "MISTRAL", tune_to_hf),
-    "gemma": ("gemma", {}, "GEMMA", tune_to_hf),
-    "gemma2": ("gemma2", {}, "GEMMA2", gemma2_tune_to_hf),
-    "qwen2": ("qwen2", {}, "QWEN2", qwen2_tune_to_hf),
-    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}, "QWEN2", qwen2_tune_to_hf),
-    "phi3": ("phi3", {"num_kv_heads": 4}, "PHI3_MINI", phi3_tune_to_hf),
-    "phi3_gqa": ("phi3", {}, "PHI3_MINI", phi3_tune_to_hf),
-    "phi4": ("phi3", {}, "PHI4", phi3_tune_to_hf),
-}
-
-
-def toy(name, dtype=torch.float32):
-    """The sizes of a toy and its weights under torchtune's names, as they would be trained."""
-    family, more, _, _ = MODELS[name]
-    sizes = FAMILIES[family].sizes | more
-    state = randomized(FAMILIES[family].base(**sizes)).state_dict()
-    return sizes, {key: value.to(dtype) for key, value in state.items()}
-
-
-def write_checkpoint(folder, name, *, dtype=torch.float32, shards=1, change=lambda state: None, save=save_file):
-    """A Hugging Face checkpoint of a toy; returns the names of its files."""
-    sizes, weights = toy(name, dtype)
-    _, _, _, convert = MODELS[name]
-    shape = {"num_heads": sizes["num_heads"], "num_kv_heads": sizes["num_kv_heads"], "dim": sizes["embed_dim"]}
-    if convert is phi3_tune_to_hf:
-        state = convert(weights)
-    else:
-        state = convert(weights, **shape, head_dim=sizes.get("head_dim"))
-    change(state)
-    config = {"num_attention_heads": sizes["num_heads"], "num_key_value_heads": sizes["num_kv_heads"]}
-    config |= {"hidden_size": sizes["embed_dim"], "tie_word_embeddings": sizes.get("tie_word_embeddings", False)}
-    config |= {key: sizes[key] for key in ("head_dim",) if key in sizes}
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    suffix = "safetensors" if save is save_file else "bin"
-    names = [f"model-{index + 1:05d}-of-{shards:05d}.{suffix}" for index in range(shards)]
-    keys = sorted(state)
-    for index, file in enumerate(names):
-        save({key: state[key].clone().contiguous() for key in keys[index::shards]}, folder / file)
-    return names
-
-
-def checkpointer(folder, files, model_type):
-    options = {"checkpoint_files": files, "model_type": model_type, "output_dir": str(folder.parent / "out")}
-    return FullModelHFCheckpointer(checkpoint_dir=str(folder), **options)
+from tests.toy_checkpoints import MODELS, checkpointer, to_hf, toy, write_checkpoint
+from tests.toy_models import FAMILIES, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +57,7 @@ def spy(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_is_that_of_torchtunes_checkpointer(name, dtype, shards, tmp_path):
     files = write_checkpoint(tmp_path / "hf", name, dtype=dtype, shards=shards)
-    make = partial(checkpointer, tmp_path / "hf", files, MODELS[name][2])
+    make = partial(checkpointer, tmp_path / "hf", files, MODELS[name].model_type)
     streamed, whole = read_base_weights(make()), make().load_checkpoint()["model"]
     assert isinstance(streamed, StreamedWeights)
     assert streamed.keys() == whole.keys() == toy(name)[1].keys()
@@ -129,9 +75,9 @@ def test_every_tensor_is_that_of_torchtunes_checkpointer(name, dtype, shards, tm
 @pytest.mark.parametrize("name", ["llama3_2", "gemma2", "qwen2_tied", "phi3_gqa"])
 def test_a_model_is_filled_with_them(name, tmp_path):
     files = write_checkpoint(tmp_path / "hf", name, shards=2)
-    family, (sizes, weights) = FAMILIES[MODELS[name][0]], toy(name)
+    family, (sizes, weights) = FAMILIES[MODELS[name].family], toy(name)
     model = build_on_meta(partial(family.kasa, ["q_proj"], rank=2, truncation_rank=0, **sizes), dtype=torch.float32)
-    streamed = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name][2]))
+    streamed = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name].model_type))
     load_base_weights(model, streamed, device=torch.device("cpu"), adapter_dtype=torch.float32)
     usual = family.base(**sizes).eval()
     usual.load_state_dict(weights)
@@ -174,6 +120,84 @@ def test_a_tied_output_that_is_stored_all_the_same_is_skipped(tmp_path):
     files = write_checkpoint(tmp_path / "hf", "qwen2_tied", change=change)
     make = partial(checkpointer, tmp_path / "hf", files, "QWEN2")
     assert read_base_weights(make()).keys() == toy("qwen2_tied")[1].keys() == make().load_checkpoint()["model"].keys()
+
+
+# --------------------------------------------------------------------------------- where a weight lies
+
+
+def weights_of_linears(name):
+    return [key for key, value in toy(name)[1].items() if value.ndim == 2]
+
+
+def renumbered(weights):
+    """The same names and shapes, every number but once in the model."""
+    first, found = 0, {}
+    for key, value in weights.items():
+        found[key] = torch.arange(first, first + value.numel(), dtype=torch.float64).view_as(value)
+        first += value.numel()
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_places_are_where_torchtunes_way_back_puts_the_rows(name, tmp_path):
+    streamed = read_base_weights(
+        checkpointer(tmp_path / "hf", write_checkpoint(tmp_path / "hf", name), MODELS[name].model_type)
+    )
+    sizes, weights = toy(name)
+    numbers = renumbered(weights)
+    written = to_hf(numbers, MODELS[name].model_type, sizes)
+    for weight in weights_of_linears(name):
+        key, rows = streamed.place(weight)
+        assert torch.equal(written[key][rows], numbers[weight]), weight
+        assert torch.equal(streamed.read(key)[rows], streamed[weight]), weight
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_row_of_a_file_is_the_place_of_one_weights_row(name, tmp_path, spy):
+    files = write_checkpoint(tmp_path / "hf", name, shards=2)
+    streamed = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name].model_type))
+    taken = {}
+    for weight in weights_of_linears(name):
+        key, rows = streamed.place(weight)
+        taken.setdefault(key, []).append(rows)
+    for key, rows in taken.items():
+        assert torch.cat(rows).sort().values.tolist() == list(range(len(streamed.stored[key])))
+    fused = {"model.layers.1.self_attn.qkv_proj.weight": 3, "model.layers.1.mlp.gate_up_proj.weight": 2}
+    assert {key: len(rows) for key, rows in taken.items() if len(rows) > 1} == {
+        f"model.layers.{layer}.{key.removeprefix('model.layers.1.')}": count
+        for layer in range(2)
+        for key, count in (fused if "phi" in name else {}).items()
+    }
+    assert spy == []
+
+
+def test_queries_and_keys_lie_permuted_in_the_files_of_llama_and_not_of_qwen(tmp_path):
+    for name, permuted in (("llama2", True), ("qwen2", False)):
+        files = write_checkpoint(tmp_path / name, name)
+        streamed = read_base_weights(checkpointer(tmp_path / name, files, MODELS[name].model_type))
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            rows = streamed.place(f"layers.0.attn.{leaf}.weight").rows
+            assert torch.equal(rows, torch.arange(len(rows))) == (not permuted or leaf == "v_proj")
+
+
+def test_the_files_own_names_shapes_and_dtypes_are_known_unread(tmp_path, spy):
+    def change(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    files = write_checkpoint(tmp_path / "hf", "qwen2_tied", dtype=torch.bfloat16, change=change)
+    streamed = read_base_weights(checkpointer(tmp_path / "hf", files, "QWEN2"))
+    assert streamed.stored["lm_head.weight"].shape == streamed.stored["model.embed_tokens.weight"].shape
+    assert streamed.stored["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert all(tensor.is_meta for tensor in streamed.stored.values())
+    assert streamed.stored.keys() - set(streamed.keys_read) == {
+        "lm_head.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    }
+    assert len(streamed.keys_read) == len(set(streamed.keys_read)) == len(toy("qwen2_tied")[1])
+    assert spy == []
+    assert streamed.read("model.layers.0.self_attn.rotary_emb.inv_freq").tolist() == [1.0] * 4
+    assert spy == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
 
 
 # --------------------------------------------------------------------------------- read when asked for
@@ -226,7 +250,7 @@ def test_a_name_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2_tied", "phi3_gqa"])
 def test_pickled_checkpoints_are_loaded_by_their_checkpointer(name, tmp_path):
     files = write_checkpoint(tmp_path / "hf", name, shards=2, save=torch.save)
-    found = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name][2]))
+    found = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name].model_type))
     assert not isinstance(found, StreamedWeights)
     expected = toy(name)[1]
     assert found.keys() == expected.keys()

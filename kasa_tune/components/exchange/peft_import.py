@@ -1,0 +1,298 @@
+"""A PEFT LoRA in the form that every adapter has here, ``W0 - E + s · B diag(d) A``, on torchtune's names and layouts.
+
+LoRA has no E. PiSSA, OLoRA, CorDA and LoRA-GA, saved as they are, take ``E = s · B0 A0`` out of the base, which their
+file does not hold: it is worked out again, or read from the same adapter saved before training. KaSA takes the base's
+smallest singular triplets out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torchtune.config import instantiate
+
+from kasa_tune.components import models
+from kasa_tune.components.decomposition import check_finite, co_svd, smallest_triplets
+from kasa_tune.components.exchange.peft_files import PeftAdapter
+from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.models.attach import ATTN_MODULES, MLP_MODULES
+from kasa_tune.components.models.base_weights import StreamedWeights
+from kasa_tune.components.models.loading import block_linears, build_on_meta
+
+log = logging.getLogger(__name__)
+
+METHODS = ("kasa", "lora", "corda")  # how the builders' names begin
+_UNTOUCHED = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
+_FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
+_FROM_BASE = (*_FOUND_AGAIN, "corda", "lora_ga", "loftq")  # starts that take themselves out of the base
+_BUILDERS = "kasa_tune.components.models"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our linears lies in the base model that PEFT adapted: in a module, with some of its rows."""
+
+    module: str
+    rows: Tensor
+
+
+class PeftImport:
+    """A PEFT adapter and the base it was trained on, seen to belong together; nothing has been computed yet.
+
+    Args:
+        peft: the adapter.
+        base: the base's weights.
+        model: a config's section ``model`` for the base; which linears it adapts, how and with what rank does not
+            matter.
+        initial: the same adapter saved before training, if it started as a part of the base; None for none.
+
+    Attributes:
+        method: ``lora``, ``kasa`` or ``corda``, whose linears can hold the adapter; see :meth:`_method`.
+        model: the section ``model`` that the adapter needs.
+
+    Raises:
+        ValueError: adapter and base do not belong together, or the adapter cannot be imported.
+    """
+
+    def __init__(
+        self,
+        peft: PeftAdapter,
+        base: StreamedWeights,
+        model: Mapping[str, Any],
+        initial: PeftAdapter | None = None,
+    ) -> None:
+        self.peft, self.base, self.initial = peft, base, initial
+        for adapter in filter(None, (peft, initial)):
+            adapter.check_fits(base.stored)
+            adapter.check_copies(base.read)
+        _check_start(peft, initial)
+        self._places = self._find_places(model)
+        self._adapted = [name for name, place in self._places.items() if place.module in peft.layers]
+        self._check_all_placed()
+        self.method = self._method()
+        self.model = self._model_section(model)
+
+    def tensors(self, module: str, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The adapter of one module of the base: float32 tensors by name, of each of our linears that lie in it.
+
+        Args:
+            module: one of ``peft.layers``.
+            device: where its weight is decomposed.
+            dtype: that the base had when the adapter was trained.
+
+        Raises:
+            ValueError: weight or adapter hold NaN or infinity.
+        """
+        a, b = self.peft.read(module, "lora_A"), self.peft.read(module, "lora_B")
+        if self.method == "corda":  # whose linears all have one scaling, whatever their ranks
+            b = b * (self.peft.layers[module].scaling * self.model["rank"] / self.model["alpha"])
+        edit = self._edit(module, device=device, dtype=dtype)
+        of_rows = {"lora_b.weight": b, "lora_edit_out": edit.out}
+        of_all = {"lora_a.weight": a, "lora_edit_in": edit.into}
+        if self.peft.is_kasa:
+            of_all["lora_diag"] = self.peft.read(module, "lora_diag")
+        if self.peft.is_dora:
+            of_rows["lora_magnitude"] = self.peft.read(module, "lora_magnitude_vector")
+        found: dict[str, Tensor] = {}
+        for name in self._adapted:
+            if (place := self._places[name]).module == module:
+                found |= {f"{name}.{key}": value[place.rows] for key, value in of_rows.items()}
+                found |= {f"{name}.{key}": value.clone() for key, value in of_all.items()}
+        return found
+
+    def left_alone(self) -> dict[str, Tensor]:
+        """Adapters of rank 0, of linears that have none in PEFT and are of a kind that others have one of."""
+        found: dict[str, Tensor] = {}
+        for name in set(self._chosen) - set(self._adapted):
+            none = LowRank.empty(*self.base.meta[f"{name}.weight"].shape)
+            found |= {f"{name}.lora_a.weight": none.into, f"{name}.lora_b.weight": none.out}
+            found |= {f"{name}.lora_edit_out": none.out.clone(), f"{name}.lora_edit_in": none.into.clone()}
+        return found
+
+    def adapter_section(self) -> dict[str, Any]:
+        """What the section ``adapter`` of a run that had started so would say."""
+        if self.method == "kasa":
+            return {"dtype": "fp32"}
+        if self.peft.start == "corda":
+            mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
+            return {"method": "corda", "mode": mode, "dtype": "fp32"}
+        return {"method": "pissa" if self.peft.start.startswith("pissa") else "lora", "dtype": "fp32"}
+
+    def _find_places(self, model: Mapping[str, Any]) -> dict[str, Place]:
+        """Of every linear that could be adapted, in the model's order."""
+        everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
+        built = _build(_section(model, "lora", everything))
+        names = [*block_linears(built), *(["output"] if isinstance(getattr(built, "output", None), nn.Linear) else [])]
+        places = {}
+        for name in names:
+            found = getattr(self.base.meta.get(f"{name}.weight"), "shape", None)
+            if found != (expected := built.get_submodule(name).weight.shape):
+                raise ValueError(
+                    f"The base is not one of model._component_ {model['_component_']}: {name} is {tuple(expected)} in "
+                    f"the model and {found and tuple(found)} in checkpointer.checkpoint_dir."
+                )
+            key, rows = self.base.place(f"{name}.weight")
+            places[name] = Place(key.removesuffix(".weight"), rows)
+        return places
+
+    def _check_all_placed(self) -> None:
+        placed = {self._places[name].module for name in self._adapted}
+        if lost := sorted(self.peft.layers.keys() - placed):
+            raise ValueError(
+                f"{self.peft.folder} adapts {lost[0]}, which takes no adapter here: only the linears of attention and "
+                "MLP do, and an output projection that is not tied to the embedding."
+            )
+
+    @property
+    def _leaves(self) -> list[str]:
+        """``q_proj``, ``w1``, ...: the kinds of linears of which any is adapted."""
+        found = {name.rpartition(".")[2] for name in self._adapted}
+        return [leaf for leaf in (*ATTN_MODULES, *MLP_MODULES, "output") if leaf in found]
+
+    @property
+    def _chosen(self) -> list[str]:
+        """All linears of the kinds of which any is adapted: those that our builders give an adapter."""
+        return [name for name in self._places if name.rpartition(".")[2] in self._leaves]
+
+    def _method(self) -> str:
+        """The linears that hold it: KaSA's; LoRA's where all are alike and nothing was taken out; else CorDA's, which
+        may have an edit, ranks of their own, and none.
+        """
+        layers = [self.peft.layers[self._places[name].module] for name in self._adapted]
+        alike = len(set(layers)) == 1 and len(self._adapted) == len(self._chosen)
+        if (self.peft.is_kasa or self.peft.is_dora) and not alike:
+            raise ValueError(
+                f"{self.peft.folder} adapts its modules with different ranks or scalings, or only some layers of a "
+                f"kind ({len(self._adapted)} of {len(self._chosen)}), which {'KaSA' if self.peft.is_kasa else 'DoRA'} "
+                "does not do here. A plain LoRA may."
+            )
+        if self.peft.is_kasa:
+            return "kasa"
+        return "lora" if alike and not self._takes_out else "corda"
+
+    @property
+    def _takes_out(self) -> bool:
+        return self.initial is not None or self.peft.start not in _UNTOUCHED
+
+    def _model_section(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        largest = max(self.peft.layers.values(), key=lambda layer: layer.rank)
+        mlp = [leaf for leaf in self._leaves if leaf in MLP_MODULES]
+        needed: dict[str, Any] = {
+            "attn_modules": [leaf for leaf in self._leaves if leaf in ATTN_MODULES],
+            "apply_to_mlp": True if mlp == list(MLP_MODULES) else mlp or False,
+            "rank": largest.rank,
+            "alpha": largest.alpha,
+        }
+        if "output" in self._leaves or "apply_to_output" in given:
+            needed["apply_to_output"] = "output" in self._leaves
+        if dropout := self.peft.config.get("lora_dropout"):
+            needed["dropout"] = dropout
+        if self.method == "lora" and (self.peft.is_dora or "use_dora" in given):
+            needed["use_dora"] = self.peft.is_dora
+        if self.method == "kasa":
+            removed = {"truncation_rank": largest.rank, "truncation": "paper"}
+            needed |= {key: value for key, value in removed.items() if given.get(key) not in (None, value)}
+        section = _section(given, self.method, needed)
+        _build(section)  # whose errors name the layer that cannot have such a rank
+        return section
+
+    def _edit(self, module: str, **how: Any) -> LowRank:
+        """What was taken out of a module's weight: float32 factors on the CPU."""
+        layer = self.peft.layers[module]
+        if self.initial is not None:
+            out, into = (self.initial.read(module, part) for part in ("lora_B", "lora_A"))
+            return LowRank(out * layer.scaling, into)
+        if self.peft.is_kasa:
+            return smallest_triplets(self._weight(module, **how), layer.rank)[0].to("cpu")
+        if self.peft.start not in _FOUND_AGAIN:
+            return LowRank.empty(*self.base.stored[f"{module}.weight"].shape)
+        weight = self._weight(module, **how)
+        if self.peft.start == "pissa":
+            component = co_svd(weight, None, layer.rank, "ipm")
+            return LowRank(component.vectors.cpu(), component.projection.cpu())
+        q = torch.linalg.qr(weight[:, : layer.rank].double()).Q  # OLoRA: the first columns of Q, and rows of R
+        return LowRank(q * layer.scaling, q.T @ weight.double()).to("cpu", torch.float32)
+
+    def _weight(self, module: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        weight = self.base.read(f"{module}.weight").to(device=device, dtype=dtype)
+        check_finite(weight, module)
+        return weight
+
+
+def open_peft(folder: Path, base: Any, model: Mapping[str, Any], *, initial_folder: Path | None = None) -> PeftImport:
+    """Open a PEFT adapter beside its base and see that it can be imported.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: from :func:`~kasa_tune.components.models.base_weights.read_base_weights`.
+        model: see :class:`PeftImport`.
+        initial_folder: of the same adapter, saved before training.
+
+    Raises:
+        FileNotFoundError: a folder or one of its files is missing.
+        ValueError: as :class:`PeftImport`.
+    """
+    if not isinstance(base, StreamedWeights):
+        raise ValueError("The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use.")
+    initial = PeftAdapter(initial_folder) if initial_folder else None
+    return PeftImport(PeftAdapter(folder), base, model, initial)
+
+
+def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:
+    """Whether what the adapter took out of its base is known."""
+    start = "pissa with approximated vectors" if peft.start.startswith("pissa_niter") else peft.start
+    if initial is None:
+        if start not in (*_UNTOUCHED, *_FOUND_AGAIN):
+            raise ValueError(
+                f"{peft.folder} started as {start}, as a part of the base model that its file does not hold. Set "
+                "initial_adapter to the folder of the same adapter saved before training, or save it in PEFT as a "
+                "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=<that folder>)."
+            )
+    elif peft.is_kasa:
+        raise ValueError(f"{peft.folder} is KaSA: what it took out follows from the base. Leave initial_adapter out.")
+    elif initial.layers != peft.layers:
+        raise ValueError(
+            f"{initial.folder} is not {peft.folder} before its training: they differ in modules, ranks or scalings."
+        )
+    if peft.is_dora and (initial is not None or start not in _UNTOUCHED):
+        raise ValueError(
+            f"{peft.folder} is DoRA that started as a part of its base ({start}); nothing here holds both."
+        )
+    if start == "loftq":
+        log.warning(
+            f"{peft.folder} was trained on a base that PEFT had quantized. Here it goes on the unquantized one, with "
+            "what was learned; what quantization lost, LoftQ's start had taken up to a part, is not lost here."
+        )
+
+
+def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -> dict[str, Any]:
+    """A section ``model`` with another method's builder of the same base; what the builder does not take is left out.
+
+    Raises:
+        ValueError: there is no such builder.
+    """
+    path = given["_component_"]
+    prefix, _, rest = path.rpartition(".")[2].partition("_")
+    name = f"{method}_{rest if prefix in METHODS else path.rpartition('.')[2]}"
+    if (build := getattr(models, name, None)) is None:
+        raise ValueError(
+            f"model._component_ must be a builder of {_BUILDERS}, such as lora_llama3_8b; got {path}, and there is no "
+            f"{name}."
+        )
+    taken = inspect.signature(build).parameters
+    kept = {key: value for key, value in given.items() if key in taken}
+    return {"_component_": f"{_BUILDERS}.{name}", **kept, **needed}
+
+
+def _build(section: Mapping[str, Any]) -> nn.Module:
+    build: Callable[[], nn.Module] = partial(instantiate, OmegaConf.create(dict(section)))
+    return build_on_meta(build, dtype=torch.float32)
