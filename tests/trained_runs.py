@@ -102,7 +102,7 @@ def trained_run(
     state["base"] = weights_fingerprint(weights)
     if method in QUANTIZED:
         config["quantization"] = BLOCK
-    model = build_on_meta(partial(instantiate, OmegaConf.create(config["model"])), dtype=training.get_dtype(dtype))
+    model = build_on_meta(partial(instantiate, OmegaConf.create(config["model"])), dtype=training.get_dtype(dtype, device=CPU))
     linears = dict(adapter_linears(model))
     if mixed:
         ranks = {name: 3 * index % 7 for index, name in enumerate(linears)}  # the first has rank 0

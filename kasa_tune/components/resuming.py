@@ -93,23 +93,30 @@ def start_point(
     if resume_path or not adapter_checkpoint:
         return resume_path
     path = find_checkpoint(Path(adapter_checkpoint))
-    run, adapter = load_part(path, "run"), load_part(path, "adapter")
-    edited = any(len(value) for name, value in adapter.items() if name.endswith(".lora_edit_in"))
-    if "quantized_base" not in run:
-        if quantized and edited:
-            raise ValueError(
-                f"{path} holds what its adapters took out of full-precision weights; here they are quantized. Go on "
-                "with the recipe that trained it, or merge the adapter into its base and start from that."
-            )
-    elif quantized is None and edited:
-        raise ValueError(
-            f"{path} holds what its adapters took out of weights before they were quantized; here they are not. Go on "
-            "with a qcorda_finetune recipe, or merge the adapter into its base and start from that."
+    run = load_part(path, "run")
+    brings_base = "quantized_base" in run
+    if brings_base != bool(quantized) and _has_edit(path):
+        there, here, way = (
+            ("weights before they were quantized", "not", "with a qcorda_finetune recipe")
+            if brings_base
+            else ("full-precision weights", "quantized", "with the recipe that trained it")
         )
-    elif quantized and (changed := list(_changed({key: run["config"][key] for key in quantized}, quantized, ()))):
-        raise ValueError(f"{path} brings its quantized base, made with other settings: {'; '.join(changed)}.")
+        raise ValueError(
+            f"{path} holds what its adapters took out of {there}; here they are {here}. Go on {way}, or merge the "
+            "adapter into its base and start from that."
+        )
+    if brings_base and quantized:
+        made = {key: run["config"][key] for key in quantized}
+        if changed := list(_changed(made, quantized, ())):
+            raise ValueError(f"{path} brings its quantized base, made with other settings: {'; '.join(changed)}.")
     log.info(f"Starting with the adapters of {path}.")
     return path
+
+
+def _has_edit(checkpoint: Path) -> bool:
+    """Whether any of its adapters took something out of its weight."""
+    adapter = load_part(checkpoint, "adapter")
+    return any(len(value) for name, value in adapter.items() if name.endswith(".lora_edit_in"))
 
 
 def place(run: Mapping[str, Any], accumulation: int, batches: EpochBatches) -> tuple[int, int, int]:
