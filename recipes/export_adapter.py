@@ -79,7 +79,7 @@ def print_errors(errors: Errors) -> None:
     """One line in all, and one a layer where that is worth knowing."""
     for name, error in errors.items():
         if error.of_weight > SHOWN:
-            print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_change:.1e} of the change")
+            print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update")
     print(f"Error: {error_sentence(errors)}.")
 
 
@@ -97,7 +97,7 @@ def recipe_main(cfg: DictConfig) -> int:
         card = model_card(run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print_errors(errors)
-    print(f"{run.method} after {run.state['step']} steps, as {cfg.format}: {output_dir}")
+    print(f"{run.method}, {run.checkpoint.name}, as {cfg.format}: {output_dir}")
     return 0
 
 

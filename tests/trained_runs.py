@@ -102,10 +102,12 @@ def trained_run(
     state["base"] = weights_fingerprint(weights)
     if method in QUANTIZED:
         config["quantization"] = BLOCK
-    model = build_on_meta(partial(instantiate, OmegaConf.create(config["model"])), dtype=training.get_dtype(dtype, device=CPU))
+    model = build_on_meta(
+        partial(instantiate, OmegaConf.create(config["model"])), dtype=training.get_dtype(dtype, device=CPU)
+    )
     linears = dict(adapter_linears(model))
     if mixed:
-        ranks = {name: 3 * index % 7 for index, name in enumerate(linears)}  # the first has rank 0
+        ranks = {name: 5 * index % 9 for index, name in enumerate(linears)}  # 0 for one of each block
     else:
         ranks = dict.fromkeys(linears, RANK)
     if method in QUANTIZED:

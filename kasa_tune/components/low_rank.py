@@ -60,6 +60,11 @@ class LowRank:
             u, s, vt = u[:, :kept], s[:kept], vt[:kept]
         return LowRank(q_out @ (u * s.sqrt()), s.sqrt()[:, None] * vt @ q_into.T)
 
+    def norm(self) -> float:
+        """Frobenius norm of the matrix, in float64."""
+        r_out, r_into = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.out, self.into.T))
+        return torch.linalg.vector_norm(r_out @ r_into.T).item()
+
     def padded(self, rank: int) -> LowRank:
         """The same matrix with zeros appended to its factors up to ``rank``."""
         more = rank - self.rank

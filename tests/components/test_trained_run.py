@@ -130,6 +130,21 @@ def test_a_base_that_moved_is_found_where_one_says(tmp_path):
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.parametrize("format_then", ["three files", "pickled"])
+def test_a_base_in_other_files_is_found_where_one_says(format_then, tmp_path):
+    """The same weights: in other shards, or in safetensors where the run had them pickled."""
+    run = toy_run(tmp_path, "llama2", "kasa")
+    if format_then == "pickled":
+        files = write_checkpoint(tmp_path / "base", "llama2", save=torch.save)
+        state = load_part(checkpoint_of(run), "run")
+        state["config"]["checkpointer"]["checkpoint_files"] = files
+        rewritten(run, run=state)
+    write_checkpoint(tmp_path / "again", "llama2", shards=3)
+    opened = open_run(run.path, checkpoint_dir=str(tmp_path / "again"))
+    for name, trained in adapter_linears(run.model):
+        assert torch.equal(opened.effective(name), trained.merged_weight())
+
+
 def test_opening_writes_nothing(tmp_path):
     run = toy_run(tmp_path, "llama2", "qlora")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

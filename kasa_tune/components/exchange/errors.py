@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class RelativeError(NamedTuple):
-    """The Frobenius norm of an error, as a share of the trained weight's and of what training and edit changed in it.
+    """The Frobenius norm of an error, as a share of the trained weight's and of its update's (edit included).
 
-    The second is infinite where nothing was changed.
+    A share of zero is infinite, unless there is no error.
     """
 
     of_weight: float
-    of_change: float
+    of_update: float
 
 
 class Errors(dict[str, RelativeError]):
@@ -27,12 +27,14 @@ class Errors(dict[str, RelativeError]):
         return max(self, key=lambda name: self[name].of_weight)
 
 
-def relative_errors(exported: Tensor, trained: Tensor, base: Tensor) -> RelativeError:
-    """Compare three versions of a weight, ``(d_out, d_in)`` float32 each, in place of ``exported``."""
-    norm = torch.linalg.vector_norm
-    error = norm(exported.sub_(trained), dtype=torch.float64).item()
-    change = norm(trained - base, dtype=torch.float64).item()
-    if error == 0:
-        return RelativeError(0.0, 0.0)
-    weight = norm(trained, dtype=torch.float64).item()
-    return RelativeError(error / weight if weight else float("inf"), error / change if change else float("inf"))
+def relative_errors(exported: Tensor, trained: Tensor, update: float) -> RelativeError:
+    """Compare two versions of a weight, in place of the first.
+
+    Args:
+        exported: ``(d_out, d_in)`` float32.
+        trained: likewise.
+        update: norm of what was added to the base's weight.
+    """
+    error = torch.linalg.vector_norm(exported.sub_(trained), dtype=torch.float64).item()
+    weight = torch.linalg.vector_norm(trained, dtype=torch.float64).item()
+    return RelativeError(*(0.0 if error == 0 else error / norm if norm else float("inf") for norm in (weight, update)))

@@ -17,6 +17,7 @@ from kasa_tune.components.exchange.errors import Errors, relative_errors
 from kasa_tune.components.exchange.trained_run import TrainedRun
 
 INDEX = "model.safetensors.index.json"
+_ROTARY = "rotary_emb"  # tables that some checkpoints hold besides weights, in float32
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in config.json, of transformers 5 and 4
 # What a checkpoint's folder holds besides weights: config, tokenizer, chat template, code, terms of use.
 _SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -34,7 +35,7 @@ def write_merged(
     Args:
         run: what to export.
         folder: exists.
-        dtype: of all weights; None: each tensor's in the base.
+        dtype: of all weights, but not of rotary tables; None: each tensor's in the base.
         max_shard_size: of a file: ``5GB``, ``500MB``.
 
     Returns:
@@ -43,8 +44,9 @@ def write_merged(
     Raises:
         ValueError: ``max_shard_size`` is no size.
     """
-    modules, known = run.modules(run.changed), set(run.base.keys_read)
-    stored = {key: value.to(dtype) if dtype and key in known else value for key, value in run.base.stored.items()}
+    modules = run.modules(run.changed)
+    weights = {key for key in run.base.stored if _ROTARY not in key}
+    stored = {key: value.to(dtype) if dtype and key in weights else value for key, value in run.base.stored.items()}
     plan = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
@@ -59,7 +61,7 @@ def write_merged(
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_side_files(run, folder)
-    _set_dtype(folder / "config.json", {value.dtype for key, value in stored.items() if key in known})
+    _set_dtype(folder / "config.json", {value.dtype for key, value in stored.items() if key in weights})
     return errors
 
 
@@ -71,7 +73,7 @@ def _tensor(
     trained = run.merged(key, linears)
     merged = trained.to(dtype)
     errors[key.removesuffix(".weight")] = relative_errors(
-        merged.to(torch.float32, copy=True), trained, run.base.read(key).float()
+        merged.to(torch.float32, copy=True), trained, run.module_update(key, linears).norm()
     )
     return merged.contiguous()
 

@@ -133,14 +133,14 @@ def error_sentence(errors: Errors) -> str:
     if not errors or not any(error.of_weight for error in errors.values()):
         return "none"
     worst = errors.worst
-    of_change = max(errors.values(), key=lambda error: error.of_change).of_change
-    return (
-        f"at most {errors[worst].of_weight:.1e} of a weight's norm (`{worst}`), at most {of_change:.1e} of what "
-        "training and edit changed in one"
-    )
+    of_updates = [error.of_update for error in errors.values() if error.of_update < float("inf")]
+    sentence = f"at most {errors[worst].of_weight:.1e} of a weight's norm (`{worst}`)"
+    return sentence + (f", at most {max(of_updates):.1e} of an update's" if of_updates else "")
 
 
 def _trained(run: TrainedRun) -> str:
+    if "peft_adapter" in run.config:
+        return f"not here: imported from `{run.config['peft_adapter']}`"
     total = run.state.get("total_steps")
     return f"{run.state['step']} steps" + (f" of {total}" if total else "")
 

@@ -56,45 +56,30 @@ def write_peft(
         ValueError: a layer needs more than ``rank``.
     """
     modules = run.modules(run.linears)
-    updates = {key: module_update(run, key, linears).balanced(tolerance or 0.0) for key, linears in modules.items()}
-    ranks = _ranks(updates, rank, rank_pattern)
+    exact = {key: run.module_update(key, linears) for key, linears in modules.items()}
+    updates = {key: update.balanced(tolerance or 0.0) for key, update in exact.items()}
+    ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
+    updates = {key: updates[key].padded(ranks[key]).to(dtype) for key in ranks}
     tensors: dict[str, Tensor] = {}
     errors = Errors()
-    for key, update in updates.items():
-        if key in ranks:
-            update = update.padded(ranks[key]).to(dtype)
-            tensors |= {f"{PREFIX}{_module(key)}.lora_A.weight": update.into.contiguous()}
-            tensors |= {f"{PREFIX}{_module(key)}.lora_B.weight": update.out.contiguous()}
-        base, trained = run.base.read(key).float(), run.merged(key, modules[key])
-        exported = base + update.to(torch.float32).dense()
-        if magnitudes := _magnitudes(run, modules[key]):
+    for key, linears in run.modules(run.changed).items():  # quantized weights too that have no adapter
+        base, trained = run.base.read(key).float(), run.merged(key, linears)
+        exported = base.clone()
+        if key in updates:
+            exported += updates[key].to(torch.float32).dense()
+            tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
+            tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
+        if magnitudes := _magnitudes(run, linears):
             magnitude = torch.linalg.vector_norm(base, dim=1)  # rows without an adapter keep their length
             for rows, values in magnitudes:
                 magnitude[rows] = values
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
             exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
-        errors[_module(key)] = relative_errors(exported, trained, base)
+        errors[_module(key)] = relative_errors(exported, trained, exact[key].norm() if key in exact else 0.0)
     config = _config(run, ranks, rank_pattern=rank_pattern, base_model=base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return errors
-
-
-def module_update(run: TrainedRun, key: str, linears: Mapping[str, Tensor]) -> LowRank:
-    """What turns a tensor of the base into the trained one, in the base's layout; of the sum of its linears' ranks.
-
-    Args:
-        run: what to export.
-        key: the tensor's own name.
-        linears: what lies in it, each with its rows there.
-    """
-    height = len(run.base.stored[key])
-    outs, intos = [], []
-    for name, rows in linears.items():
-        update = run.update(name)
-        outs.append(update.out.new_zeros(height, update.rank).index_copy(0, rows, update.out))
-        intos.append(update.into)
-    return LowRank(torch.cat(outs, dim=1), torch.cat(intos))
 
 
 def _magnitudes(run: TrainedRun, linears: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -103,9 +88,9 @@ def _magnitudes(run: TrainedRun, linears: Mapping[str, Tensor]) -> list[tuple[Te
     return [(linears[name], run.adapter[key].float()) for name, key in named.items() if key in run.adapter]
 
 
-def _ranks(updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool) -> dict[str, int]:
-    """The rank that each tensor's update is stored with; without those that have none in a rank pattern."""
-    needed = {key: update.rank for key, update in updates.items()}
+def _ranks(updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool, *, at_least: int) -> dict[str, int]:
+    """The rank that each tensor's update is stored with; a rank pattern is without those that need none."""
+    needed = {key: max(update.rank, at_least) for key, update in updates.items()}
     largest = max(needed, key=needed.__getitem__)
     if rank is not None and rank < needed[largest]:
         raise ValueError(
@@ -113,7 +98,7 @@ def _ranks(updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool)
             "rank out, or allow an error with tolerance=1e-3, say."
         )
     if rank_pattern:
-        return {key: value for key, value in needed.items() if value}
+        return {key: value for key, value in needed.items() if value} or dict.fromkeys(needed, 1)
     return dict.fromkeys(needed, rank or needed[largest] or 1)
 
 
@@ -134,7 +119,7 @@ def _config(run: TrainedRun, ranks: Mapping[str, int], *, rank_pattern: bool, ba
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": bool(run.config["model"].get("use_dora", False)),
+        "use_dora": _use_dora(run),
         "init_lora_weights": True,
         "modules_to_save": None,
         "inference_mode": True,
@@ -146,6 +131,10 @@ def _targets(run: TrainedRun, ranks: Mapping[str, int]) -> list[str]:
     leaves = {_module(key).rpartition(".")[2] for key in ranks}
     meant = {key for key in run.base.stored if key.endswith(".weight") and _module(key).rpartition(".")[2] in leaves}
     return sorted(leaves) if meant == set(ranks) else sorted(map(_module, ranks))
+
+
+def _use_dora(run: TrainedRun) -> bool:
+    return bool(run.config["model"].get("use_dora", False))
 
 
 def _module(key: str) -> str:

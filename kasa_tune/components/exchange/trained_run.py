@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,23 @@ class TrainedRun:
     def update(self, name: str) -> LowRank:
         """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""
         return adapter_update(self.adapter, name, self.linears[name].scaling)
+
+    def module_update(self, key: str, linears: Mapping[str, Tensor]) -> LowRank:
+        """What turns a tensor of the base into the trained one, in the base's layout; of the sum of its linears' ranks.
+
+        Args:
+            key: its own name.
+            linears: what lies in it, from :meth:`modules`; those without an adapter count for nothing.
+        """
+        height = len(self.base.stored[key])
+        updates = {name: self.update(name) for name in linears if name in self.linears}
+        outs = [
+            update.out.new_zeros(height, update.rank).index_copy(0, linears[name], update.out)
+            for name, update in updates.items()
+        ]
+        if not outs:
+            return LowRank.empty(*self.base.stored[key].shape, dtype=torch.float64)
+        return LowRank(torch.cat(outs, dim=1), torch.cat([update.into for update in updates.values()]))
 
     @contextlib.contextmanager
     def loaded(self, name: str) -> Iterator[AdapterLinear]:
@@ -163,6 +181,9 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
             f"The base that {checkpoint} was trained on should be in {folder}, which is no folder. Say where it is now "
             "with checkpoint_dir=<folder>."
         )
+    files = _weight_files(folder) if checkpoint_dir else []
+    if files:  # they may be cut otherwise than the run's, or be of another format
+        node = node | {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": files}
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
         options = node | {"checkpoint_dir": str(folder), "output_dir": unused}
         base = read_base_weights(instantiate(OmegaConf.create(options)))
@@ -170,9 +191,17 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
         raise ValueError(
             f"{folder} is read by {node['_component_'].rpartition('.')[2]} as a {node.get('model_type')} checkpoint. "
             "Names and layout of the export are those of a Hugging Face checkpoint in safetensors: give the same base "
-            "in that form."
+            "in that form with checkpoint_dir=<folder>."
         )
     return base, folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of a Hugging Face checkpoint's safetensors files; none if the folder holds no such."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _method_of(linear: AdapterLinear) -> str:

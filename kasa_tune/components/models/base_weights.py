@@ -99,11 +99,6 @@ class StreamedWeights(Mapping[str, Tensor]):
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
 
-    @property
-    def keys_read(self) -> list[str]:
-        """Own names of the tensors that the model is made of; others, rotary frequencies say, it does without."""
-        return list(dict.fromkeys(self._keys.values()))
-
     def place(self, name: str) -> Place:
         """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
         key = self._keys[name]
