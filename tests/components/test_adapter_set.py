@@ -27,7 +27,7 @@ from tests.tolerances import FP64, MODEL_FP32, assert_rounding_only, assert_same
 from tests.toy_models import FAMILIES, randomized, tokens
 
 METHODS = ("kasa", "lora", "pissa", "milora", "corda", "corda++")
-PLACES = {  # no two methods change the same linears
+PLACES = {  # of each method others: the sets differ, and overlap
     "kasa": {"attn_modules": ["q_proj", "v_proj"], "rank": 3, "alpha": 6.0, "truncation_rank": 2},
     "lora": {"attn_modules": [], "apply_to_mlp": ["w1", "w3"], "rank": 5, "alpha": 1.0},
     "pissa": {"attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "rank": 4, "alpha": 4.0},
@@ -45,9 +45,8 @@ def base_of(family="llama3", dtype=torch.float32, seed=0) -> nn.Module:
 
 def model_section(family: str, method: str, **options) -> dict:
     """The section ``model`` of a run's config."""
-    builder = getattr(
-        FAMILIES[family], {"kasa": "kasa", "qkasa": "kasa", "lora": "lora", "qlora": "lora"}.get(method, "corda")
-    )
+    kind = "kasa" if "kasa" in method else "lora" if method in ("lora", "qlora") else "corda"
+    builder = getattr(FAMILIES[family], kind)
     node = {"_component_": f"kasa_tune.components.models.{builder.__name__}"} | FAMILIES[family].sizes
     return node | PLACES.get(method, {}) | options
 
@@ -508,14 +507,16 @@ def test_models_that_are_not_plain_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layers.0.attn.q_proj: the model's is of another AdapterSet"):
         second.add("it", run)
 
-    class Odd(nn.Linear):
+    class FrozenLinear(nn.Linear):
         pass
 
     model = base_of()
-    odd = Odd(32, 32, bias=False)
+    odd = FrozenLinear(32, 32, bias=False)
     odd.weight = model.layers[0].attn.q_proj.weight
     model.layers[0].attn.q_proj = odd
-    with pytest.raises(ValueError, match=r"in 1 linears: layers.0.attn.q_proj: the model's is a Odd, not a plain"):
+    with pytest.raises(
+        ValueError, match=r"in 1 linears: layers.0.attn.q_proj: the model's is a FrozenLinear, not a plain"
+    ):
         AdapterSet(model).add("it", run)
 
 

@@ -138,6 +138,7 @@ PLAIN = {
     "rslora": {"use_rslora": True},
     "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
     "dora": {"use_dora": True},
 }
 
@@ -149,6 +150,15 @@ def test_a_lora_computes_what_it_does_in_peft(base, tmp_path, options):
     assert imported.method == "lora"
     assert imported.model["dropout"] == 0.1 if "lora_dropout" in options else "dropout" not in imported.model
     assert_same(base, imported, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES.keys() - {"llama3", "qwen2", "phi3"})
+def test_every_family(tmp_path, family):
+    """Tied embeddings, heads wider than the embedding, soft caps: nothing of it is import's business."""
+    random_hf_model(FAMILIES[family]).save_pretrained(tmp_path / "hf")
+    expected = saved(family, tmp_path / "a")
+    base = family, tmp_path / "hf"
+    assert_same(base, opened(base, tmp_path / "a"), expected)
 
 
 def test_parts_of_a_model(llama, tmp_path):
@@ -446,13 +456,16 @@ def test_kasa_and_dora_need_layers_that_are_alike(llama, tmp_path):
 
 
 def test_the_untrained_adapter_must_be_the_same_one(llama, adapter, tmp_path):
+    with pytest.raises(ValueError, match=r"initial_adapter is peft_adapter itself: give .*a as it was before"):
+        opened(llama, adapter, tmp_path / "." / "a")
     saved("llama3", tmp_path / "other", r=2)
     with pytest.raises(ValueError, match=r"other is not .*a before its training: they differ"):
         opened(llama, adapter, tmp_path / "other")
+    untrained = shutil.copytree(adapter, tmp_path / "untrained")
     change_config(adapter, use_dora=True)
     change_tensors(adapter, with_magnitudes)
     with pytest.raises(ValueError, match=r"is DoRA that started as a part of its base"):
-        opened(llama, adapter, tmp_path / "a")
+        opened(llama, adapter, untrained)
 
 
 def with_magnitudes(state):
@@ -462,14 +475,16 @@ def with_magnitudes(state):
 
 def test_kasa_takes_no_untrained_adapter(llama, tmp_path):
     saved("llama3", tmp_path / "a", kasa_config=peft.KasaConfig())
+    shutil.copytree(tmp_path / "a", tmp_path / "untrained")
     with pytest.raises(ValueError, match=r"is KaSA: .* Leave initial_adapter out"):
-        opened(llama, tmp_path / "a", tmp_path / "a")
+        opened(llama, tmp_path / "a", tmp_path / "untrained")
 
 
 def test_loftq_comes_with_a_warning(llama, adapter, caplog):
     """W + s (B A - B0 A0) here, where PEFT has another W; with itself as the untrained one, W."""
+    untrained = shutil.copytree(adapter, adapter.with_name("untrained"))
     change_config(adapter, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
-    imported = opened(llama, adapter, adapter)
+    imported = opened(llama, adapter, untrained)
     assert "was trained on a base that PEFT had quantized" in caplog.text
     untouched = logits_of(random_hf_model(FAMILIES["llama3"]))
     with torch.no_grad():

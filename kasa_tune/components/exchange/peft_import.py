@@ -259,6 +259,8 @@ def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:
             )
     elif peft.is_kasa:
         raise ValueError(f"{peft.folder} is KaSA: what it took out follows from the base. Leave initial_adapter out.")
+    elif initial.folder.resolve() == peft.folder.resolve():
+        raise ValueError(f"initial_adapter is peft_adapter itself: give {peft.folder} as it was before training.")
     elif initial.layers != peft.layers:
         raise ValueError(
             f"{initial.folder} is not {peft.folder} before its training: they differ in modules, ranks or scalings."
