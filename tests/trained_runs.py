@@ -169,20 +169,28 @@ def _move(linear, share):
 
 
 @torch.no_grad()
-def effective_weight(linear, frozen=None):
-    """``W - E + s B diag(d) A`` of an adapter linear in float64, by hand; rows of DoRA's lengths.
-
-    Args:
-        linear: its adapter.
-        frozen: W, another than the linear's own.
-    """
-    weight = dequantize(linear.weight).double() if frozen is None else frozen.double()
-    if frozen is not None or not linear.folded:
-        weight = weight - linear.lora_edit_out.double() @ linear.lora_edit_in.double()
-    diag = linear.lora_diag.double() if hasattr(linear, "lora_diag") else torch.ones(linear.rank, dtype=torch.float64)
+def update_of(linear):
+    """``s B diag(d) A`` less the edit, in float64, column by column."""
+    update = -linear.lora_edit_out.double() @ linear.lora_edit_in.double()
+    diag = getattr(linear, "lora_diag", torch.ones(linear.rank)).double()
     for i in range(linear.rank):
         column, row = linear.lora_b.weight[:, i].double(), linear.lora_a.weight[i].double()
-        weight = weight + ALPHA / RANK * diag[i] * torch.outer(column, row)
+        update = update + ALPHA / RANK * diag[i] * torch.outer(column, row)
+    return update
+
+
+@torch.no_grad()
+def effective_weight(linear, frozen=None):
+    """What an adapter linear multiplies with, in float64; rows of DoRA's lengths.
+
+    Args:
+        linear: its weight may have the edit taken out already.
+        frozen: another weight than its own, whole.
+    """
+    weight = dequantize(linear.weight).double() if frozen is None else frozen.double()
+    if frozen is None and linear.folded:
+        weight = weight + linear.lora_edit_out.double() @ linear.lora_edit_in.double()
+    weight = weight + update_of(linear)
     if hasattr(linear, "lora_magnitude"):
         weight = weight * (linear.lora_magnitude.double() / weight.norm(dim=1))[:, None]
     return weight

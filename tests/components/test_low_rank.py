@@ -113,6 +113,14 @@ def test_of_a_zero_matrix_a_tolerance_leaves_nothing():
     assert LowRank.empty(4, 3).balanced(1e-3).shape == (4, 3)
 
 
+@settings(deadline=None)
+@given(d_out=st.integers(1, 6), d_in=st.integers(1, 6), k=st.integers(0, 9))
+def test_norm_is_that_of_the_dense_matrix(d_out, d_in, k):
+    matrix = random_low_rank(d_out, d_in, k, torch.float32)
+    exact = np.linalg.norm(matrix.out.double().numpy() @ matrix.into.double().numpy())
+    assert matrix.norm() == pytest.approx(exact, rel=1e-10, abs=1e-12)
+
+
 @pytest.mark.parametrize("rank", [0, 3, 7])
 def test_padding_appends_zeros(rank):
     matrix = random_low_rank(5, 4, rank)

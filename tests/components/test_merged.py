@@ -112,7 +112,7 @@ def test_dtypes(dtype, base_dtype, tmp_path):
                 assert error == (0.0, 0.0)
             else:
                 assert error.of_weight == pytest.approx((wrong / trained[key].norm()).item(), rel=1e-3)
-                assert error.of_change == pytest.approx((wrong / change).item(), rel=1e-3)
+                assert error.of_update == pytest.approx((wrong / change).item(), rel=1e-3)
     config = json.loads((folder / "config.json").read_text())
     assert config["torch_dtype"] == str(written).removeprefix("torch.")
 

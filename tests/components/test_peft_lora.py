@@ -16,7 +16,7 @@ from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.quantization import dequantize, is_quantized
 from tests.toy_checkpoints import MODELS, to_hf, toy
-from tests.trained_runs import ALPHA, EVERYWHERE, IN_PLACES, RANK, STEP, effective_weight, toy_run
+from tests.trained_runs import ALPHA, EVERYWHERE, IN_PLACES, RANK, STEP, effective_weight, toy_run, update_of
 
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -74,6 +74,12 @@ class Exported:
             if is_quantized(getattr(module, "weight", torch.empty(0))):
                 weights[f"{path}.weight"] = dequantize(module.weight).double()
         weights |= {f"{path}.weight": effective_weight(linear) for path, linear in adapter_linears(self.run.model)}
+        return to_hf(weights, MODELS[self.name].model_type, MODELS[self.name].sizes)
+
+    def updates(self):
+        """What the run's adapters add, in the base's layout; zeros elsewhere."""
+        weights = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in toy(self.name)[1].items()}
+        weights |= {f"{path}.weight": update_of(linear) for path, linear in adapter_linears(self.run.model)}
         return to_hf(weights, MODELS[self.name].model_type, MODELS[self.name].sizes)
 
 
@@ -311,13 +317,13 @@ def test_errors_in_bfloat16_are_those_of_the_files(method, base_dtype, tmp_path)
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[base_dtype]
     run = toy_run(tmp_path, "llama2", method, base_dtype=base_dtype, dtype=dtype)
     found = Exported(tmp_path, "llama2", method, run=run, dtype=torch.bfloat16)
-    trained = found.trained()
+    trained, updates = found.trained(), found.updates()
     assert len(found.errors) == 14
     for module, error in found.errors.items():
         key = f"{module}.weight"
-        wrong, changed = found.exported(module) - trained[key], trained[key] - found.original[key]
+        wrong = found.exported(module) - trained[key]
         assert error.of_weight == pytest.approx((wrong.norm() / trained[key].norm()).item(), rel=1e-3)
-        assert error.of_change == pytest.approx((wrong.norm() / changed.norm()).item(), rel=1e-3)
+        assert error.of_update == pytest.approx((wrong.norm() / updates[key].norm()).item(), rel=1e-3)
         if method != "qlora":
             assert error.of_weight < 2**-7
     assert found.errors.worst == max(found.errors, key=lambda module: found.errors[module].of_weight)
@@ -351,25 +357,24 @@ def test_errors_count_what_was_quantized_without_an_adapter(tmp_path):
     """The LoRA stands on the unquantized base: whatever was quantized differs from the weights that were trained."""
     run = toy_run(tmp_path, "phi3_gqa", "qlora", where=IN_PLACES)
     found = Exported(tmp_path, "phi3_gqa", "qlora", run=run)
-    trained = found.trained()
+    trained, updates = found.trained(), found.updates()
     linears = {key.removesuffix(".weight") for key in found.original if "_proj" in key}
     assert found.errors.keys() == linears
     for module, error in found.errors.items():
         key = f"{module}.weight"
-        wrong = (found.exported(module) - trained[key]).norm() / trained[key].norm()
-        assert error.of_weight == pytest.approx(wrong.item(), rel=1e-3)
+        wrong = (found.exported(module) - trained[key]).norm().item()
+        assert error.of_weight == pytest.approx(wrong / trained[key].norm().item(), rel=1e-3)
+        norm = updates[key].norm().item()
+        assert error.of_update == pytest.approx(wrong / norm if norm else float("inf"), rel=1e-3)
 
 
 def test_relative_errors_against_float64():
     torch.manual_seed(0)
-    base = torch.randn(6, 5)
-    trained, exported = base + 0.1 * torch.randn(6, 5), base + 0.1 * torch.randn(6, 5)
-    error = (exported - trained).double().norm()
-    expected = error / trained.double().norm(), error / (trained - base).double().norm()
-    found = relative_errors(exported.clone(), trained, base)
-    assert found == pytest.approx([value.item() for value in expected], rel=1e-6)
-    assert relative_errors(trained.clone(), trained, base) == (0.0, 0.0)
-    assert relative_errors(base + 1, base, base)[1] == float("inf")
-    assert relative_errors(base.clone(), torch.zeros(6, 5), torch.zeros(6, 5)) == (float("inf"), float("inf"))
+    trained, exported = torch.randn(6, 5), torch.randn(6, 5)
+    error = (exported.double() - trained.double()).norm().item()
+    found = relative_errors(exported.clone(), trained, 0.25)
+    assert found == pytest.approx((error / trained.double().norm().item(), error / 0.25), rel=1e-6)
+    assert relative_errors(trained.clone(), trained, 0.25) == relative_errors(trained.clone(), trained, 0.0) == (0, 0)
+    assert relative_errors(exported.clone(), torch.zeros(6, 5), 0.0) == (float("inf"), float("inf"))
     errors = Errors({"small": RelativeError(1e-3, 1.0), "large": RelativeError(1e-2, 0.1)})
     assert errors.worst == "large"

@@ -18,7 +18,7 @@ from kasa_tune.components.models.loading import put_weight
 from kasa_tune.components.quantization import dequantize, is_quantized
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens, transformers
 from tests.toy_checkpoints import checkpointer, to_hf
-from tests.trained_runs import EVERYWHERE, IN_PLACES, METHODS, QUANTIZED, effective_weight, trained_run
+from tests.trained_runs import EVERYWHERE, IN_PLACES, METHODS, QUANTIZED, effective_weight, trained_run, update_of
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
 pytestmark = pytest.mark.parity
@@ -33,7 +33,6 @@ WEIGHTS = {"rtol": 1e-5, "atol": 1e-6}
 # vLLM's LoRA loader: the largest max_lora_rank, and the inits of which only PEFT itself knows what they make of a base.
 VLLM_MAX_RANK = 512
 FILES = ["model.safetensors"]
-UNTIED = [name for name, family in FAMILIES.items() if not family.tied]
 
 
 @pytest.fixture(autouse=True)
@@ -138,10 +137,11 @@ def test_every_method_on_every_family(name, method, base, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["kasa", "corda_mixed", "dora", "qlora"])
-@pytest.mark.parametrize("name", UNTIED)
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "phi3"])
 def test_with_an_adapter_on_the_output(name, method, base, tmp_path):
     where = EVERYWHERE | {"apply_to_output": True}
     assert_one_model(base(name), tmp_path, name, method, where=where)
+    assert not FAMILIES[name].tied
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert "base_model.model.lm_head.lora_B.weight" in tensors
 
@@ -161,12 +161,6 @@ def test_a_rank_for_each_layer(name, base, tmp_path):
     torch.testing.assert_close(logits(model), logits(run.model), **LOGITS)
     ranks = {module.r["default"] for module in model.modules() if hasattr(module, "lora_A")}
     assert len(ranks) > 2
-    sizes = [
-        sum(tensor.numel() for tensor in load_file(tmp_path / folder / "adapter_model.safetensors").values())
-        for folder in ("peft", "uniform")
-        if (tmp_path / folder).exists() or as_peft(opened, tmp_path / folder)
-    ]
-    assert sizes[0] < sizes[1]
 
 
 def test_a_rank_that_was_asked_for(base, tmp_path):
@@ -259,8 +253,10 @@ def test_the_errors_told_are_those_of_the_weights(name, method, dtype, base, tmp
     errors = as_peft(opened, tmp_path / "peft", dtype=dtype)
     weights = base_weights(base(name), name)
     trained = to_hf(effective_state(run.model, weights), *layout(name))
-    exported, original = peft_weights(tmp_path / "peft", base(name)), load_file(base(name) / "model.safetensors")
-    assert errors.keys() == {key.removesuffix(".weight") for key in original if "_proj" in key and "bias" not in key}
+    updates = {f"{path}.weight": update_of(linear) for path, linear in adapter_linears(run.model)}
+    updates = to_hf({key: torch.zeros_like(value) for key, value in weights.items()} | updates, *layout(name))
+    exported = peft_weights(tmp_path / "peft", base(name))
+    assert errors.keys() == {key.removesuffix(".weight") for key in exported if "_proj" in key and "bias" not in key}
     for module, error in errors.items():
         key = f"{module}.weight"
         wrong = (exported[key] - trained[key]).norm()
@@ -269,8 +265,7 @@ def test_the_errors_told_are_those_of_the_weights(name, method, dtype, base, tmp
             assert wrong < 1e-6 * trained[key].norm()
         else:
             assert error.of_weight == pytest.approx((wrong / trained[key].norm()).item(), rel=1e-3)
-            changed = (trained[key] - original[key].double()).norm()
-            assert error.of_change == pytest.approx((wrong / changed).item(), rel=1e-3)
+            assert error.of_update == pytest.approx((wrong / updates[key].norm()).item(), rel=1e-3)
 
 
 # --------------------------------------------------------------------------------- what vLLM's loader asks for
@@ -280,7 +275,7 @@ def test_the_errors_told_are_those_of_the_weights(name, method, dtype, base, tmp
     ("method", "options"),
     [("kasa", {}), ("qcorda", {"dtype": torch.bfloat16}), ("corda_mixed", {}), ("corda_mixed", {"rank_pattern": True})],
 )
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama2"])
+@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma2", "phi3"])
 def test_the_adapter_is_one_that_vllm_loads(name, method, options, base, tmp_path):
     """Names that end in lora_A.weight or lora_B.weight, of linears of the model; the rank that the config says, for
     each as it looks it up; and none of what it refuses.

@@ -78,7 +78,7 @@ class AdapterSet:
                 "torchtune.models.llama3.llama3(...)."
             )
         self.choice = _Choice()
-        self._updates: dict[str, dict[str, LowRank]] = {}
+        self._changed: dict[str, list[str]] = {}  # names of linears by adapter
         self._linears = {
             name.replace("_checkpoint_wrapped_module.", ""): module
             for name, module in model.named_modules()
@@ -91,7 +91,7 @@ class AdapterSet:
     @property
     def names(self) -> list[str]:
         """Of the loaded adapters, in the order they came."""
-        return list(self._updates)
+        return list(self._changed)
 
     @torch.no_grad()
     def add(self, name: str, path: Path | str) -> None:
@@ -106,7 +106,7 @@ class AdapterSet:
                 that cannot be switched on a shared base.
             ValueError: the name is taken, the model lacks a linear that the adapter is for, or the adapter is damaged.
         """
-        if name in self._updates:
+        if name in self._changed:
             raise ValueError(f"An adapter named {name!r} is loaded already: remove it, or choose another name.")
         checkpoint = find_checkpoint(Path(path))
         run, state = load_part(checkpoint, "run"), load_part(checkpoint, "adapter")
@@ -121,7 +121,7 @@ class AdapterSet:
                 updates[linear_name] = update.to(device, self._dtype)
         for linear_name, update in updates.items():
             _switched(self._linears[linear_name], self).updates[name] = update
-        self._updates[name] = updates
+        self._changed[name] = list(updates)
 
     def remove(self, name: str) -> None:
         """Let go of an adapter.
@@ -132,7 +132,7 @@ class AdapterSet:
         self._check_known(name)
         if name in self.choice.names():
             raise ValueError(f"{name!r} is in use: leave the `with adapters.use(...)` block first.")
-        for linear_name in self._updates.pop(name):
+        for linear_name in self._changed.pop(name):
             linear = self._linears[linear_name]
             del linear.updates[name]
             if not linear.updates:
@@ -167,7 +167,7 @@ class AdapterSet:
 
     def _check_known(self, *names: str | None) -> None:
         for name in names:
-            if name is not None and name not in self._updates:
+            if name is not None and name not in self._changed:
                 hint = did_you_mean(name, self.names) or f"Loaded: {', '.join(self.names) or 'none'}."
                 raise ValueError(f"No adapter is named {name!r}. {hint}")
 

@@ -21,7 +21,7 @@ from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.low_rank import LowRank
 
 PREFIX = "base_model.model."
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may have
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may have
 
 
 @torch.no_grad()
@@ -56,10 +56,12 @@ def write_peft(
         ValueError: a layer needs more than ``rank``.
     """
     modules = run.modules(run.linears)
-    exact = {key: run.module_update(key, linears) for key, linears in modules.items()}
-    updates = {key: update.balanced(tolerance or 0.0) for key, update in exact.items()}
+    updates, norms = {}, {}
+    for key, linears in modules.items():
+        exact = run.module_update(key, linears)
+        updates[key], norms[key] = exact.balanced(tolerance or 0.0).to(dtype), exact.norm()
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
-    updates = {key: updates[key].padded(ranks[key]).to(dtype) for key in ranks}
+    updates = {key: updates[key].padded(ranks[key]) for key in ranks}
     tensors: dict[str, Tensor] = {}
     errors = Errors()
     for key, linears in run.modules(run.changed).items():  # quantized weights too that have no adapter
@@ -75,7 +77,7 @@ def write_peft(
                 magnitude[rows] = values
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
             exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
-        errors[_module(key)] = relative_errors(exported, trained, exact[key].norm() if key in exact else 0.0)
+        errors[_module(key)] = relative_errors(exported, trained, norms.get(key, 0.0))
     config = _config(run, ranks, rank_pattern=rank_pattern, base_model=base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

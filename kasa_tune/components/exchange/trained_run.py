@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.config import instantiate
+from torchtune.training import FormattedCheckpointFiles
 
 from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits, load_adapter
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
@@ -181,8 +182,8 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
             f"The base that {checkpoint} was trained on should be in {folder}, which is no folder. Say where it is now "
             "with checkpoint_dir=<folder>."
         )
-    files = _weight_files(folder) if checkpoint_dir else []
-    if files:  # they may be cut otherwise than the run's, or be of another format
+    if not all((folder / name).is_file() for name in _files_of(node)) and (files := _safetensors_in(folder)):
+        # The same weights may be cut otherwise than the run's, or have been in another format.
         node = node | {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": files}
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
         options = node | {"checkpoint_dir": str(folder), "output_dir": unused}
@@ -196,12 +197,18 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
     return base, folder
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of a Hugging Face checkpoint's safetensors files; none if the folder holds no such."""
+def _files_of(node: dict[str, Any]) -> list[str]:
+    """Names of the files that a checkpointer is told to read."""
+    files = node["checkpoint_files"]
+    return FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames() if isinstance(files, dict) else files
+
+
+def _safetensors_in(folder: Path) -> list[str]:
+    """Names of a Hugging Face checkpoint's files; none if the folder holds no such."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+    return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 
 def _method_of(linear: AdapterLinear) -> str:

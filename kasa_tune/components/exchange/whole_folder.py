@@ -52,8 +52,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _sync_files(folder: Path) -> None:
+    readable = folder.stat().st_mode & 0o666  # as the umask has it; safetensors lets nobody else read its files
     for name in folder.rglob("*"):
         if name.is_file():
+            name.chmod(readable)
             with name.open("rb") as file:
                 os.fsync(file.fileno())
         else:
