@@ -52,7 +52,8 @@ def open_import(cfg: DictConfig) -> PeftImport:
 
 def convert(cfg: DictConfig, imported: PeftImport) -> dict[str, Tensor]:
     """The adapter's tensors under our names, made a module of the base at a time."""
-    how = {"device": utils.get_device(cfg.device), "dtype": training.get_dtype(cfg.dtype)}
+    device = utils.get_device(cfg.device)
+    how = {"device": device, "dtype": training.get_dtype(cfg.dtype, device=device)}
     adapter = imported.left_alone()
     for module in tqdm(imported.peft.layers, "Importing", unit="module", dynamic_ncols=True):
         adapter |= imported.tensors(module, **how)

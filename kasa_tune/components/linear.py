@@ -163,8 +163,8 @@ class AdapterLinear(nn.Module):
         """``W_eff`` ``(d_out, d_in)`` in float32."""
         weight = dequantize(self.weight)
         if not self.folded:
-            weight = weight - self.edit.dense()
-        return weight + (self.lora_b.weight.float() * self._scale()) @ self.lora_a.weight.float()
+            weight = torch.addmm(weight, self.lora_edit_out, self.lora_edit_in, alpha=-1.0)
+        return torch.addmm(weight, self.lora_b.weight.float() * self._scale(), self.lora_a.weight.float())
 
 
 class LoRALinear(AdapterLinear):

@@ -61,9 +61,9 @@ class LowRank:
         return LowRank(q_out @ (u * s.sqrt()), s.sqrt()[:, None] * vt @ q_into.T)
 
     def norm(self) -> float:
-        """Frobenius norm of the matrix, in float64."""
-        r_out, r_into = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.out, self.into.T))
-        return torch.linalg.vector_norm(r_out @ r_into.T).item()
+        """Frobenius norm of the matrix, from the factors' Gram matrices in float64: ``sum(outᵀ out ∘ into intoᵀ)``."""
+        out, into = self.out.double(), self.into.double()
+        return ((out.T @ out) * (into @ into.T)).sum().clamp_min(0).sqrt().item()
 
     def padded(self, rank: int) -> LowRank:
         """The same matrix with zeros appended to its factors up to ``rank``."""

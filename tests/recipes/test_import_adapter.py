@@ -137,6 +137,17 @@ def test_a_plain_lora_starts_on_freshly_quantized_weights(finetune, qcorda_recip
     assert_same_tensors(adapter_state_dict(run.recipe._model), lora.part("adapter"))
 
 
+def test_nothing_is_taken_out_for_an_adapter_that_took_nothing(corda, qcorda_recipe, tmp_path):
+    """Whatever adapter.method would start with: the weights that are quantized are W0 itself."""
+    lora = corda("adapter.method=lora", "max_steps=1", name="lora", config_name="tiny_pissa")
+    fresh = set_up(qcorda_recipe, tmp_path / "fresh", config_name="tiny_qlora", schema=config.QCORDA)
+    start = f"adapter_checkpoint={lora.folder}"
+    run = set_up(qcorda_recipe, tmp_path / "run", start, config_name="tiny_qpissa", schema=config.QCORDA)
+    assert_same_tensors(nf4_weights(run.recipe._model), nf4_weights(fresh.recipe._model))
+    assert_same_tensors(adapter_state_dict(run.recipe._model), lora.part("adapter"))
+    assert not (run.folder / "decomposition.json").exists()
+
+
 def test_what_was_taken_out_of_other_weights_is_refused(finetune, corda, qcorda, whole_quantized, tmp_path):
     kasa = finetune("max_steps=1", small=ALL_IN_A_STEP, name="kasa")
     with pytest.raises(ValueError, match=r"took out of full-precision weights; here they are quantized"):
@@ -289,7 +300,7 @@ def test_prompts_are_completed_with_an_imported_adapter(peft, run_main, tmp_path
 def test_nothing_is_left_behind_and_nothing_overwritten(peft, run_main, tmp_path, monkeypatch):
     saved_by_peft(peft, tmp_path / "peft", target_modules=["q_proj", "v_proj"])
     out = tmp_path / "out" / "imported"
-    arguments = ["--config", "tiny_lora", f"peft_adapter={tmp_path / 'peft'}", f"output_dir={out}"]
+    arguments = ["--config", "tiny_lora", f"peft_adapter={tmp_path / 'peft'}", f"output_dir={out}", "dtype=bf16"]
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

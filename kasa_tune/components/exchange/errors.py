@@ -35,6 +35,6 @@ def relative_errors(exported: Tensor, trained: Tensor, update: float) -> Relativ
         trained: likewise.
         update: norm of what was added to the base's weight.
     """
-    error = torch.linalg.vector_norm(exported.sub_(trained), dtype=torch.float64).item()
-    weight = torch.linalg.vector_norm(trained, dtype=torch.float64).item()
+    error = torch.linalg.vector_norm(exported.sub_(trained)).item()
+    weight = torch.linalg.vector_norm(trained).item()
     return RelativeError(*(0.0 if error == 0 else error / norm if norm else float("inf") for norm in (weight, update)))

@@ -68,7 +68,7 @@ def write_peft(
         base, trained = run.base.read(key).float(), run.merged(key, linears)
         exported = base.clone()
         if key in updates:
-            exported += updates[key].to(torch.float32).dense()
+            exported.addmm_(updates[key].out.float(), updates[key].into.float())
             tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
             tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
         if magnitudes := _magnitudes(run, linears):
