@@ -20,6 +20,7 @@ from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor
 from kasa_tune.components.quantization import dequantize, quantize
 from kasa_tune.components.quantized_base import FOLDER, keep_quantized, quantized_linears
+from kasa_tune.components.quantized_start import METHODS as QUANTIZED_METHODS
 from kasa_tune.components.quantized_start import quantized_start
 from tests.toy_checkpoints import MODELS, write_checkpoint
 
@@ -53,8 +54,9 @@ METHODS = {
     "qcorda": Method("corda", {"method": "qcorda"}),
     "qlora": Method("lora", {"method": "qlora"}),
     "qkasa": Method("kasa", {"method": "qkasa"}),
+    "loftq": Method("corda", {"method": "loftq"}),
 }
-QUANTIZED = [name for name in METHODS if name.startswith("q")]
+QUANTIZED = [name for name, method in METHODS.items() if method.adapter.get("method") in QUANTIZED_METHODS]
 
 
 class Trained(NamedTuple):

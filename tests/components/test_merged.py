@@ -17,7 +17,7 @@ from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.quantization import dequantize, is_quantized
 from tests.tolerances import assert_same_bits
 from tests.toy_checkpoints import MODELS, checkpointer, to_hf, toy
-from tests.trained_runs import EVERYWHERE, IN_PLACES, effective_weight, toy_run
+from tests.trained_runs import EVERYWHERE, IN_PLACES, QUANTIZED, effective_weight, toy_run
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
@@ -67,7 +67,7 @@ def test_adapted_weights_are_the_trained_ones_and_all_others_the_bases(name, met
     fused = {"k_proj": "qkv_proj", "up_proj": "gate_up_proj"} if "phi" in name else {}
     leaves = {fused.get(leaf, leaf) for leaf in ("k_proj", "up_proj")}
     changed = {key for key in found if key.endswith("_proj.weight") and key.split(".")[-2] in leaves}
-    if method.startswith("q"):
+    if method in QUANTIZED:
         changed = {key for key in found if key.endswith("_proj.weight")}
     for key, value in found.items():
         assert value.dtype == torch.float32

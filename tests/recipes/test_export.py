@@ -195,6 +195,19 @@ def test_a_native_adapter_is_taken_for_the_run(trained, export, run_main, capsys
     assert again == 0
 
 
+def test_an_export_can_be_imported_and_exported_again(trained, export, run_main):
+    """Of another method by then, and with nothing known of the run that it came from."""
+    run = trained("corda++")
+    folder, imported = export(run, "peft"), export(run, "peft").with_name("imported")
+    arguments = ["--config", "tiny_kasa", f"peft_adapter={folder}", f"output_dir={imported}"]
+    assert run_main("import_adapter", *arguments) == 0
+    merged = imported.with_name("merged")
+    arguments = ["--config", "merged_export", f"adapter_checkpoint={imported}", f"output_dir={merged}"]
+    assert run_main("export_adapter", *arguments) == 0
+    assert_same_logits(logits(plain_model(merged)), logits(run.recipe._model))
+    assert f"imported from `{folder}`" in (merged / "README.md").read_text()
+
+
 def test_the_card_says_what_it_is(trained, export):
     card = (export(trained("kasa"), "peft", "base_model=me/base") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])

@@ -80,7 +80,7 @@ def _tensor(
 
 def _copy_side_files(run: TrainedRun, folder: Path) -> None:
     """All of the base's folder that is not weights, and the run's tokenizer if that lies elsewhere."""
-    for source in [*_side_files(run.checkpoint_dir), *_paths_in(run.config["tokenizer"])]:
+    for source in [*_side_files(run.checkpoint_dir), *_paths_in(run.config.get("tokenizer") or {})]:
         if not (folder / source.name).exists():
             shutil.copyfile(source, folder / source.name)
 

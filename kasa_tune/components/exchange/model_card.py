@@ -113,7 +113,7 @@ def model_card(
         "base_json": json.dumps(base_model),
         "base_quoted": shlex.quote(base_model),
         "library": {"peft": "peft", "merged": "transformers", "native": "kasa_tune"}[form],
-        "tags": ", ".join([run.config["adapter"].get("method") or run.method, *(["lora"] if form == "peft" else [])]),
+        "tags": ", ".join(dict.fromkeys([run.method.split()[0], *(["lora"] if form == "peft" else [])])),
         "method": PAPERS.get(run.method, run.method),
         "fingerprint": run.state["base"],
         "step": _trained(run),
