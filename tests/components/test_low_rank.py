@@ -121,6 +121,14 @@ def test_norm_is_that_of_the_dense_matrix(d_out, d_in, k):
     assert matrix.norm() == pytest.approx(exact, rel=1e-10, abs=1e-12)
 
 
+def test_norm_of_a_small_difference_of_large_products():
+    start, change = random_low_rank(40, 30, 4), random_low_rank(40, 30, 4, seed=1)
+    now = LowRank(start.out + 1e-4 * change.out, start.into)
+    difference = LowRank(torch.cat((now.out, -start.out), dim=1), torch.cat((now.into, start.into)))
+    exact = 1e-4 * torch.linalg.matrix_norm(change.out @ start.into).item()
+    assert difference.norm() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("rank", [0, 3, 7])
 def test_padding_appends_zeros(rank):
     matrix = random_low_rank(5, 4, rank)

@@ -94,6 +94,11 @@ def logits(model):
     return getattr(out, "logits", out).float()
 
 
+@cache
+def base_logits(folder):
+    return logits(from_files(folder))
+
+
 def base_weights(folder, name):
     return read_base_weights(checkpointer(folder, FILES, FAMILIES[name].model_type))
 
@@ -123,7 +128,7 @@ def assert_one_model(folder, tmp_path, name, method, **options):
         ours = logits(run.model)
     else:
         assert max(error.of_weight for error in errors[0].values()) < 1e-6
-    assert (logits(from_files(folder)) - ours).abs().max() > 0.2
+    assert (base_logits(folder) - ours).abs().max() > 0.2
     torch.testing.assert_close(logits(with_peft(folder, tmp_path / "peft")), ours, **LOGITS)
     assert not any(error.of_weight for error in errors[1].values())
 
@@ -229,7 +234,7 @@ def peft_weights(folder, base_folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama2", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_every_weight_is_the_trained_one(name, method, base, tmp_path):
     run, opened = run_on(base(name), tmp_path, name, method)
     as_peft(opened, tmp_path / "peft"), as_merged(opened, tmp_path / "merged")

@@ -20,6 +20,7 @@ from torchtune.training import FormattedCheckpointFiles
 
 from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits, load_adapter
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
+from kasa_tune.components.decomposition import check_finite
 from kasa_tune.components.linear import AdapterLinear
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
@@ -160,7 +161,8 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, belongs to other base weights, or lacks its quantized
             base.
-        ValueError: the base is no Hugging Face checkpoint in safetensors, or not of the model that was trained.
+        ValueError: the base is no Hugging Face checkpoint in safetensors, or not of the model that was trained; the
+            adapter holds NaN or infinity.
     """
     checkpoint = find_checkpoint(path)
     state = load_part(checkpoint, "run")
@@ -170,6 +172,8 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     model = build_on_meta(partial(instantiate, OmegaConf.create(model_config)), dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
     check_adapter_fits(model, adapter)
+    for name, tensor in adapter.items():
+        check_finite(tensor, f"{name} of {checkpoint}")
     quantized = linears_in_nf4(model, state)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
     return TrainedRun(checkpoint, state, adapter, base, folder, model, weights)
