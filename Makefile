@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo_output
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
