@@ -276,7 +276,10 @@ def _flat(given: Any) -> Iterator[str]:
 
 
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """What is to be resumed or generated from is there."""
+    """What is to be resumed or generated from is there, and a run does not write into what it starts from."""
+    start, output = cfg.get("adapter_checkpoint"), cfg.get("output_dir")
+    if "optimizer" in cfg and start and output and os.path.abspath(start) == os.path.abspath(output):
+        yield Problem("output_dir", f"got {show(output)}, which is adapter_checkpoint: choose another folder")
     for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
         if isinstance(cfg.get(key), str):
             yield from _missing(key, cfg[key])

@@ -264,13 +264,13 @@ GENERATE: Schema = {
 
 EXPORT: Schema = {
     "format": Key(Literal["peft", "merged", "native"], help="what to write"),
-    "adapter_checkpoint": Key(str, help="a run's output_dir or one of its checkpoints"),
+    "adapter_checkpoint": Key(str, help="a run's output_dir, one of its checkpoints, or a native adapter"),
     "output_dir": Key(str, help="a folder that does not exist yet"),
     "checkpoint_dir": Key(str | None, None, help="where the base model's files lie; null: where the run had them"),
     "base_model": Key(
         str | None, None, help="what the adapter and the card call the base; null: its repository, or its folder"
     ),
-    "dtype": Key(str | None, None, DTYPE, help="null: peft fp32, merged as the base's files"),
+    "dtype": Key(Literal["bf16", "fp32"], None, help="null: peft fp32, merged as the base's files"),
     "rank": Key(int | None, None, POSITIVE, help="peft: of every layer, filled up with zeros; null: what they need"),
     "rank_pattern": Key(bool, False, help="peft: each layer its own rank"),
     "tolerance": Key(float | None, None, TOLERANCE, help="peft: singular values left out, as a share of the largest"),

@@ -7,7 +7,7 @@
 Takes the runs of every fine-tuning recipe; what they were trained on is written in their checkpoints. Every method here
 ends in  W_eff  =  W0 - E_out E_in + s B diag(d) A,  so on the base model W0 every one of them is
 
-    a LoRA  [ s B diag(d) | -E_out ] [ A ; E_in ]  of rank r + k           format: peft
+    a LoRA  [ s B diag(d) | -E_out ] [ A ; E_in ]  of rank r + k           format: peft (DoRA: with its magnitudes)
     or a weight W_eff                                                      format: merged
     or the factors as they are                                             format: native
 
@@ -23,38 +23,40 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from kasa_tune import config
-from kasa_tune.components.exchange.errors import Errors
+from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.merged import write_merged
 from kasa_tune.components.exchange.model_card import error_sentence, model_card
 from kasa_tune.components.exchange.native import write_native
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
-from kasa_tune.components.exchange.whole_folder import check_new, new_folder
+from kasa_tune.components.exchange.whole_folder import check_new, check_outside, new_folder
 
 # Which keys say something about which format; the others belong to all.
 ONLY_OF = {
     "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",), "max_shard_size": ("merged",),
     "dtype": ("peft", "merged"),
 }  # fmt: skip
-SHOWN = 1e-5  # errors, as a share of a weight, that are printed layer by layer
+SHOWN = 1e-2  # errors, as a share of a weight, that are printed layer by layer: above all rounding
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot be meant, before anything is read.
 
     Raises:
-        ValueError: a key of another format was set.
+        ValueError: a key of another format was set, or the output would lie in the run.
         FileExistsError: output_dir exists.
     """
+    output_dir = Path(cfg.output_dir)
     for key, formats in ONLY_OF.items():
         if cfg.format not in formats and cfg[key] != config.EXPORT[key].default:
             raise ValueError(f"{key} says nothing about format {cfg.format}: it is of {' and '.join(formats)}.")
     if cfg.rank and cfg.rank_pattern:
         raise ValueError("rank gives all layers one rank, rank_pattern each its own: set one of them.")
-    check_new(Path(cfg.output_dir))
+    check_new(output_dir)
+    check_outside(output_dir, Path(cfg.adapter_checkpoint), "adapter_checkpoint")
 
 
-def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Errors:
+def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Deviations:
     """Everything but the card; returns how far the weights are from those that were trained."""
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu")) if cfg.dtype else None
     match cfg.format:
@@ -66,21 +68,22 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Er
             return write_merged(run, folder, dtype=dtype, max_shard_size=cfg.max_shard_size)
         case "native":
             write_native(run, folder)
-            return Errors()
+            return Deviations()
 
 
 def name_of_base(run: TrainedRun) -> str:
     """The repository that ``tune download`` noted, or else the folder."""
     note = run.checkpoint_dir / "original_repo_id.json"
-    return json.loads(note.read_text(encoding="utf-8"))["repo_id"] if note.is_file() else str(run.checkpoint_dir)
+    repository = json.loads(note.read_text(encoding="utf-8")).get("repo_id") if note.is_file() else None
+    return repository or str(run.checkpoint_dir.resolve())
 
 
-def print_errors(errors: Errors) -> None:
-    """One line in all, and one a layer where that is worth knowing."""
+def print_errors(errors: Deviations) -> None:
+    """One line in all, and one a layer where more than rounding is wrong."""
     for name, error in errors.items():
         if error.of_weight > SHOWN:
             print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update")
-    print(f"Error: {error_sentence(errors)}.")
+    print(f"Difference from the trained weights: {error_sentence(errors)}.")
 
 
 @config.parse(config.EXPORT)
@@ -96,7 +99,8 @@ def recipe_main(cfg: DictConfig) -> int:
         facts = {"config": json.loads(peft_config.read_text(encoding="utf-8"))} if peft_config.exists() else {}
         card = model_card(run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    print_errors(errors)
+    if errors:
+        print_errors(errors)
     print(f"{run.method}, {run.checkpoint.name}, as {cfg.format}: {output_dir}")
     return 0
 

@@ -16,6 +16,7 @@ checkpointer; where the adapters are and how large follows from the PEFT adapter
 with the rows of B and E in torchtune's order. The folder appears when all of it is on the disk.
 """
 
+import json
 import shlex
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from kasa_tune import config
 from kasa_tune.components.checkpointing import weights_fingerprint
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
-from kasa_tune.components.exchange.whole_folder import check_new, new_folder
+from kasa_tune.components.exchange.whole_folder import check_new, check_outside, new_folder
 from kasa_tune.components.models.base_weights import read_base_weights
 
 
@@ -43,6 +44,7 @@ def open_import(cfg: DictConfig) -> PeftImport:
         ValueError: the adapter cannot be imported; the message says why.
     """
     check_new(Path(cfg.output_dir))
+    check_outside(Path(cfg.output_dir), Path(cfg.peft_adapter), "peft_adapter")
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
         base = read_base_weights(config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused})))
     initial = Path(cfg.initial_adapter) if cfg.initial_adapter else None
@@ -68,14 +70,21 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
     return {"step": 0, "base": weights_fingerprint(imported.base), "data": None, "config": of_run}
 
 
-def keys_to_set(cfg: DictConfig, imported: PeftImport) -> list[str]:
-    """The overrides that make the model section of the config given the one that the adapter needs."""
-    given, needed = OmegaConf.to_container(cfg.model), imported.model
-    changed = {key: value for key, value in needed.items() if key not in given or given[key] != value}
-    method = ["adapter.method=lora"] if imported.method == "corda" else []
-    texts = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}
-    removed = [f"~model.{key}" for key in given if key not in needed]
-    return [shlex.quote(text) for text in (*method, *(f"model.{key}={texts[key]}" for key in texts), *removed)]
+def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
+    """What to type next: a recipe that takes the adapter, the configs that will do, the keys they must be told."""
+    output_dir, model = Path(cfg.output_dir).resolve(), json.dumps(imported.model)
+    keys = ["output_dir=<a new folder>", f"adapter_checkpoint={shlex.quote(str(output_dir))}"]
+    if imported.method == "corda":
+        named, keys = (
+            "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>",
+            [
+                *keys,
+                "adapter.method=lora",
+            ],
+        )
+    else:
+        named = "kasa_finetune_single_device --config <one of this base: *_kasa, *_lora>"
+    return ["tune run", named, *keys, shlex.quote(f"model={model}")]
 
 
 @config.parse(config.IMPORT)
@@ -85,10 +94,8 @@ def recipe_main(cfg: DictConfig) -> int:
     adapter = convert(cfg, imported)
     with new_folder(Path(cfg.output_dir)) as folder:
         write_adapter(folder, adapter, run_state(cfg, imported))
-    recipe = f"{'corda' if imported.method == 'corda' else 'kasa'}_finetune_single_device"
-    print(f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}.")
-    keys = [f"adapter_checkpoint={shlex.quote(cfg.output_dir)}", *keys_to_set(cfg, imported)]
-    print(f"To train on, run {recipe} with:", *keys)
+    print(f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}. To train on:")
+    print(*command_to_train_on(cfg, imported))
     return 0
 
 

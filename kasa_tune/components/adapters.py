@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasa_tune.components.decomposition import check_finite
 from kasa_tune.components.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.quantization import is_quantized
@@ -45,7 +46,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     Linears whose ranks are found by data (:class:`CorDALinear`) take the saved ones.
 
     Raises:
-        ValueError: names or shapes differ from the model's adapter; the first differences are listed.
+        ValueError: names or shapes differ from the model's adapter (the first differences are listed), or a tensor
+            holds NaN or infinity.
         RuntimeError: an edit is folded into one of the weights already.
     """
     check_adapter_fits(model, state)
@@ -69,6 +71,8 @@ def check_adapter_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if expected.get(name) != given.get(name)
         ]
         raise ValueError(f"The adapter does not fit the model in {len(wrong)} tensors: " + "; ".join(wrong[:3]))
+    for name, tensor in state.items():
+        check_finite(tensor, f"The adapter's {name}")
 
 
 @torch.no_grad()

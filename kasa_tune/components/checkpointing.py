@@ -228,8 +228,8 @@ def check_belongs(checkpoint: Path, *, base_fingerprint: str, model: Mapping[str
     run = load_part(checkpoint, "run")
     if run["base"] != base_fingerprint:
         raise CheckpointError(
-            f"{checkpoint} belongs to other base weights than those of checkpointer.checkpoint_dir. "
-            "Set the checkpointer to the base that the run was trained on."
+            f"{checkpoint} belongs to other base weights than those given. Set checkpointer.checkpoint_dir (of an "
+            "export: checkpoint_dir) to the base that it was trained on."
         )
     saved, unset = run["config"]["model"], "unset"
     wrong = [

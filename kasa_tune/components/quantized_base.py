@@ -123,15 +123,15 @@ def find_quantized(checkpoint: Path) -> Path:
     Raises:
         CheckpointError: they are missing, damaged or of another checksum.
     """
-    folder = checkpoint / FOLDER
-    if not folder.is_dir():
-        folder = checkpoint.parent.parent / FOLDER
+    checkpoint = checkpoint.absolute()
+    of_a_run = checkpoint.parent.name == "checkpoints" and not (checkpoint / FOLDER).is_dir()
+    folder = (checkpoint.parent.parent if of_a_run else checkpoint) / FOLDER
     stored, passed_over = latest_checkpoint(folder)
     if not stored:
         found = " ".join(passed_over).replace(" Use an earlier checkpoint.", "")  # they all need this one base
         raise CheckpointError(
             f"{checkpoint} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
-            "Copy it there from where the run was, or start over in another output_dir."
+            "Copy it there from where it was."
         )
     if _checksum(read_manifest(stored)) != load_part(checkpoint, "run")["quantized_base"]:
         raise CheckpointError(f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ.")
@@ -145,12 +145,15 @@ class QuantizedWeights(Mapping[str, Tensor]):
         checkpoint: as in :func:`load_quantized`.
         linears: from :func:`quantized_linears`.
 
+    Attributes:
+        folder: where they lie.
+
     Raises:
         CheckpointError: as :func:`find_quantized`, or, when asked for, a weight is missing.
     """
 
     def __init__(self, checkpoint: Path, linears: Mapping[str, nn.Module]) -> None:
-        self._folder, self._names = find_quantized(checkpoint), list(linears)
+        self.folder, self._names = find_quantized(checkpoint), list(linears)
         self._block, self._held = "", {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -158,9 +161,9 @@ class QuantizedWeights(Mapping[str, Tensor]):
             raise KeyError(name)
         if self._block != _block_of(name):
             self._block = _block_of(name)
-            self._held = load_part(self._folder, self._block)
+            self._held = load_part(self.folder, self._block)
         if name not in self._held:
-            raise CheckpointError(f"{self._folder} is of another model: it has no {name}.")
+            raise CheckpointError(f"{self.folder} is of another model: it has no {name}.")
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:

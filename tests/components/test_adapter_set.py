@@ -11,10 +11,10 @@ from torch import nn
 from torchtune.training import set_activation_checkpointing
 
 from kasa_tune.components import models
+from kasa_tune.components.adapter_set import AdapterSet, SwitchedLinear
 from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, adapter_update, load_adapter_state_dict
 from kasa_tune.components.checkpointing import CheckpointError, save_checkpoint, weights_fingerprint
 from kasa_tune.components.decomposition import co_svd, split_component
-from kasa_tune.components.exchange.adapter_set import AdapterSet, SwitchedLinear
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.generation import complete
 from kasa_tune.components.linear import CorDALinear
@@ -532,7 +532,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     _, source = trained_once("llama3", "kasa")
     state = {name: tensor.clone() for name, tensor in adapter_state_dict(source).items()}
     state["layers.1.attn.v_proj.lora_diag"][1] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.1.attn.v_proj.lora_diag of .*step_00000003 holds NaN"):
+    with pytest.raises(ValueError, match=r"layers.1.attn.v_proj.lora_diag holds NaN"):
         AdapterSet(base_of()).add("it", saved(tmp_path / "nan", "llama3", "kasa", state=state))
     del state["layers.1.attn.v_proj.lora_diag"]
     with pytest.raises(ValueError, match=r"does not fit the model in 1 tensors: layers.1.attn.v_proj.lora_diag"):

@@ -230,7 +230,7 @@ def test_memory_holds_a_shard_and_a_few_copies_of_one_weight(method, tmp_path, m
     opened = open_run(path)
     before, seen, alive = live_bytes(), [], []
     assert before < whole / 2
-    compare, save = merged.relative_errors, merged.save_file
+    compare, save = merged.deviation, merged.save_file
 
     def comparing(*tensors):
         seen.append(live_bytes() - before)
@@ -242,7 +242,7 @@ def test_memory_holds_a_shard_and_a_few_copies_of_one_weight(method, tmp_path, m
         seen.append(live_bytes() - before)
         save(tensors, *args, **options)
 
-    monkeypatch.setattr(merged, "relative_errors", comparing)
+    monkeypatch.setattr(merged, "deviation", comparing)
     monkeypatch.setattr(merged, "save_file", saving)
     (tmp_path / "merged").mkdir()
     write_merged(opened, tmp_path / "merged", max_shard_size=f"{limit // 1000}KB")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kasa_tune.components.adapters import adapter_linears
 from kasa_tune.components.checkpointing import load_part, save_checkpoint
-from kasa_tune.components.exchange.errors import Errors, RelativeError, relative_errors
+from kasa_tune.components.exchange.deviations import Deviation, Deviations, deviation
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.quantization import dequantize, is_quantized
@@ -289,7 +289,7 @@ def test_an_adapter_that_changes_nothing(rank_pattern, tmp_path):
     assert found.config["r"] == 1
     assert found.tensors
     assert not any(tensor.any() for tensor in found.tensors.values())
-    assert set(found.errors.values()) == {RelativeError(0.0, 0.0)}
+    assert set(found.errors.values()) == {Deviation(0.0, 0.0)}
 
 
 def test_a_magnitude_without_an_update_keeps_its_layer(tmp_path):
@@ -368,13 +368,13 @@ def test_errors_count_what_was_quantized_without_an_adapter(tmp_path):
         assert error.of_update == pytest.approx(wrong / norm if norm else float("inf"), rel=1e-3)
 
 
-def test_relative_errors_against_float64():
+def test_deviation_against_float64():
     torch.manual_seed(0)
     trained, exported = torch.randn(6, 5), torch.randn(6, 5)
     error = (exported.double() - trained.double()).norm().item()
-    found = relative_errors(exported.clone(), trained, 0.25)
+    found = deviation(exported.clone(), trained, 0.25)
     assert found == pytest.approx((error / trained.double().norm().item(), error / 0.25), rel=1e-6)
-    assert relative_errors(trained.clone(), trained, 0.25) == relative_errors(trained.clone(), trained, 0.0) == (0, 0)
-    assert relative_errors(exported.clone(), torch.zeros(6, 5), 0.0) == (float("inf"), float("inf"))
-    errors = Errors({"small": RelativeError(1e-3, 1.0), "large": RelativeError(1e-2, 0.1)})
+    assert deviation(trained.clone(), trained, 0.25) == deviation(trained.clone(), trained, 0.0) == (0, 0)
+    assert deviation(exported.clone(), torch.zeros(6, 5), 0.0) == (float("inf"), float("inf"))
+    errors = Deviations({"small": Deviation(1e-3, 1.0), "large": Deviation(1e-2, 0.1)})
     assert errors.worst == "large"

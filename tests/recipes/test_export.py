@@ -12,6 +12,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components.checkpointing import list_checkpoints, verify_checkpoint
 from kasa_tune.components.exchange import trained_run
+from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.files import size_and_digest
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.quantized_base import FOLDER
@@ -164,10 +165,14 @@ def test_an_error_is_printed_where_there_is_one(trained, export, capsys):
 
 
 def test_half_precision_says_what_it_loses(trained, export, capsys):
-    export(trained("kasa"), "peft")
-    assert " of the weight, " not in capsys.readouterr().out
-    export(trained("kasa"), "merged", "dtype=bf16")
-    assert capsys.readouterr().out.count(" of the weight, ") == 35
+    lost = {}
+    for dtype in ("fp32", "bf16"):
+        capsys.readouterr()
+        export(trained("kasa"), "merged", f"dtype={dtype}")
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Difference")]
+        lost[dtype] = float(line.split()[7]) if "at most" in line else 0.0
+    assert lost["fp32"] == 0
+    assert 2**-11 < lost["bf16"] < 2**-8  # of a weight's norm: bfloat16 rounds to 8 bits
     folder = export(trained("kasa_bf16"), "peft", "dtype=bf16")
     assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {torch.bfloat16}
 
@@ -241,6 +246,49 @@ def refused(run_main, tmp_path, error, match, *overrides, form="peft"):
 def test_a_folder_that_exists_is_not_written_over(trained, run_main, tmp_path):
     (tmp_path / "out").mkdir()
     refused(run_main, tmp_path, FileExistsError, "exists already", f"adapter_checkpoint={trained('kasa').folder}")
+
+
+def test_the_output_may_not_lie_in_the_run(trained, run_main, tmp_path):
+    folder = shutil.copytree(trained("kasa").folder, tmp_path / "run")
+    chosen = f"adapter_checkpoint={folder}"
+    for place in (folder / "out", folder / "checkpoints" / "step_00000099", tmp_path / "checkpoints" / "mine"):
+        refused(run_main, tmp_path, ValueError, "lies within adapter_checkpoint", chosen, f"output_dir={place}")
+
+
+def test_a_merged_base_has_a_name_of_its_own(trained, run_main, tmp_path):
+    """Not the repository's that its base came from: an adapter on it would be loaded onto other weights."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    (base / "original_repo_id.json").write_text('{"repo_id": "me/published"}')
+    (base / "adapter_config.json").write_text("{}")
+    chosen = [f"adapter_checkpoint={trained('kasa').folder}", f"checkpoint_dir={base}"]
+    for form in ("merged", "peft"):
+        arguments = ["--config", f"{form}_export", *chosen, f"output_dir={tmp_path / form}"]
+        assert run_main("export_adapter", *arguments) == 0
+    assert not {"original_repo_id.json", "adapter_config.json"} & {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "me/published"
+
+
+def test_a_base_without_its_config_is_refused(trained, run_main, tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    (base / "config.json").unlink()
+    chosen = [f"adapter_checkpoint={trained('kasa').folder}", f"checkpoint_dir={base}"]
+    refused(run_main, tmp_path, ValueError, "has no config.json", *chosen)
+
+
+def test_a_damaged_adapter_neither_leaves_nor_starts_a_run(trained, run_main, finetune, tmp_path):
+    run = trained("kasa")
+    state = run.part("run")
+    adapter = run.part("adapter")
+    adapter["layers.3.mlp.w1.lora_b.weight"][0, 0] = float("nan")
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    write_adapter(folder, adapter, state)
+    refused(run_main, tmp_path, ValueError, "w1.lora_b.weight holds NaN", f"adapter_checkpoint={folder}")
+    with pytest.raises(ValueError, match=r"w1.lora_b.weight holds NaN"):
+        finetune(*KASA, f"adapter_checkpoint={folder}")
 
 
 def test_an_unfinished_or_damaged_checkpoint_is_refused(trained, run_main, tmp_path):

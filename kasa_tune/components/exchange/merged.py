@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kasa_tune.components.exchange.errors import Errors, relative_errors
+from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
 
 INDEX = "model.safetensors.index.json"
@@ -22,11 +22,14 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # in config.json, of transformers 5 and 
 # What a checkpoint's folder holds besides weights: config, tokenizer, chat template, code, terms of use.
 _SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
+# The name of a repository that holds other weights; an adapter that transformers would load besides.
+_NOT_OF_IT = ("original_repo_id.json", "adapter_config.json")
+
 
 @torch.no_grad()
 def write_merged(
     run: TrainedRun, folder: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
-) -> Errors:
+) -> Deviations:
     """Write the model with its adapter merged in, one shard in memory at a time.
 
     Weights that training left alone are the base's, bit for bit unless ``dtype`` is another than theirs. Those of a run
@@ -50,7 +53,7 @@ def write_merged(
     plan = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    errors = Errors()
+    errors = Deviations()
     for filename, keys in plan.filename_to_tensors.items():
         shard = {}
         for key in keys:
@@ -66,13 +69,13 @@ def write_merged(
 
 
 def _tensor(
-    run: TrainedRun, key: str, linears: Mapping[str, Tensor] | None, dtype: torch.dtype, errors: Errors
+    run: TrainedRun, key: str, linears: Mapping[str, Tensor] | None, dtype: torch.dtype, errors: Deviations
 ) -> Tensor:
     if linears is None:
         return run.base.read(key).to(dtype)
     trained = run.merged(key, linears)
     merged = trained.to(dtype)
-    errors[key.removesuffix(".weight")] = relative_errors(
+    errors[key.removesuffix(".weight")] = deviation(
         merged.to(torch.float32, copy=True), trained, run.module_update(key, linears).norm()
     )
     return merged.contiguous()
@@ -88,7 +91,7 @@ def _copy_side_files(run: TrainedRun, folder: Path) -> None:
 def _side_files(folder: Path) -> Iterator[Path]:
     for pattern in _SIDE_FILES:
         for path in folder.glob(pattern):
-            if path.is_file() and not path.name.endswith(".index.json"):
+            if path.is_file() and path.name not in _NOT_OF_IT and not path.name.endswith(".index.json"):
                 yield path
 
 

@@ -10,7 +10,7 @@ from string import Template
 from omegaconf import OmegaConf
 
 from kasa_tune import __version__
-from kasa_tune.components.exchange.errors import Errors
+from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.peft_lora import VLLM_RANKS
 from kasa_tune.components.exchange.trained_run import TrainedRun
 
@@ -79,14 +79,18 @@ _LOAD = {
     model = AutoModelForCausalLM.from_pretrained($base_json)
     model = PeftModel.from_pretrained(model, "<this folder>")
 
+or
+
 $vllm""",
     "merged": """    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("<this folder>")
 
+or
+
     vllm serve <this folder>
 """,
-    "native": """    tune run generate_text --config <yours> adapter_checkpoint=<this folder>
+    "native": """    tune run generate_text --config <one with this model> adapter_checkpoint=<this folder>
 """,
 }
 _VLLM = """    vllm serve $base_quoted --enable-lora --max-lora-rank $served --lora-modules tuned=<this folder>
@@ -95,7 +99,7 @@ _NO_VLLM = "vLLM does not read $why; export this adapter merged for it.\n"
 
 
 def model_card(
-    run: TrainedRun, folder: Path, form: str, *, base_model: str, errors: Errors, config: dict | None = None
+    run: TrainedRun, folder: Path, form: str, *, base_model: str, errors: Deviations, config: dict | None = None
 ) -> str:
     """The card of what was written.
 
@@ -119,7 +123,7 @@ def model_card(
         "step": _trained(run),
         "error": error_sentence(errors),
         "version": __version__,
-        "data": _yaml({key: run.config.get(key) for key in ("dataset",)}),
+        "data": _yaml({"dataset": run.config["dataset"]}) if run.config.get("dataset") else "of the imported adapter",
         "hyperparameters": _yaml({key: run.config[key] for key in _HYPERPARAMETERS if key in run.config}),
         "rank": _rank_sentence(config) if config else "",
     }
@@ -128,7 +132,7 @@ def model_card(
     return _CARD.substitute(facts)
 
 
-def error_sentence(errors: Errors) -> str:
+def error_sentence(errors: Deviations) -> str:
     """The worst layer's error in one line."""
     if not errors or not any(error.of_weight for error in errors.values()):
         return "none"
@@ -141,8 +145,9 @@ def error_sentence(errors: Errors) -> str:
 def _trained(run: TrainedRun) -> str:
     if "peft_adapter" in run.config:
         return f"not here: imported from `{run.config['peft_adapter']}`"
-    total = run.state.get("total_steps")
-    return f"{run.state['step']} steps" + (f" of {total}" if total else "")
+    total, start = run.state.get("total_steps"), run.config.get("adapter_checkpoint")
+    steps = f"{run.state['step']} steps" + (f" of {total}" if total else "")
+    return f"{steps}, on from the adapter in `{start}`" if start else steps
 
 
 def _yaml(tree: dict) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kasa_tune.components.checkpointing import save_checkpoint
 from kasa_tune.components.exchange.trained_run import TrainedRun
-from kasa_tune.components.quantized_base import FOLDER, find_quantized
+from kasa_tune.components.quantized_base import FOLDER
 
 _KEPT = ("step", "base", "data", "config", "quantized_base")  # of the part `run`
 
@@ -25,8 +25,7 @@ def write_native(run: TrainedRun, folder: Path) -> None:
     """
     write_adapter(folder, run.adapter, {key: run.state[key] for key in _KEPT if key in run.state})
     if run.quantized:
-        stored = find_quantized(run.checkpoint)
-        shutil.copytree(stored, folder / FOLDER / stored.name)
+        shutil.copytree(run.quantized.folder, folder / FOLDER / run.quantized.folder.name)
 
 
 def write_adapter(folder: Path, adapter: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

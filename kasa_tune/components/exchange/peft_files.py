@@ -202,13 +202,21 @@ class PeftAdapter:
         return keys, shapes
 
     def _layer(self, module: str, needed: list[str]) -> PeftLayer:
-        shapes, rank = self._shapes[module], _of_pattern(self.config, "rank_pattern", module, self.config.get("r", 8))
+        shapes = self._shapes[module]
+        try:
+            rank = _of_pattern(self.config, "rank_pattern", module, self.config.get("r", 8))
+            alpha = _of_pattern(self.config, "alpha_pattern", module, self.config.get("lora_alpha", 8))
+        except re.error as error:
+            raise ValueError(
+                f"{self.folder}: a key of rank_pattern or alpha_pattern is no pattern ({error})."
+            ) from None
+        if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+            raise ValueError(f"{self.folder} gives {module} rank {rank!r} and alpha {alpha!r}; both must be above 0.")
         if sorted(shapes) != sorted(needed):
             raise ValueError(
                 f"{self.folder / WEIGHTS} has {', '.join(sorted(shapes))} of {module}; its config wants "
                 f"{', '.join(sorted(needed))}."
             )
-        alpha = _of_pattern(self.config, "alpha_pattern", module, self.config.get("lora_alpha", 8))
         return PeftLayer(rank, alpha * rank**0.5 if self.config.get("use_rslora") else alpha)
 
 

@@ -1,7 +1,7 @@
 """An adapter as a plain LoRA on the original base, in the files that PEFT writes and vLLM reads.
 
 KaSA's edit, the start of CorDA and PiSSA and the trained update are all low-rank, so together they are one LoRA of
-rank ``r + k`` on the untouched weights: nothing has to be known of how it came about.
+rank ``r + k`` on the untouched weights: nothing has to be known of how it came about. (DoRA keeps its magnitudes.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kasa_tune.components.exchange.errors import Errors, relative_errors
+from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.low_rank import LowRank
 
@@ -34,7 +34,7 @@ def write_peft(
     rank_pattern: bool = False,
     tolerance: float | None = None,
     base_model: str,
-) -> Errors:
+) -> Deviations:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B holds the scaling, so ``lora_alpha`` equals ``r``. A and B are the balanced factors of the whole change of a
@@ -63,7 +63,7 @@ def write_peft(
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
     updates = {key: updates[key].padded(ranks[key]) for key in ranks}
     tensors: dict[str, Tensor] = {}
-    errors = Errors()
+    errors = Deviations()
     for key, linears in run.modules(run.changed).items():  # quantized weights too that have no adapter
         base, trained = run.base.read(key).float(), run.merged(key, linears)
         exported = base.clone()
@@ -77,7 +77,7 @@ def write_peft(
                 magnitude[rows] = values
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
             exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
-        errors[_module(key)] = relative_errors(exported, trained, norms.get(key, 0.0))
+        errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
     config = _config(run, ranks, rank_pattern=rank_pattern, base_model=base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,6 @@ from torchtune.training import FormattedCheckpointFiles
 
 from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits, load_adapter
 from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.decomposition import check_finite
 from kasa_tune.components.linear import AdapterLinear
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
@@ -43,6 +42,8 @@ class TrainedRun:
         checkpoint_dir: where the base's files lie.
         model: on meta.
         quantized: NF4 weights by the names of their linears; empty of a run on a full-precision base.
+        linears: adapted ones by name, on meta.
+        dtype: that the base's weights had in training.
     """
 
     checkpoint: Path
@@ -172,8 +173,6 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     model = build_on_meta(partial(instantiate, OmegaConf.create(model_config)), dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
     check_adapter_fits(model, adapter)
-    for name, tensor in adapter.items():
-        check_finite(tensor, f"{name} of {checkpoint}")
     quantized = linears_in_nf4(model, state)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
     return TrainedRun(checkpoint, state, adapter, base, folder, model, weights)
@@ -186,6 +185,8 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
             f"The base that {checkpoint} was trained on should be in {folder}, which is no folder. Say where it is now "
             "with checkpoint_dir=<folder>."
         )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is no Hugging Face checkpoint; see checkpoint_dir.")
     if not all((folder / name).is_file() for name in _files_of(node)) and (files := _safetensors_in(folder)):
         # The same weights may be cut otherwise than the run's, or have been in another format.
         node = node | {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": files}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +25,22 @@ def check_new(path: Path) -> None:
         raise FileExistsError(f"{path} exists already; choose another output_dir, or remove it.")
 
 
+def check_outside(path: Path, source: Path, name: str) -> None:
+    """Refuse to write into what is read, or among a run's checkpoints.
+
+    Args:
+        path: of the folder to be.
+        source: what is read.
+        name: the key that says so.
+
+    Raises:
+        ValueError: ``path`` lies in ``source`` or in a folder of checkpoints.
+    """
+    path = path.resolve()
+    if path.is_relative_to(source.resolve()) or path.parent.name == "checkpoints":
+        raise ValueError(f"output_dir {path} lies within {name} or among checkpoints; choose a place outside.")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` to write into, which gets that name when the block ends; an error removes it.
@@ -35,20 +55,34 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_new(path)
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.[0-9]*.tmp"):  # of a process that was killed
-        writer = int(leftover.name.split(".")[-2])
-        if writer == os.getpid() or not is_running(writer):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+        writer = leftover.name.split(".")[-2]
+        if leftover.is_dir() and writer.isdigit() and (int(writer) == os.getpid() or not is_running(int(writer))):
             shutil.rmtree(leftover)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        _sync_files(temporary)
-        check_new(path)
-        temporary.rename(path)
-        sync_folder(path.parent)
+        with _terminated_by_exception():
+            yield temporary
+            _sync_files(temporary)
+            check_new(path)
+            temporary.rename(path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """While active, SIGTERM ends the process as an exception does, so that what was begun is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _sync_files(folder: Path) -> None:

@@ -17,7 +17,6 @@ from torchtune.config import instantiate
 
 from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits
 from kasa_tune.components.checkpointing import CheckpointError, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.decomposition import check_finite
 from kasa_tune.components.linear import AdapterLinear
 from kasa_tune.components.low_rank import LowRank
 from kasa_tune.components.models.loading import build_on_meta
@@ -250,13 +249,11 @@ def _trained_linears(checkpoint: Path, run: Mapping[str, Any], state: Mapping[st
     node = OmegaConf.create(run["config"]["model"])
     model = build_on_meta(partial(instantiate, node), dtype=torch.float32)
     check_adapter_fits(model, state)
-    for name, tensor in state.items():
-        check_finite(tensor, f"{name} of {checkpoint}")
-        if name.endswith(".lora_magnitude"):
-            raise CheckpointError(
-                f"{checkpoint} is a DoRA adapter. It scales the rows of the base's weights, which cannot be added to "
-                "them: merge it (tune run export_adapter --config merged_export) and load the result as a model."
-            )
+    if any(name.endswith(".lora_magnitude") for name in state):
+        raise CheckpointError(
+            f"{checkpoint} is a DoRA adapter. It scales the rows of the base's weights, which cannot be added to "
+            "them: merge it (tune run export_adapter --config merged_export) and load the result as a model."
+        )
     linears = dict(adapter_linears(model))
     for name, linear in linears.items():
         if "quantized_base" in run and linear.edit_storage == "folded" and len(state[f"{name}.lora_edit_in"]):

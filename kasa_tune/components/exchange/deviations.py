@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class RelativeError(NamedTuple):
+class Deviation(NamedTuple):
     """The Frobenius norm of an error, as a share of the trained weight's and of its update's (edit included).
 
     A share of zero is infinite, unless there is no error.
@@ -18,8 +18,8 @@ class RelativeError(NamedTuple):
     of_update: float
 
 
-class Errors(dict[str, RelativeError]):
-    """Errors by module."""
+class Deviations(dict[str, Deviation]):
+    """Deviations by module."""
 
     @property
     def worst(self) -> str:
@@ -27,7 +27,7 @@ class Errors(dict[str, RelativeError]):
         return max(self, key=lambda name: self[name].of_weight)
 
 
-def relative_errors(exported: Tensor, trained: Tensor, update: float) -> RelativeError:
+def deviation(exported: Tensor, trained: Tensor, update: float) -> Deviation:
     """Compare two versions of a weight, in place of the first.
 
     Args:
@@ -37,4 +37,4 @@ def relative_errors(exported: Tensor, trained: Tensor, update: float) -> Relativ
     """
     error = torch.linalg.vector_norm(exported.sub_(trained)).item()
     weight = torch.linalg.vector_norm(trained).item()
-    return RelativeError(*(0.0 if error == 0 else error / norm if norm else float("inf") for norm in (weight, update)))
+    return Deviation(*(0.0 if error == 0 else error / norm if norm else float("inf") for norm in (weight, update)))
