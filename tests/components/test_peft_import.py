@@ -362,6 +362,9 @@ UNSUPPORTED = {
     "corda": ({"init_lora_weights": "corda"}, "started as corda, .* Set initial_adapter"),
     "approximate pissa": ({"init_lora_weights": "pissa_niter_16"}, "approximated vectors, .* Set initial_adapter"),
     "loftq": ({"init_lora_weights": "loftq"}, "started as loftq, .* Set initial_adapter"),
+    "a rank that is none": ({"r": "x"}, r"gives model\.layers\.0\.\S+ rank 'x' and alpha"),
+    "an alpha of zero": ({"lora_alpha": 0}, r"rank \d+ and alpha 0; both must be above 0"),
+    "a pattern that is none": ({"rank_pattern": {"(": 4}}, "a key of rank_pattern or alpha_pattern is no pattern"),
     "a start yet to be invented": ({"init_lora_weights": "zeta"}, "started as zeta"),
 }
 

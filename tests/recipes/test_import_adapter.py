@@ -343,6 +343,12 @@ def test_the_config_says_what_is_missing(run_main, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_does_not_write_into_what_it_starts_from(finetune):
+    run = finetune("max_steps=1", name="first")
+    with pytest.raises(config.ConfigError, match=r"output_dir: got .*first', which is adapter_checkpoint"):
+        finetune(f"adapter_checkpoint={run.folder}", name="first")
+
+
 # --------------------------------------------------------------------------------------------------- several processes
 
 
