@@ -352,25 +352,19 @@ def test_a_run_does_not_write_into_what_it_starts_from(finetune):
 # --------------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["kasa", pytest.param("corda", marks=pytest.mark.slow), pytest.param("qcorda", marks=pytest.mark.slow), "qlora"],
-)
-def test_two_processes_start_as_one_does(finetune, load_recipe, whole_quantized, tmp_path, method):
-    """From the same adapter: with its quantized base (qcorda), on a freshly quantized one (qlora)."""
-    recipe = {"qlora": "qcorda"}.get(method, method)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["corda", "qlora"])
+def test_two_processes_start_as_one_does(finetune, load_recipe, tmp_path, method):
+    """From the same adapter: on full-precision weights, and on freshly quantized ones."""
+    recipe, schema = {"corda": ("corda", config.CORDA), "qlora": ("qcorda", config.QCORDA)}[method]
     module, config_name = load_recipe(f"{recipe}_finetune_single_device"), f"tiny_{method}"
-    schema = {"kasa": config.FINETUNE, "corda": config.CORDA}.get(method, config.QCORDA)
     small = [*ALL_IN_A_STEP, "max_steps=2"]
-    match method:
-        case "qcorda":
-            first = whole_quantized("qcorda")
-        case "qlora":
-            first = finetune("max_steps=2", name="first", config_name="tiny_lora", small=small)
-        case _:
-            more = SMALL_CALIBRATION * (method == "corda")
-            first = run_recipe(module, tmp_path / "first", *more, config_name=config_name, schema=schema, small=small)
-    start = [f"adapter_checkpoint={first.folder}", "calibration.num_samples=8"][: 1 + (recipe != "kasa")]
+    if method == "qlora":
+        first = finetune("max_steps=2", name="first", config_name="tiny_lora", small=small)
+    else:
+        options = {"config_name": config_name, "schema": schema, "small": small}
+        first = run_recipe(module, tmp_path / "first", *SMALL_CALIBRATION, **options)
+    start = [f"adapter_checkpoint={first.folder}", "calibration.num_samples=8"]
     alone = run_recipe(module, tmp_path / "alone", *start, config_name=config_name, schema=schema, small=small)
     overrides = [f"output_dir={tmp_path / 'both'}", *small, *start, "batch_size=4"]
     command = torchrun(f"{recipe}_finetune_distributed", config_name, *overrides)
