@@ -17,6 +17,7 @@ from kasa_tune.components.exchange.trained_run import TrainedRun
 PAPERS = {
     "kasa": "KaSA (arXiv 2412.06071)",
     "qkasa": "KaSA (arXiv 2412.06071) on an NF4 base",
+    "corda": "an update that started as components of the weights (CorDA, PiSSA, MiLoRA)",
     "corda (ipm)": "CorDA, instruction-previewed (arXiv 2406.05223)",
     "corda (kpm)": "CorDA, knowledge-preserved (arXiv 2406.05223)",
     "qcorda": "QCorDA (arXiv 2506.13187)",

@@ -65,9 +65,13 @@ class TrainedRun:
 
     @property
     def method(self) -> str:
-        """``kasa``, or what ``adapter.method`` says; CorDA's mode with it, DoRA by its name."""
+        """``kasa``, or what ``adapter.method`` says; CorDA's mode with it, DoRA by its name. Of a run that started from
+        an adapter, what its linears tell: the config's method was not asked.
+        """
         if self.config["model"].get("use_dora"):
             return "dora"
+        if self.config.get("adapter_checkpoint"):
+            return _method_of(next(iter(self.linears.values())))
         name = self.config["adapter"].get("method") or _method_of(next(iter(self.linears.values())))
         return f"{name} ({self.config['adapter']['mode']})" if name == "corda" else name
 
