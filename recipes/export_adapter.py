@@ -36,7 +36,7 @@ ONLY_OF = {
     "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",), "max_shard_size": ("merged",),
     "dtype": ("peft", "merged"),
 }  # fmt: skip
-SHOWN = 1e-2  # errors, as a share of a weight, that are printed layer by layer: above all rounding
+SHOWN = 1e-2  # errors, as a share of a weight, that are printed layer by layer: more than rounding to bfloat16 makes
 
 
 def check(cfg: DictConfig) -> None:
@@ -78,10 +78,10 @@ def name_of_base(run: TrainedRun) -> str:
     return repository or str(run.checkpoint_dir.resolve())
 
 
-def print_errors(errors: Deviations) -> None:
-    """One line in all, and one a layer where more than rounding is wrong."""
+def print_errors(errors: Deviations, *, in_nf4: bool) -> None:
+    """One line in all, and one a layer where more than rounding is wrong: of every layer whose four bits are lost."""
     for name, error in errors.items():
-        if error.of_weight > SHOWN:
+        if error.of_weight > SHOWN or (in_nf4 and error.of_weight):
             print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update")
     print(f"Difference from the trained weights: {error_sentence(errors)}.")
 
@@ -100,7 +100,7 @@ def recipe_main(cfg: DictConfig) -> int:
         card = model_card(run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if errors:
-        print_errors(errors)
+        print_errors(errors, in_nf4=cfg.format == "peft" and bool(run.quantized))
     print(f"{run.method}, {run.checkpoint.name}, as {cfg.format}: {output_dir}")
     return 0
 

@@ -1,7 +1,8 @@
 """Bring an adapter that PEFT saved here, to train it further, complete prompts with it or export it.
 
     tune run import_adapter --config llama3_8b_lora peft_adapter=/tmp/my_lora output_dir=/tmp/imported
-    tune run kasa_finetune_single_device --config llama3_8b_lora adapter_checkpoint=/tmp/imported <printed keys>
+
+It prints the command to type next, to train the adapter on.
 
 The config is a training config of the base model (any will do), or peft_import. Of it are used the base: model and
 checkpointer; where the adapters are and how large follows from the PEFT adapter. Every one becomes
@@ -74,17 +75,11 @@ def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
     """What to type next: a recipe that takes the adapter, the configs that will do, the keys they must be told."""
     output_dir, model = Path(cfg.output_dir).resolve(), json.dumps(imported.model)
     keys = ["output_dir=<a new folder>", f"adapter_checkpoint={shlex.quote(str(output_dir))}"]
+    recipe = "kasa_finetune_single_device --config <one of this base: *_kasa, *_lora>"
     if imported.method == "corda":
-        named, keys = (
-            "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>",
-            [
-                *keys,
-                "adapter.method=lora",
-            ],
-        )
-    else:
-        named = "kasa_finetune_single_device --config <one of this base: *_kasa, *_lora>"
-    return ["tune run", named, *keys, shlex.quote(f"model={model}")]
+        recipe = "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>"
+        keys.append("adapter.method=lora")
+    return ["tune run", recipe, *keys, shlex.quote(f"model={model}")]
 
 
 @config.parse(config.IMPORT)

@@ -78,7 +78,7 @@ def write_peft(
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
             exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
-    config = _config(run, ranks, rank_pattern=rank_pattern, base_model=base_model)
+    config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return errors
@@ -104,8 +104,8 @@ def _ranks(updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool,
     return dict.fromkeys(needed, rank or needed[largest] or 1)
 
 
-def _config(run: TrainedRun, ranks: Mapping[str, int], *, rank_pattern: bool, base_model: str) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig."""
+def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig; ranks that differ from the commonest stand in its patterns."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {_module(key): rank for key, rank in ranks.items() if rank != common}
     return {
@@ -115,8 +115,8 @@ def _config(run: TrainedRun, ranks: Mapping[str, int], *, rank_pattern: bool, ba
         "r": common,
         "lora_alpha": common,
         "target_modules": _targets(run, ranks),
-        "rank_pattern": others if rank_pattern else {},
-        "alpha_pattern": others if rank_pattern else {},
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
