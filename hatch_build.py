@@ -15,4 +15,6 @@ class RecipesInsidePackage(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before a build; `version` is "standard" or "editable"."""
         if version == "standard":
-            build_data["force_include"].update({"recipes": "kasa_tune/recipes", "configs": "kasa_tune/configs"})
+            build_data["force_include"].update(
+                {"recipes": "kasa_tune/recipes", "configs": "kasa_tune/configs"}
+            )

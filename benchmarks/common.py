@@ -12,7 +12,9 @@ import torch
 
 def machine(device: str = "cpu") -> str:
     """One line on what the figures were measured on."""
-    names = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchtune", "peft", "transformers"))
+    names = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torchtune", "peft", "transformers")
+    )
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}; Python {platform.python_version()}, {names}"
     return (
@@ -25,7 +27,9 @@ def cpu_name() -> str:
     """The processor's name as Linux gives it, elsewhere its architecture."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

@@ -37,11 +37,11 @@ from kasa_step import resident
 from torch import Tensor, nn
 from torchtune.models.convert_weights import tune_to_hf
 
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.allocation import allocate_ranks, better, layer_spectra
-from kasa_tune.components.calibration import damped_covariances, shared_inputs
-from kasa_tune.components.covariance import damped
-from kasa_tune.components.decomposition import Component, co_svd, split_component
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.corda.allocation import allocate_ranks, better, layer_spectra
+from kasa_tune.components.corda.calibration import damped_covariances, shared_inputs
+from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.linalg.decomposition import Component, co_svd, split_component
 from kasa_tune.components.models import corda_llama3
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 
@@ -86,7 +86,11 @@ class Meter:
         if self.device == "cuda":
             torch.cuda.synchronize()
         seconds = {"wall": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu}
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else resident("VmHWM")
+        peak = (
+            torch.cuda.max_memory_allocated() / 2**20
+            if self.device == "cuda"
+            else resident("VmHWM")
+        )
         return seconds | {"model": self.held, "peak": peak - self.held}
 
 
@@ -99,7 +103,9 @@ class Clock:
     def __call__(self, name: str, action: Callable[[], Any]) -> Any:
         before = self._now()
         result = action()
-        self.seconds[name] = [after - start for after, start in zip(self._now(), before, strict=True)]
+        self.seconds[name] = [
+            after - start for after, start in zip(self._now(), before, strict=True)
+        ]
         return result
 
     def _now(self) -> tuple[float, float]:
@@ -114,7 +120,9 @@ def make_weights(args: argparse.Namespace) -> dict[str, Tensor]:
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     directions = torch.arange(1, width + 1).pow(-0.5)
     weights = {
-        "tok_embeddings.weight": torch.randn(VOCAB, width, generator=generator) * directions @ rotation,
+        "tok_embeddings.weight": torch.randn(VOCAB, width, generator=generator)
+        * directions
+        @ rotation,
         "norm.scale": torch.ones(width),
         "output.weight": torch.randn(VOCAB, width, generator=generator) * 0.02,
     }
@@ -125,14 +133,18 @@ def make_weights(args: argparse.Namespace) -> dict[str, Tensor]:
             weights[f"layers.{block}.{norm}.scale"] = scale
         for index, name in enumerate(NAMES.values()):
             d_out, d_in = shape_of(name, args)
-            weights[f"layers.{block}.{name}.weight"] = make_weight(d_out, d_in, args.spectrum, 100 * block + index)
+            weights[f"layers.{block}.{name}.weight"] = make_weight(
+                d_out, d_in, args.spectrum, 100 * block + index
+            )
     return weights
 
 
 def shape_of(name: str, args: argparse.Namespace) -> tuple[int, int]:
     """``d_out, d_in`` of a linear by our name."""
     leaf = name.rpartition(".")[2]
-    d_out = {"k_proj": args.kv, "v_proj": args.kv, "w1": args.hidden, "w3": args.hidden}.get(leaf, args.width)
+    d_out = {"k_proj": args.kv, "v_proj": args.kv, "w1": args.hidden, "w3": args.hidden}.get(
+        leaf, args.width
+    )
     return d_out, args.hidden if leaf == "w2" else args.width
 
 
@@ -160,7 +172,9 @@ def our_model(args: argparse.Namespace) -> tuple[nn.Module, list[tuple[str, ...]
     )
     model = build_on_meta(build, dtype=torch.float32)
     groups = shared_inputs(model)
-    load_base_weights(model, make_weights(args), device=torch.device(args.device), adapter_dtype=torch.float32)
+    load_base_weights(
+        model, make_weights(args), device=torch.device(args.device), adapter_dtype=torch.float32
+    )
     return model.eval(), groups
 
 
@@ -173,12 +187,21 @@ def our_covariances(
 ) -> Iterator[tuple[list[str], int, Tensor]]:
     """As in the recipe, with the defaults of its keys; a row is a batch, as PEFT needs it."""
     valid = torch.ones(1, tokens.shape[1], dtype=torch.bool)
-    rounds = [[{"tokens": row[None], "valid": valid} for row in part] for part in tokens.chunk(num_rounds)]
-    options = {"damping": DAMPING, "damping_search": False, "normalization": "unit_mean_diag", "progress": iter}
+    rounds = [
+        [{"tokens": row[None], "valid": valid} for row in part] for part in tokens.chunk(num_rounds)
+    ]
+    options = {
+        "damping": DAMPING,
+        "damping_search": False,
+        "normalization": "unit_mean_diag",
+        "progress": iter,
+    }
     return damped_covariances(model, groups, rounds, wanted=wanted, **options)
 
 
-def our_components(found: Iterator, model: nn.Module, ranks: Mapping[str, int], mode: str, clock: Clock) -> dict:
+def our_components(
+    found: Iterator, model: nn.Module, ranks: Mapping[str, int], mode: str, clock: Clock
+) -> dict:
     """Components of all layers from their covariances, as they come."""
     linears, components = dict(adapter_linears(model)), {}
     for layers, _, covariance in found:
@@ -199,7 +222,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     tokens, clock = make_tokens(args, args.samples), Clock(args.device)
     ranks = {name: linear.rank for name, linear in adapter_linears(model)}
     meter = Meter(args.device)
-    found = our_covariances(model, groups, tokens, lambda name, round: round == 0)  # and not all rounds pooled
+    found = our_covariances(
+        model, groups, tokens, lambda name, round: round == 0
+    )  # and not all rounds pooled
     components = our_components(found, model, ranks, args.mode, clock)
     start_from(model, components)
     result = meter.read() | {"layers": clock.seconds, "errors": {}}
@@ -212,7 +237,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         ):
             for name in layers:
                 update = started[name].lora_b.weight.double() @ started[name].lora_a.weight.double()
-                result["errors"][name] = relative_error(update, linears[name].weight, covariance, args)
+                result["errors"][name] = relative_error(
+                    update, linears[name].weight, covariance, args
+                )
     return result
 
 
@@ -220,7 +247,10 @@ def peft_base(args: argparse.Namespace) -> nn.Module:
     """The Llama of transformers with the same weights."""
     import transformers
 
-    heads = {"num_attention_heads": args.width // HEAD_DIM, "num_key_value_heads": args.kv // HEAD_DIM}
+    heads = {
+        "num_attention_heads": args.width // HEAD_DIM,
+        "num_key_value_heads": args.kv // HEAD_DIM,
+    }
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=args.width,
@@ -246,14 +276,18 @@ def peft(args: argparse.Namespace) -> dict[str, Any]:
     allow_old_torchao()
     model, tokens, clock = peft_base(args), make_tokens(args, args.samples), Clock(args.device)
     blocks = [
-        (f"layers.{i}.{ours}", f"model.layers.{i}.{n}") for i in range(args.num_blocks) for n, ours in NAMES.items()
+        (f"layers.{i}.{ours}", f"model.layers.{i}.{n}")
+        for i in range(args.num_blocks)
+        for n, ours in NAMES.items()
     ]
     names = {model.get_submodule(theirs): ours for ours, theirs in blocks}
     covariances, collect = {}, corda.collect_eigens_for_layer
 
     def timed_collect(linear: nn.Module, config: Any) -> Any:
         if measured(names[linear], args):
-            covariances[names[linear]] = linear.covariance_matrix  # PEFT itself holds it until after the peak
+            covariances[names[linear]] = (
+                linear.covariance_matrix
+            )  # PEFT itself holds it until after the peak
         return clock(names[linear], lambda: collect(linear, config))
 
     def run_model() -> None:
@@ -262,7 +296,9 @@ def peft(args: argparse.Namespace) -> dict[str, Any]:
 
     corda.collect_eigens_for_layer = timed_collect
     options = {"r": args.rank, "lora_alpha": args.rank, "target_modules": list(THEIRS.values())}
-    config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method=args.mode), **options)
+    config = LoraConfig(
+        init_lora_weights="corda", corda_config=CordaConfig(corda_method=args.mode), **options
+    )
     meter = Meter(args.device)
     corda.preprocess_corda(model, config, run_model)
     started = get_peft_model(model, config).base_model.model
@@ -271,8 +307,12 @@ def peft(args: argparse.Namespace) -> dict[str, Any]:
     for ours, theirs in blocks:
         if measured(ours, args):
             linear, weight = started.get_submodule(theirs), base.get_submodule(theirs).weight
-            update = linear.lora_B["default"].weight.double() @ linear.lora_A["default"].weight.double()
-            covariance = damped(covariances[ours], DAMPING, normalize=False, search=True)  # as PEFT damps
+            update = (
+                linear.lora_B["default"].weight.double() @ linear.lora_A["default"].weight.double()
+            )
+            covariance = damped(
+                covariances[ours], DAMPING, normalize=False, search=True
+            )  # as PEFT damps
             result["errors"][ours] = relative_error(update, weight, covariance, args)
     return result
 
@@ -281,19 +321,27 @@ def measured(name: str, args: argparse.Namespace) -> bool:
     return name.startswith("layers.0.") and THEIRS[name.removeprefix("layers.0.")] in args.measure
 
 
-def relative_error(update: Tensor, weight: Tensor, covariance: Tensor, args: argparse.Namespace) -> float:
+def relative_error(
+    update: Tensor, weight: Tensor, covariance: Tensor, args: argparse.Namespace
+) -> float:
     """Of the update at the start (its scaling is 1 here), by the published formula in float64: V, inverse and all."""
     context = covariance.double()
     left, values, right = torch.linalg.svd(weight.double() @ context, full_matrices=False)
     chosen = slice(0, args.rank) if args.mode == "ipm" else slice(-args.rank, None)
-    exact = left[:, chosen] * values[chosen] @ torch.linalg.solve(context, right[chosen], left=False)
+    exact = (
+        left[:, chosen] * values[chosen] @ torch.linalg.solve(context, right[chosen], left=False)
+    )
     return (torch.linalg.vector_norm(update - exact) / torch.linalg.vector_norm(exact)).item()
 
 
 def rounds(args: argparse.Namespace) -> dict[str, Any]:
     """CorDA++, in the recipe's three steps."""
     model, groups = our_model(args)
-    tokens, clock, layers = make_tokens(args, NUM_ROUNDS * args.samples), Clock(args.device), Clock(args.device)
+    tokens, clock, layers = (
+        make_tokens(args, NUM_ROUNDS * args.samples),
+        Clock(args.device),
+        Clock(args.device),
+    )
     linears, spectra = dict(adapter_linears(model)), {}
     calibrate = partial(our_covariances, model, groups, tokens, num_rounds=NUM_ROUNDS)
 
@@ -332,9 +380,19 @@ WORKERS = {"ours": ours, "PEFT": peft, "rounds": rounds}
 
 def in_a_process(worker: str, args: argparse.Namespace, num_blocks: int) -> dict[str, Any]:
     """A worker's result, from a fresh process."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", worker, "--num-blocks", str(num_blocks)]
+    command = [
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+        "--worker",
+        worker,
+        "--num-blocks",
+        str(num_blocks),
+    ]
     threads = {"OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -354,7 +412,15 @@ def print_comparison(args: argparse.Namespace) -> None:
             ]
             ratio = f"{result['cpu'] / results['ours']['cpu']:.1f}"
             totals.append([str(num_blocks), worker, *figures, ratio])
-    header = ["blocks", "", "[s]", "[CPU s]", "process with model [MiB]", "peak above it [MiB]", "CPU to ours"]
+    header = [
+        "blocks",
+        "",
+        "[s]",
+        "[CPU s]",
+        "process with model [MiB]",
+        "peak above it [MiB]",
+        "CPU to ours",
+    ]
     print_table(header, totals)
     rows = []
     for name, theirs in THEIRS.items():
@@ -362,10 +428,16 @@ def print_comparison(args: argparse.Namespace) -> None:
         row.append(first["ours"]["solvers"][layer])
         row += [f"{result['layers'][layer][1]:.2f}" for result in first.values()]
         if args.measure:
-            row += [f"{result['errors'][layer]:.1e}" if layer in result["errors"] else "" for result in first.values()]
+            row += [
+                f"{result['errors'][layer]:.1e}" if layer in result["errors"] else ""
+                for result in first.values()
+            ]
         rows.append(row)
     names = [f"{worker} [CPU s]" for worker in workers]
-    print_table(["layer", "shape", "our solver", *names, *(f"error, {w}" for w in workers if args.measure)], rows)
+    print_table(
+        ["layer", "shape", "our solver", *names, *(f"error, {w}" for w in workers if args.measure)],
+        rows,
+    )
 
 
 def print_rounds_cost(args: argparse.Namespace) -> None:
@@ -375,14 +447,19 @@ def print_rounds_cost(args: argparse.Namespace) -> None:
     steps = {f"{NUM_ROUNDS} rounds: {name}": seconds for name, seconds in dynamic["steps"].items()}
     steps = {"1 round, static ranks": [static["wall"], static["cpu"]], **steps}
     steps[f"{NUM_ROUNDS} rounds, dynamic ranks"] = [dynamic["wall"], dynamic["cpu"]]
-    rows = [[name, f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / static['cpu']:.2f}"] for name, (wall, cpu) in steps.items()]
+    rows = [
+        [name, f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / static['cpu']:.2f}"]
+        for name, (wall, cpu) in steps.items()
+    ]
     print_table(["", "[s]", "[CPU s]", "CPU to static"], rows)
     rows = [
         [theirs, *(str(dynamic[key][f"layers.0.{name}"]) for key in ("rounds", "ranks", "solvers"))]
         for name, theirs in THEIRS.items()
     ]
     print_table(["layer", "chosen round", f"rank (static {args.rank})", "solver"], rows)
-    print(f"Peak above the model: {static['peak']:.0f} MiB static, {dynamic['peak']:.0f} MiB dynamic.\n")
+    print(
+        f"Peak above the model: {static['peak']:.0f} MiB static, {dynamic['peak']:.0f} MiB dynamic.\n"
+    )
 
 
 def print_paper(args: argparse.Namespace) -> None:
@@ -396,27 +473,47 @@ def print_paper(args: argparse.Namespace) -> None:
         meter, clock = Meter(args.device), Clock(args.device)
         component = clock(name, partial(co_svd, weight, covariance, PAPER_RANK, args.mode))
         seconds = clock.seconds[name]
-        total = [so_far + PAPER_BLOCKS * count * one for so_far, one in zip(total, seconds, strict=True)]
+        total = [
+            so_far + PAPER_BLOCKS * count * one for so_far, one in zip(total, seconds, strict=True)
+        ]
         figures = [f"{value:.1f}" for value in seconds]
-        rows.append([name, f"{d_out} x {d_in}", str(count), component.solver, *figures, f"{meter.read()['peak']:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{d_out} x {d_in}",
+                str(count),
+                component.solver,
+                *figures,
+                f"{meter.read()['peak']:.0f}",
+            ]
+        )
         print(" | ".join(rows[-1]), flush=True)
     print()
-    print_table(["layer", "shape", "in a block", "solver", "[s]", "[CPU s]", "peak above W and C [MiB]"], rows)
+    print_table(
+        ["layer", "shape", "in a block", "solver", "[s]", "[CPU s]", "peak above W and C [MiB]"],
+        rows,
+    )
     wall, cpu = (value / 3600 for value in total)
-    print(f"{PAPER_BLOCKS} blocks at rank {PAPER_RANK}, {args.mode}: {wall:.2f} h on the clock, {cpu:.2f} CPU hours.")
+    print(
+        f"{PAPER_BLOCKS} blocks at rank {PAPER_RANK}, {args.mode}: {wall:.2f} h on the clock, {cpu:.2f} CPU hours."
+    )
 
 
 def uneven_inputs(width: int, num_tokens: int = 4096) -> Tensor:
     """Inputs ``(num_tokens, width)`` of a power-law covariance with a few large channels, in float32."""
     generator = torch.Generator().manual_seed(width)
     inputs = torch.randn(num_tokens, width, generator=generator)
-    inputs *= torch.arange(1, num_tokens + 1)[:, None].pow(-0.5)  # random directions, the first ones the longest
+    inputs *= torch.arange(1, num_tokens + 1)[:, None].pow(
+        -0.5
+    )  # random directions, the first ones the longest
     inputs[:, :4] *= 20
     return inputs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--kv", type=int, default=512, help="outputs of k_proj and v_proj")
     parser.add_argument("--hidden", type=int, default=8192, help="width of the MLP")
@@ -424,20 +521,30 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="rows to calibrate on, in a round")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row")
     parser.add_argument("--mode", choices=("ipm", "kpm"), default="kpm")
-    parser.add_argument("--spectrum", choices=("gaussian", "trained"), default="trained", help="of the weights")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1], help="depths to measure, one after the other")
+    parser.add_argument(
+        "--spectrum", choices=("gaussian", "trained"), default="trained", help="of the weights"
+    )
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[1], help="depths to measure, one after the other"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--measure", nargs="*", choices=THEIRS.values(), default=["q_proj", "k_proj"],
                         help="layers of the first block whose error is measured; float64 SVDs, untimed")  # fmt: skip
     parser.add_argument("--skip-peft", action="store_true")
-    parser.add_argument("--rounds-cost", action="store_true", help="5 rounds and dynamic ranks against 1 and static")
-    parser.add_argument("--paper", action="store_true", help="decompositions at the shapes of Llama-3 8B, rank 128")
+    parser.add_argument(
+        "--rounds-cost", action="store_true", help="5 rounds and dynamic ranks against 1 and static"
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="decompositions at the shapes of Llama-3 8B, rank 128"
+    )
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--num-blocks", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.linalg.svd(torch.eye(32, dtype=torch.float64, device=args.device))  # loads LAPACK, on a GPU also its handles
+    torch.linalg.svd(
+        torch.eye(32, dtype=torch.float64, device=args.device)
+    )  # loads LAPACK, on a GPU also its handles
     if args.worker:
         return print(json.dumps(WORKERS[args.worker](args)))
     print(f"{machine(args.device)}\n", flush=True)

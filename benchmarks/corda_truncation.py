@@ -49,19 +49,27 @@ from torch.utils.data import Dataset
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 
 from kasa_tune import config
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.allocation import POOLED, LayerSpectrum, allocate_ranks, better, layer_spectra
-from kasa_tune.components.calibration import damped_covariances, shared_inputs
-from kasa_tune.components.calibration_data import batched, draw_rounds
-from kasa_tune.components.data import build_dataset, shift_labels
-from kasa_tune.components.decomposition import Component, co_svd
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.corda.allocation import (
+    POOLED,
+    LayerSpectrum,
+    allocate_ranks,
+    better,
+    layer_spectra,
+)
+from kasa_tune.components.corda.calibration import damped_covariances, shared_inputs
+from kasa_tune.components.corda.calibration_data import batched, draw_rounds
+from kasa_tune.components.data.building import build_dataset, shift_labels
+from kasa_tune.components.linalg.decomposition import Component, co_svd
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "stories260k_corda.yaml"
 CPU = torch.device("cpu")
-NUM_ROWS = 60  # to evaluate on: the last stories of the file, or so many windows of WikiText-2's test text
+NUM_ROWS = (
+    60  # to evaluate on: the last stories of the file, or so many windows of WikiText-2's test text
+)
 ASVD_ALPHA = 0.5
 DECOMPOSITIONS = ("SVD", "ASVD", "other text", "CO-SVD", "p = 1/2")
 STRATEGIES = ("selected", "pooled", "allocated", "CorDA++")
@@ -130,8 +138,18 @@ class Text:
     concatenate: bool
 
     def rounds(self, tokenizer: Any, args: argparse.Namespace, seed: int) -> list[list[Batch]]:
-        options = {"num_samples": args.num_samples, "rounds": args.rounds, "max_seq_len": args.seq_len}
-        rounds = draw_rounds(self.calibration, **options, concatenate=self.concatenate, seed=seed, longest=args.seq_len)
+        options = {
+            "num_samples": args.num_samples,
+            "rounds": args.rounds,
+            "max_seq_len": args.seq_len,
+        }
+        rounds = draw_rounds(
+            self.calibration,
+            **options,
+            concatenate=self.concatenate,
+            seed=seed,
+            longest=args.seq_len,
+        )
         return [batched(rows, tokenizer=tokenizer, batch_size=16, device=CPU) for rows in rounds]
 
 
@@ -139,8 +157,14 @@ def load_texts(tokenizer: Any, data: Path, seq_len: int) -> dict[str, Text]:
     """TinyStories, which the model was trained on, and WikiText-2, which it was not."""
 
     def make(read: Callable[..., Dataset], concatenate: bool) -> Text:
-        held_out = evaluation_rows(read(tokenizer, data, held_out=True), seq_len, concatenate=concatenate)
-        return Text(read(tokenizer, data, held_out=False), evaluation_batches(held_out, tokenizer), concatenate)
+        held_out = evaluation_rows(
+            read(tokenizer, data, held_out=True), seq_len, concatenate=concatenate
+        )
+        return Text(
+            read(tokenizer, data, held_out=False),
+            evaluation_batches(held_out, tokenizer),
+            concatenate,
+        )
 
     return {"TinyStories": make(stories, False), "WikiText-2": make(wikitext, True)}
 
@@ -153,11 +177,20 @@ def stories(tokenizer: Any, data: Path, *, held_out: bool) -> Dataset:
 
 def wikitext(tokenizer: Any, data: Path, *, held_out: bool) -> Dataset:
     """WikiText-2's test or validation text; a paragraph is a sample."""
-    return text(tokenizer, "text", data / f"datasets/wikitext2/{'test' if held_out else 'valid'}.txt", "train")
+    return text(
+        tokenizer,
+        "text",
+        data / f"datasets/wikitext2/{'test' if held_out else 'valid'}.txt",
+        "train",
+    )
 
 
 def text(tokenizer: Any, source: str, file: Path, split: str) -> Dataset:
-    node = {"_component_": "torchtune.datasets.text_completion_dataset", "source": source, "data_files": str(file)}
+    node = {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": source,
+        "data_files": str(file),
+    }
     node |= {"split": split, "add_eos": False, "filter_fn": has_text}
     return build_dataset(node, tokenizer, name="text")
 
@@ -176,9 +209,13 @@ def evaluation_rows(dataset: Dataset, length: int, *, concatenate: bool) -> list
     return list(np.concatenate(pieces)[: NUM_ROWS * length].reshape(NUM_ROWS, length))
 
 
-def evaluation_batches(rows: Iterable[np.ndarray], tokenizer: Any, batch_size: int = 12) -> list[Batch]:
+def evaluation_batches(
+    rows: Iterable[np.ndarray], tokenizer: Any, batch_size: int = 12
+) -> list[Batch]:
     """Right-padded batches of tokens and shifted labels."""
-    batches = batched([{"tokens": row} for row in rows], tokenizer=tokenizer, batch_size=batch_size, device=CPU)
+    batches = batched(
+        [{"tokens": row} for row in rows], tokenizer=tokenizer, batch_size=batch_size, device=CPU
+    )
     for batch in batches:
         tokens = torch.where(batch.pop("valid"), batch["tokens"], IGNORE)
         batch["labels"] = torch.from_numpy(np.stack([shift_labels(row) for row in tokens.numpy()]))
@@ -201,7 +238,12 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
 def calibrate(subject: Subject, rounds: Sequence[Sequence[Batch]], damping: float) -> Calibration:
     """Covariances of every round and of all together."""
     covariances: dict[str, dict[int, Tensor]] = {name: {} for name in subject.linears}
-    options = {"damping": damping, "damping_search": False, "normalization": "unit_mean_diag", "dtype": torch.float32}
+    options = {
+        "damping": damping,
+        "damping_search": False,
+        "normalization": "unit_mean_diag",
+        "dtype": torch.float32,
+    }
     everything = {"wanted": lambda name, round: True, "progress": lambda steps: steps}
     found = damped_covariances(subject.model, subject.groups, rounds, **everything, **options)
     for layers, round, covariance in found:
@@ -213,7 +255,10 @@ def calibrate(subject: Subject, rounds: Sequence[Sequence[Batch]], damping: floa
 @torch.no_grad()
 def mean_magnitudes(subject: Subject, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Mean of ``|x|`` over the tokens, ``(d_in,)`` for every layer."""
-    sums = {name: torch.zeros(linear.in_dim, dtype=torch.float64) for name, linear in subject.linears.items()}
+    sums = {
+        name: torch.zeros(linear.in_dim, dtype=torch.float64)
+        for name, linear in subject.linears.items()
+    }
 
     def add(name: str, inputs: tuple[Tensor]) -> None:
         sums[name] += inputs[0][valid].abs().sum(dim=0, dtype=torch.float64)
@@ -238,14 +283,18 @@ def asvd(weight: Tensor, magnitudes: Tensor) -> Component:
     return co_svd(weight, scales.diag(), min(weight.shape), "kpm")
 
 
-def decompose(weights: Mapping[str, Tensor], covariances: Mapping[str, Tensor | None], power: float) -> Components:
+def decompose(
+    weights: Mapping[str, Tensor], covariances: Mapping[str, Tensor | None], power: float
+) -> Components:
     return {
         name: co_svd(weight, covariances[name], min(weight.shape), "kpm", covariance_power=power)
         for name, weight in weights.items()
     }
 
 
-def select(subject: Subject, calibration: Calibration, rounds: Iterable[int]) -> dict[str, LayerSpectrum]:
+def select(
+    subject: Subject, calibration: Calibration, rounds: Iterable[int]
+) -> dict[str, LayerSpectrum]:
     """Of every layer the spectrum in the round of the least score."""
     best: dict[str, LayerSpectrum] = {}
     for round in rounds:
@@ -264,15 +313,22 @@ def all_methods(
     weights = {name: linear.weight for name, linear in subject.linears.items()}
     one, chosen = select(subject, calibration, [0]), select(subject, calibration, range(num_rounds))
 
-    def of_round(rounds: Mapping[str, int], power: float = 1.0, calibration: Calibration = calibration) -> Components:
-        return decompose(weights, {name: calibration.covariances[name][rounds[name]] for name in weights}, power)
+    def of_round(
+        rounds: Mapping[str, int], power: float = 1.0, calibration: Calibration = calibration
+    ) -> Components:
+        return decompose(
+            weights, {name: calibration.covariances[name][rounds[name]] for name in weights}, power
+        )
 
     first, pooled = dict.fromkeys(weights, 0), dict.fromkeys(weights, POOLED)
     plain = of_round(first)
     selected = of_round({name: spectrum.round for name, spectrum in chosen.items()})
     return {
         "SVD": (decompose(weights, dict.fromkeys(weights), 1.0), None),
-        "ASVD": ({name: asvd(weights[name], calibration.magnitudes[name]) for name in weights}, None),
+        "ASVD": (
+            {name: asvd(weights[name], calibration.magnitudes[name]) for name in weights},
+            None,
+        ),
         "other text": (of_round(first, calibration=other), None),
         "CO-SVD": (plain, None),
         "p = 1/2": (of_round(first, 0.5), None),
@@ -283,7 +339,9 @@ def all_methods(
     }
 
 
-def counts(subject: Subject, k: int, spectra: Mapping[str, LayerSpectrum] | None, min_rank: int = 1) -> dict[str, int]:
+def counts(
+    subject: Subject, k: int, spectra: Mapping[str, LayerSpectrum] | None, min_rank: int = 1
+) -> dict[str, int]:
     """How many components each layer loses: k, or what the allocation says for the parameters of k everywhere."""
     if spectra is None or k == 0:
         return {name: min(k, *linear.weight.shape) for name, linear in subject.linears.items()}
@@ -292,13 +350,17 @@ def counts(subject: Subject, k: int, spectra: Mapping[str, LayerSpectrum] | None
 
 
 @contextlib.contextmanager
-def discarded(subject: Subject, components: Components, counts: Mapping[str, int]) -> Iterator[None]:
+def discarded(
+    subject: Subject, components: Components, counts: Mapping[str, int]
+) -> Iterator[None]:
     """While active, every layer is without its last ``counts[name]`` components."""
     originals = {name: linear.weight for name, linear in subject.linears.items()}
     try:
         for name, linear in subject.linears.items():
             part = components[name].first(counts[name])
-            rest = torch.addmm(originals[name].double(), part.vectors.double(), part.projection.double(), alpha=-1)
+            rest = torch.addmm(
+                originals[name].double(), part.vectors.double(), part.projection.double(), alpha=-1
+            )
             linear.weight = nn.Parameter(rest.to(originals[name].dtype), requires_grad=False)
         yield
     finally:
@@ -309,12 +371,16 @@ def discarded(subject: Subject, components: Components, counts: Mapping[str, int
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(subject: Subject, texts: Mapping[str, Text], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(
+    subject: Subject, texts: Mapping[str, Text], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Seed after seed: perplexities by text, method and k, and what selection and allocation decided."""
     for seed in range(args.seeds):
         calibrations = {}
         for name, each in texts.items():
-            calibrations[name] = calibrate(subject, each.rounds(subject.tokenizer, args, seed), args.damping)
+            calibrations[name] = calibrate(
+                subject, each.rounds(subject.tokenizer, args, seed), args.damping
+            )
         result: dict[str, Any] = {"seed": seed, "perplexity": {}, "counts": {}, "scores": {}}
         for name, each in texts.items():
             other = next(calibration for text, calibration in calibrations.items() if text != name)
@@ -342,17 +408,36 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def draw(results: Sequence[Mapping[str, Any]], base: Mapping[str, float], path: Path, grid: Sequence[int]) -> None:
+def draw(
+    results: Sequence[Mapping[str, Any]], base: Mapping[str, float], path: Path, grid: Sequence[int]
+) -> None:
     """A row of panels for each text: the decompositions, and what CorDA++ adds to CO-SVD; bands from least to most."""
-    figure, rows = plt.subplots(len(base), 2, figsize=(9, 3.4 * len(base)), sharex=True, sharey="row", squeeze=False)
+    figure, rows = plt.subplots(
+        len(base), 2, figsize=(9, 3.4 * len(base)), sharex=True, sharey="row", squeeze=False
+    )
     colors = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
     for panels, (text, start) in zip(rows, base.items(), strict=True):
         for axes, methods in zip(panels, (DECOMPOSITIONS, ("CO-SVD", *STRATEGIES)), strict=True):
             for method in methods:
                 values = [over_seeds(results, text, method, k) for k in grid]
-                axes.semilogy(grid, list(map(mean, values)), "o-", color=colors[method], markersize=3, label=method)
-                axes.fill_between(grid, list(map(min, values)), list(map(max, values)), color=colors[method], alpha=0.2)
-            axes.axhline(start, color="gray", linestyle="--", linewidth=1, label="nothing discarded")
+                axes.semilogy(
+                    grid,
+                    list(map(mean, values)),
+                    "o-",
+                    color=colors[method],
+                    markersize=3,
+                    label=method,
+                )
+                axes.fill_between(
+                    grid,
+                    list(map(min, values)),
+                    list(map(max, values)),
+                    color=colors[method],
+                    alpha=0.2,
+                )
+            axes.axhline(
+                start, color="gray", linestyle="--", linewidth=1, label="nothing discarded"
+            )
             axes.set(title=text, xlabel="components discarded of every linear, k")
             axes.legend(frameon=False, fontsize=7, loc="upper left")
             axes.spines[["top", "right"]].set_visible(False)
@@ -363,7 +448,9 @@ def draw(results: Sequence[Mapping[str, Any]], base: Mapping[str, float], path: 
     Image.open(path).convert("RGB").quantize(48).save(path, optimize=True)  # a third of the bytes
 
 
-def report(results: Sequence[Mapping[str, Any]], base: Mapping[str, float], grid: Sequence[int]) -> None:
+def report(
+    results: Sequence[Mapping[str, Any]], base: Mapping[str, float], grid: Sequence[int]
+) -> None:
     """A table for each text, and how far apart the rounds' selection scores are."""
     for text, start in base.items():
         scores = [scores for result in results for scores in result["scores"][text].values()]
@@ -371,23 +458,40 @@ def report(results: Sequence[Mapping[str, Any]], base: Mapping[str, float], grid
         print(
             f"{text}: perplexity {start:.2f} before; a linear's largest selection score is {apart:.1%} over its least."
         )
-        rows = [[str(k), *(cell(over_seeds(results, text, method, k)) for method in METHODS)] for k in grid]
+        rows = [
+            [str(k), *(cell(over_seeds(results, text, method, k)) for method in METHODS)]
+            for k in grid
+        ]
         print_table(["k", *METHODS], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24], help="components to discard")
-    parser.add_argument("--seeds", type=int, default=3, help="of calibration draws, for mean and standard deviation")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24], help="components to discard"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of calibration draws, for mean and standard deviation"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="to select from")
     parser.add_argument("--num-samples", type=int, default=64, help="rows of a round")
-    parser.add_argument("--seq-len", type=int, default=128, help="of a row, in calibration and evaluation")
+    parser.add_argument(
+        "--seq-len", type=int, default=128, help="of a row, in calibration and evaluation"
+    )
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--output", type=Path, help="folder for results.json and corda_truncation.png")
+    parser.add_argument(
+        "--output", type=Path, help="folder for results.json and corda_truncation.png"
+    )
     args = parser.parse_args()
     if "KASA_TUNE_DATA" not in os.environ:
-        parser.error("KASA_TUNE_DATA must name the folder with models/stories260K/hf and datasets (see docs/data.md).")
-    logging.getLogger("kasa_tune").setLevel(logging.ERROR)  # no advice on thin calibration: it is meant to be
+        parser.error(
+            "KASA_TUNE_DATA must name the folder with models/stories260K/hf and datasets (see docs/data.md)."
+        )
+    logging.getLogger("kasa_tune").setLevel(
+        logging.ERROR
+    )  # no advice on thin calibration: it is meant to be
     started, cpu = time.perf_counter(), time.process_time()
     subject = load_subject()
     texts = load_texts(subject.tokenizer, Path(os.environ["KASA_TUNE_DATA"]), args.seq_len)
@@ -399,11 +503,15 @@ def main() -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             settings = {name: value for name, value in vars(args).items() if name != "output"}
             content = {"machine": machine(), "settings": settings, "base": base, "results": results}
-            (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            (args.output / "results.json").write_text(
+                json.dumps(content, indent=1) + "\n", encoding="utf-8"
+            )
             draw(results, base, args.output / "corda_truncation.png", args.k)
     print(f"{machine()}\n")
     report(results, base, args.k)
-    print(f"{time.process_time() - cpu:.0f} CPU seconds, {time.perf_counter() - started:.0f} on the clock.")
+    print(
+        f"{time.process_time() - cpu:.0f} CPU seconds, {time.perf_counter() - started:.0f} on the clock."
+    )
 
 
 if __name__ == "__main__":

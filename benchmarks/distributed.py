@@ -54,22 +54,34 @@ from torchtune import modules, training
 from torchtune.models.convert_weights import tune_to_hf
 
 from kasa_tune import config
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.calibration import calibration_bytes, shared_inputs
-from kasa_tune.components.covariance import damped
-from kasa_tune.components.decomposition import co_svd, smallest_triplets
-from kasa_tune.components.distributed import SharedReading, World, spread
-from kasa_tune.components.loss import return_hidden_states
-from kasa_tune.components.memory import SET_UP, WEIGHTS, memory_budget, per_process, state_bytes
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.corda.calibration import calibration_bytes, shared_inputs
+from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.linalg.decomposition import co_svd, smallest_triplets
+from kasa_tune.components.linalg.nf4 import quantize, quantized_bytes
+from kasa_tune.components.models.base_weights import SharedReading
 from kasa_tune.components.models.loading import block_linears, build_on_meta
-from kasa_tune.components.quantization import quantize, quantized_bytes
-from kasa_tune.components.quantized_base import base_bytes
+from kasa_tune.components.processes.world import World, spread
+from kasa_tune.components.quantized.base import base_bytes
+from kasa_tune.components.training.loss import return_hidden_states
+from kasa_tune.components.training.memory import (
+    SET_UP,
+    WEIGHTS,
+    memory_budget,
+    per_process,
+    state_bytes,
+)
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 METHODS = ("kasa", "corda", "qcorda")
 SMALL = {"num_blocks": 4, "width": 512, "kv": 128, "hidden": 2048, "spectrum": "trained"}
 VOCAB, HEAD_DIM, SEQ_LEN = 8192, 64, 256  # of the small model, as make_weights has them
-RING = {"gather": 1, "reduce_scatter": 1, "reduce": 2, "broadcast": 1}  # times (N - 1) / N of the whole is sent
+RING = {
+    "gather": 1,
+    "reduce_scatter": 1,
+    "reduce": 2,
+    "broadcast": 1,
+}  # times (N - 1) / N of the whole is sent
 
 
 # --- one process of a measured run
@@ -87,7 +99,10 @@ class Ledger(TorchDispatchMode):
             return NotImplemented
         name = func._schema.name
         if name.startswith(("c10d::", "_c10d_functional::")) and (kind := kind_of(name)):
-            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(arg, Tensor | list)) for arg in args[:2]]
+            sizes = [
+                sum(t.nbytes for t in tree_leaves(arg) if isinstance(arg, Tensor | list))
+                for arg in args[:2]
+            ]
             gathers = name.startswith("_c10d_functional::all_gather")  # is given its input alone
             self.calls[kind] += 1
             self.whole[kind] += max(sizes) * (self.size if gathers else 1)
@@ -95,13 +110,19 @@ class Ledger(TorchDispatchMode):
 
     def sent(self) -> dict[str, float]:
         """MiB that a ring makes this process send, by kind."""
-        return {kind: RING[kind] * whole * (self.size - 1) / self.size / 2**20 for kind, whole in self.whole.items()}
+        return {
+            kind: RING[kind] * whole * (self.size - 1) / self.size / 2**20
+            for kind, whole in self.whole.items()
+        }
 
 
 def kind_of(name: str) -> str | None:
     """The kind in RING of an operator; None where no tensor travels, as in waiting."""
     short = name.partition("::")[2].replace("allgather", "gather").replace("allreduce", "reduce")
-    return next((kind for kind in ("reduce_scatter", "gather", "reduce", "broadcast") if kind in short), None)
+    return next(
+        (kind for kind in ("reduce_scatter", "gather", "reduce", "broadcast") if kind in short),
+        None,
+    )
 
 
 class Parts:
@@ -114,7 +135,9 @@ class Parts:
     def __call__(self, name: str) -> Iterator[None]:
         before = self._now()
         yield
-        self.seconds[name] = [a + n - b for a, n, b in zip(self.seconds[name], self._now(), before, strict=True)]
+        self.seconds[name] = [
+            a + n - b for a, n, b in zip(self.seconds[name], self._now(), before, strict=True)
+        ]
 
     def _now(self) -> tuple[float, float]:
         if self.device == "cuda":
@@ -138,7 +161,8 @@ class Parts:
         recipe.spread, recipe.shard = spread_timed, self.timed("sharding", recipe.shard)
         SharedReading.__getitem__ = self.timed("reading", SharedReading.__getitem__)
         World.gather = self.timed("waiting", World.gather)
-        World.combine = self.timed("summing", World.combine)
+        if hasattr(recipe, "add_up"):
+            recipe.add_up = self.timed("summing", recipe.add_up)
 
 
 def load_recipe(name: str) -> ModuleType:
@@ -153,7 +177,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     name = f"{args.worker}_finetune_{'single_device' if args.single else 'distributed'}"
     module, parts = load_recipe(name), Parts(args.device)
     cfg = config.load(f"tiny_{args.worker}", overrides(args.worker, args))
-    recipe = next(each for key, each in vars(module).items() if key.endswith(("Device", "Distributed")))(cfg)
+    recipe = next(
+        each for key, each in vars(module).items() if key.endswith(("Device", "Distributed"))
+    )(cfg)
     world = getattr(recipe, "_world", SimpleNamespace(size=1, rank=0))
     if not args.single:
         parts.instrument(module)
@@ -161,8 +187,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     ledger, meter = Ledger(world.size), Meter(args.device)
     with ledger:
         recipe.setup(cfg)
-    result = {"rank": world.rank, "set-up": meter.read(), "parts": dict(parts.seconds), "set-up sent": ledger.sent()}
-    result["held"] = sum(state_bytes([local(t)]) for t in [*recipe._model.parameters(), *recipe._model.buffers()])
+    result = {
+        "rank": world.rank,
+        "set-up": meter.read(),
+        "parts": dict(parts.seconds),
+        "set-up sent": ledger.sent(),
+    }
+    result["held"] = sum(
+        state_bytes([local(t)]) for t in [*recipe._model.parameters(), *recipe._model.buffers()]
+    )
     recipe._model.train()
     recipe._stop, recipe._stopping = SimpleNamespace(received=None), False
     recipe._loader.batch_sampler.set_position(0, 0)
@@ -205,10 +238,22 @@ def overrides(method: str, args: argparse.Namespace) -> list[str]:
         changed |= {"calibration.concatenate": True, "calibration.batch_size": 4}
         changed |= {"calibration.cache_dir": f"{args.folder}/cache"}
     if args.model == "small":
-        sizes = {"num_layers": SMALL["num_blocks"], "embed_dim": SMALL["width"], "intermediate_dim": SMALL["hidden"]}
-        sizes |= {"num_heads": SMALL["width"] // HEAD_DIM, "num_kv_heads": SMALL["kv"] // HEAD_DIM, "vocab_size": VOCAB}
+        sizes = {
+            "num_layers": SMALL["num_blocks"],
+            "embed_dim": SMALL["width"],
+            "intermediate_dim": SMALL["hidden"],
+        }
+        sizes |= {
+            "num_heads": SMALL["width"] // HEAD_DIM,
+            "num_kv_heads": SMALL["kv"] // HEAD_DIM,
+            "vocab_size": VOCAB,
+        }
         changed |= {f"model.{key}": value for key, value in sizes.items()}
-        changed |= {"checkpointer.checkpoint_dir": args.base, "dataset.packed": True, "tokenizer.max_seq_len": SEQ_LEN}
+        changed |= {
+            "checkpointer.checkpoint_dir": args.base,
+            "dataset.packed": True,
+            "tokenizer.max_seq_len": SEQ_LEN,
+        }
     return [f"{key}={value}" for key, value in changed.items()]
 
 
@@ -217,22 +262,55 @@ def overrides(method: str, args: argparse.Namespace) -> list[str]:
 
 def write_base(folder: Path) -> None:
     """The small model's weights as a Hugging Face checkpoint."""
-    shape = {"num_heads": SMALL["width"] // HEAD_DIM, "num_kv_heads": SMALL["kv"] // HEAD_DIM, "dim": SMALL["width"]}
+    shape = {
+        "num_heads": SMALL["width"] // HEAD_DIM,
+        "num_kv_heads": SMALL["kv"] // HEAD_DIM,
+        "dim": SMALL["width"],
+    }
     weights = tune_to_hf(make_weights(SimpleNamespace(**SMALL)), **shape)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    facts = {"num_attention_heads": shape["num_heads"], "num_key_value_heads": shape["num_kv_heads"]}
-    facts |= {"hidden_size": shape["dim"], "head_dim": HEAD_DIM, "vocab_size": VOCAB, "model_type": "llama"}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+    )
+    facts = {
+        "num_attention_heads": shape["num_heads"],
+        "num_key_value_heads": shape["num_kv_heads"],
+    }
+    facts |= {
+        "hidden_size": shape["dim"],
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "model_type": "llama",
+    }
     (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def measure(method: str, processes: int | None, batch_size: int, base: str, args: argparse.Namespace) -> list[dict]:
+def measure(
+    method: str, processes: int | None, batch_size: int, base: str, args: argparse.Namespace
+) -> list[dict]:
     """Results by rank of a recipe in fresh processes; ``None`` is the single-device recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"--worker": method, "--batch-size": batch_size, "--folder": folder, "--base": base}
-        options |= {"--model": args.model, "--steps": args.steps, "--samples": args.samples, "--device": args.device}
+        options = {
+            "--worker": method,
+            "--batch-size": batch_size,
+            "--folder": folder,
+            "--base": base,
+        }
+        options |= {
+            "--model": args.model,
+            "--steps": args.steps,
+            "--samples": args.samples,
+            "--device": args.device,
+        }
         command = [sys.executable]
         if processes:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            command += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(processes),
+            ]
         command += [__file__, *(str(word) for pair in options.items() for word in pair)]
         command += [] if processes else ["--single"]
         quiet = {
@@ -245,7 +323,9 @@ def measure(method: str, processes: int | None, batch_size: int, base: str, args
             raise RuntimeError(
                 f"{method} on {processes} processes ended with {done.returncode}:\n{done.stderr[-4000:]}"
             )
-        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("result.rank*.json"))]
+        return [
+            json.loads(path.read_text()) for path in sorted(Path(folder).glob("result.rank*.json"))
+        ]
 
 
 def print_measured(args: argparse.Namespace) -> None:
@@ -257,8 +337,13 @@ def print_measured(args: argparse.Namespace) -> None:
         for method in args.methods:
             plan = [(None, args.batch_size)]
             for number in args.processes:
-                plan += [(number, args.batch_size // number)] + [(number, args.batch_size)] * (number > 1)
-            reference, unplaced = None, argparse.Namespace(**vars(args) | {"folder": "/tmp", "base": "/tmp"})
+                plan += [(number, args.batch_size // number)] + [(number, args.batch_size)] * (
+                    number > 1
+                )
+            reference, unplaced = (
+                None,
+                argparse.Namespace(**vars(args) | {"folder": "/tmp", "base": "/tmp"}),
+            )
             on_paper = Plan("tiny", method, overrides(method, unplaced)).step_bytes
             for number, batch_size in plan:
                 ranks = measure(method, number, batch_size, base, args)
@@ -267,15 +352,37 @@ def print_measured(args: argparse.Namespace) -> None:
                     set_up.append([method, str(number or "one device"), *set_up_row(ranks)])
                     print(" | ".join(set_up[-1]), flush=True)
                 steps.append([method, str(number or "one device"), str(batch_size)])
-                steps[-1] += step_row(ranks, reference if batch_size * (number or 1) == args.batch_size else None)
+                steps[-1] += step_row(
+                    ranks, reference if batch_size * (number or 1) == args.batch_size else None
+                )
                 steps[-1].append(f"{sum(on_paper(number or 1)) / 2**20:.2f}")
                 print(" | ".join(steps[-1]), flush=True)
     print()
     names = ["all", "jobs", "reading", "summing", "waiting", "sharding", "other"]
     clock = [f"{name} [s]" for name in names]
-    print_table(["method", "processes", *clock, "CPU, all [s]", "peak [MiB]", "sent [MiB]", "of it"], set_up)
-    header = ["method", "processes", "batch of each", "step [s]", "CPU of all [s]", "held [MiB]", "peak in steps [MiB]"]
-    print_table([*header, "sent a step [MiB]", "collectives", "last loss", "losses differ by", "on paper [MiB]"], steps)
+    print_table(
+        ["method", "processes", *clock, "CPU, all [s]", "peak [MiB]", "sent [MiB]", "of it"], set_up
+    )
+    header = [
+        "method",
+        "processes",
+        "batch of each",
+        "step [s]",
+        "CPU of all [s]",
+        "held [MiB]",
+        "peak in steps [MiB]",
+    ]
+    print_table(
+        [
+            *header,
+            "sent a step [MiB]",
+            "collectives",
+            "last loss",
+            "losses differ by",
+            "on paper [MiB]",
+        ],
+        steps,
+    )
 
 
 def set_up_row(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -283,8 +390,14 @@ def set_up_row(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     slowest = max(ranks, key=lambda rank: rank["parts"]["set-up"][0])["parts"]
     parts = {name: slowest.get(name, (0.0, 0.0))[0] for name in names}
     total = slowest["set-up"][0]
-    figures = [f"{total:.1f}", *(f"{seconds:.1f}" for seconds in (*parts.values(), total - sum(parts.values())))]
-    cpu, peak = sum(rank["parts"]["set-up"][1] for rank in ranks), max(rank["set-up"]["peak"] for rank in ranks)
+    figures = [
+        f"{total:.1f}",
+        *(f"{seconds:.1f}" for seconds in (*parts.values(), total - sum(parts.values()))),
+    ]
+    cpu, peak = (
+        sum(rank["parts"]["set-up"][1] for rank in ranks),
+        max(rank["set-up"]["peak"] for rank in ranks),
+    )
     sent = ranks[0]["set-up sent"]
     kinds = ", ".join(f"{kind} {size:.1f}" for kind, size in sent.items() if size >= 0.05)
     return [*figures, f"{cpu:.1f}", f"{peak:.0f}", f"{sum(sent.values()):.1f}", kinds or "-"]
@@ -292,9 +405,14 @@ def set_up_row(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def step_row(ranks: Sequence[Mapping[str, Any]], reference: Sequence[float] | None) -> list[str]:
     """``reference``: losses of one device on the same rows, if they are the same."""
-    clock = median(max(rank["steps"][i][0] for rank in ranks) for i in range(len(ranks[0]["steps"])))
+    clock = median(
+        max(rank["steps"][i][0] for rank in ranks) for i in range(len(ranks[0]["steps"]))
+    )
     cpu = median(sum(rank["steps"][i][1] for rank in ranks) for i in range(len(ranks[0]["steps"])))
-    held, peak = (max(rank["held"] for rank in ranks) / 2**20, max(rank["training"]["peak"] for rank in ranks))
+    held, peak = (
+        max(rank["held"] for rank in ranks) / 2**20,
+        max(rank["training"]["peak"] for rank in ranks),
+    )
     sent = ranks[0]["step sent"]
     kinds = ", ".join(f"{kind} {size:.2f}" for kind, size in sent.items() if size >= 0.005)
     pairs = zip(ranks[0]["losses"], reference or [], strict=False)
@@ -357,7 +475,10 @@ class Plan:
     """A method's shipped config of a large base, as its recipe would build it, on the meta device."""
 
     def __init__(self, preset: str, method: str, overrides: Sequence[str] = ()) -> None:
-        self.method, self.cfg = method, config.load(f"{preset}_{method}", overrides, check_files=False)
+        self.method, self.cfg = (
+            method,
+            config.load(f"{preset}_{method}", overrides, check_files=False),
+        )
         self.build(training.get_dtype(self.cfg.dtype, device=torch.device("cpu")))
 
     def build(self, dtype: torch.dtype) -> None:
@@ -378,12 +499,18 @@ class Plan:
     def of_block(self, name: str) -> int:
         """Bytes of a frozen linear of a block."""
         numel = self.blocks[name].weight.numel()
-        return quantized_bytes(numel, itemsize=self.itemsize) if self.method == "qcorda" else numel * self.itemsize
+        return (
+            quantized_bytes(numel, itemsize=self.itemsize)
+            if self.method == "qcorda"
+            else numel * self.itemsize
+        )
 
     def base(self) -> tuple[int, int]:
         """Bytes of the frozen weights, as they are read, in blocks' linears and elsewhere."""
         inside = sum(linear.weight.numel() for linear in self.blocks.values()) * self.itemsize
-        return inside, state_bytes(p for p in self.model.parameters() if not p.requires_grad) - inside
+        return inside, state_bytes(
+            p for p in self.model.parameters() if not p.requires_grad
+        ) - inside
 
     def stages(self, seconds: Callable[[str, int, int, int], float]) -> list[list[Job]]:
         """The jobs that the recipe spreads, in its order; all have been done before those of the next stage begin."""
@@ -393,7 +520,15 @@ class Plan:
             names = sorted(costs, key=lambda name: -costs[name])
             ranks = {name: self.linears[name].edit.rank for name in names}
             return [
-                [Job(costs[n], seconds("kasa", *shapes[n], ranks[n]), {}, 4 * ranks[n] * sum(shapes[n])) for n in names]
+                [
+                    Job(
+                        costs[n],
+                        seconds("kasa", *shapes[n], ranks[n]),
+                        {},
+                        4 * ranks[n] * sum(shapes[n]),
+                    )
+                    for n in names
+                ]
             ]
         first, ranks = [], {name: linear.rank for name, linear in self.linears.items()}
         for group in self.groups:
@@ -401,14 +536,21 @@ class Plan:
             for n in group:
                 holds = context | {n: self.blocks[n].weight.numel() * self.itemsize}
                 first.append(
-                    Job(costs[n], seconds("corda", *shapes[n], ranks[n]), holds, 4 * ranks[n] * sum(shapes[n]))
+                    Job(
+                        costs[n],
+                        seconds("corda", *shapes[n], ranks[n]),
+                        holds,
+                        4 * ranks[n] * sum(shapes[n]),
+                    )
                 )
         if self.method == "corda":
             return [first]
         second = []
         for name, linear in self.blocks.items():
             shape = tuple(linear.weight.shape)
-            factors = 2 * 4 * ranks[name] * sum(shape) if name in ranks else 0  # the update and what it was split from
+            factors = (
+                2 * 4 * ranks[name] * sum(shape) if name in ranks else 0
+            )  # the update and what it was split from
             cost = seconds("nf4", *shape, ranks.get(name, 0))
             second.append(Job(linear.weight.numel(), cost, {}, self.of_block(name) + factors))
         return [first, second]
@@ -418,22 +560,38 @@ class Plan:
         inside, outside = self.base()
         inside = sum(map(self.of_block, self.blocks)) + self.trained
         share = (shards - 1) / shards
-        once = self.trained * share * (2 if self.method == "kasa" else 1)  # gradients; factors for the regularizers
-        return (2 * inside + outside) * share, once, 2 * (replicas - 1) / replicas * self.trained / shards
+        once = (
+            self.trained * share * (2 if self.method == "kasa" else 1)
+        )  # gradients; factors for the regularizers
+        return (
+            (2 * inside + outside) * share,
+            once,
+            2 * (replicas - 1) / replicas * self.trained / shards,
+        )
 
     def step_calls(self, replicas: int = 1) -> tuple[int, int]:
         """Collectives of a micro-batch, and once a step."""
         blocks = len(self.model.layers)
-        return 2 * blocks + 1, blocks * (1 + (replicas > 1)) + 3 * len(self.linears) * (self.method == "kasa")
+        return 2 * blocks + 1, blocks * (1 + (replicas > 1)) + 3 * len(self.linears) * (
+            self.method == "kasa"
+        )
 
     def memory(self, world: int, shards: int, args: argparse.Namespace) -> tuple[int, int]:
         """Bytes at most in set-up and in a training step, as the recipe's dry run counts them."""
         cfg, model = self.cfg, self.model
         make = partial(config.instantiate, cfg.optimizer)
-        shape = {"batch_size": cfg.batch_size, "seq_len": cfg.tokenizer.max_seq_len, "adapter_dtype": torch.float32}
+        shape = {
+            "batch_size": cfg.batch_size,
+            "seq_len": cfg.tokenizer.max_seq_len,
+            "adapter_dtype": torch.float32,
+        }
         loss_chunk = config.instantiate(cfg.loss).chunk_size
         budget = memory_budget(
-            model, make, **shape, vocab_size=model.tok_embeddings.num_embeddings, loss_chunk=loss_chunk
+            model,
+            make,
+            **shape,
+            vocab_size=model.tok_embeddings.num_embeddings,
+            loss_chunk=loss_chunk,
         )
         if self.method == "qcorda":
             base = base_bytes(model, self.blocks, **cfg.quantization)
@@ -486,24 +644,45 @@ class JobSeconds:
         return time.process_time() - started
 
 
-def set_up_on_paper(plan: Plan, size: int, seconds: JobSeconds, args: argparse.Namespace) -> dict[str, float]:
+def set_up_on_paper(
+    plan: Plan, size: int, seconds: JobSeconds, args: argparse.Namespace
+) -> dict[str, float]:
     """Seconds and bytes of a set-up on ``size`` processes."""
     found, (inside, outside) = Counter(), plan.base()
     for jobs in plan.stages(seconds):
         turns = deal(jobs, size)
         slowest = sum(max(sum(job.seconds for job in mine) for mine in turn) for turn in turns)
-        found += Counter({"turns": len(turns), "clock": slowest, "core seconds": sum(job.seconds for job in jobs)})
+        found += Counter(
+            {
+                "turns": len(turns),
+                "clock": slowest,
+                "core seconds": sum(job.seconds for job in jobs),
+            }
+        )
         largest = (max(sum(job.result for job in mine) for mine in turn) for turn in turns)
-        found["factors"] += sum(size * each for each in largest)  # objects are padded to the largest
-        held = (sum({k: v for job in mine for k, v in job.holds.items()}.values()) for turn in turns for mine in turn)
+        found["factors"] += sum(
+            size * each for each in largest
+        )  # objects are padded to the largest
+        held = (
+            sum({k: v for job in mine for k, v in job.holds.items()}.values())
+            for turn in turns
+            for mine in turn
+        )
         found["held"] = max(found["held"], *held)
     calibrated = plan.method != "kasa"
     found["weights"] = outside + inside * {"kasa": 1, "corda": 2, "qcorda": 1}[plan.method]
-    owned = inside if plan.method == "qcorda" else state_bytes(linear.weight for linear in plan.linears.values())
+    owned = (
+        inside
+        if plan.method == "qcorda"
+        else state_bytes(linear.weight for linear in plan.linears.values())
+    )
     disk = found["weights"] + (owned if plan.method != "corda" else 0)
     nodes = -(-size // args.gpus_per_node)
     found["reading"] = disk / nodes / (args.disk * 1e9)
-    tokens, widths = args.calibration[0] * args.calibration[1], [plan.linears[g[0]].in_dim for g in plan.groups]
+    tokens, widths = (
+        args.calibration[0] * args.calibration[1],
+        [plan.linears[g[0]].in_dim for g in plan.groups],
+    )
     found["covariances"] = calibrated * 4 * sum(width**2 for width in widths)
     share = (size - 1) / size
     found["sent"] = share * (found["weights"] + found["factors"] + 2 * found["covariances"])
@@ -532,23 +711,48 @@ def print_paper(args: argparse.Namespace) -> None:
         "round; nothing overlaps anything, dispatch and pickling take no time. GB are 10^9 bytes, GiB 2^30.\n"
     )
     seconds, plans = JobSeconds(args), [Plan(args.paper, method) for method in args.methods]
-    set_ups = {(plan.method, size): set_up_on_paper(plan, size, seconds, args) for plan in plans for size in args.world}
-    table = [[*key.split(":"), how, f"{seconds.known[key]:.1f}"] for key, how in seconds.rows.items()]
+    set_ups = {
+        (plan.method, size): set_up_on_paper(plan, size, seconds, args)
+        for plan in plans
+        for size in args.world
+    }
+    table = [
+        [*key.split(":"), how, f"{seconds.known[key]:.1f}"] for key, how in seconds.rows.items()
+    ]
     print_table(["job", "shape", "measured [CPU s]", "taken as [s of one core]"], table)
     balance, messages, totals = [], [], []
     for (method, size), found in set_ups.items():
         ideal = found["core seconds"] / size
         row = [method, str(size), f"{found['turns']:.0f}", f"{found['core seconds'] / 3600:.2f}"]
-        row += [f"{found['clock'] / 60:.1f}", f"{ideal / 60:.1f}", f"{100 * ideal / found['clock']:.0f} %"]
+        row += [
+            f"{found['clock'] / 60:.1f}",
+            f"{ideal / 60:.1f}",
+            f"{100 * ideal / found['clock']:.0f} %",
+        ]
         balance.append([*row, f"{found['held'] / 2**30:.1f}"])
-        sizes = [f"{found[name] / 1e9:.1f}" for name in ("weights", "covariances", "factors", "sent")]
+        sizes = [
+            f"{found[name] / 1e9:.1f}" for name in ("weights", "covariances", "factors", "sent")
+        ]
         messages.append([method, str(size), *sizes, f"{found['sending']:.1f}"])
         parts = ("reading", "calibrating", "on GPUs", "sending", "in all")
         totals.append([method, str(size), *(f"{found[name]:.0f}" for name in parts)])
     head = ["method", "GPUs"]
-    names = ["turns", "core hours", "clock, cores [min]", "ideal [min]", "balance", "waiting jobs hold [GiB]"]
+    names = [
+        "turns",
+        "core hours",
+        "clock, cores [min]",
+        "ideal [min]",
+        "balance",
+        "waiting jobs hold [GiB]",
+    ]
     print_table([*head, *names], balance)
-    names = ["weights [GB]", "covariances [GB]", "factors [GB]", "a GPU sends [GB]", "that takes [s]"]
+    names = [
+        "weights [GB]",
+        "covariances [GB]",
+        "factors [GB]",
+        "a GPU sends [GB]",
+        "that takes [s]",
+    ]
     print_table([*head, *names], messages)
     names = ["reading [s]", "calibrating [s]", "jobs on GPUs [s]", "exchanging [s]", "set-up [s]"]
     print_table([*head, *names], totals)
@@ -559,7 +763,9 @@ def print_steps_on_paper(plans: Sequence[Plan], args: argparse.Namespace) -> Non
     table = []
     for plan in plans:
         tokens = plan.cfg.batch_size * plan.cfg.tokenizer.max_seq_len
-        passes = 2 + bool(plan.cfg.enable_activation_checkpointing)  # forward, backward to the inputs, forward again
+        passes = 2 + bool(
+            plan.cfg.enable_activation_checkpointing
+        )  # forward, backward to the inputs, forward again
         compute = passes * 2 * tokens * sum(plan.base()) / plan.itemsize / (args.tflops * 1e12)
         for size in args.world:
             for shards in sorted({size, min(size, args.gpus_per_node)}, reverse=True):
@@ -567,42 +773,79 @@ def print_steps_on_paper(plans: Sequence[Plan], args: argparse.Namespace) -> Non
                 micro, once, between = plan.step_bytes(shards, replicas)
                 calls = [number * args.latency * 1e-6 for number in plan.step_calls(replicas)]
                 fetching = micro / bandwidth(shards, args) + calls[0]
-                ending = once / bandwidth(shards, args) + between / (args.infiniband * 1e9) + calls[1]
-                row = [plan.method, str(size), f"{replicas} x {shards}" if replicas > 1 else str(shards)]
-                row += [f"{micro / 1e9:.1f}", f"{fetching:.2f}", f"{compute:.2f}", f"{(once + between) / 1e9:.2f}"]
+                ending = (
+                    once / bandwidth(shards, args) + between / (args.infiniband * 1e9) + calls[1]
+                )
+                row = [
+                    plan.method,
+                    str(size),
+                    f"{replicas} x {shards}" if replicas > 1 else str(shards),
+                ]
+                row += [
+                    f"{micro / 1e9:.1f}",
+                    f"{fetching:.2f}",
+                    f"{compute:.2f}",
+                    f"{(once + between) / 1e9:.2f}",
+                ]
                 memory = plan.memory(size, shards, args)
                 table.append([*row, f"{ending:.2f}", *(f"{value / 2**30:.1f}" for value in memory)])
-    names = ["a micro-batch sends [GB]", "that takes [s]", "it computes [s]", "the step's end sends [GB]", "takes [s]"]
+    names = [
+        "a micro-batch sends [GB]",
+        "that takes [s]",
+        "it computes [s]",
+        "the step's end sends [GB]",
+        "takes [s]",
+    ]
     memory = ["set-up, at most [GiB]", "training step [GiB]"]
     print_table(["method", "GPUs", "cut into", *names, *memory], table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--model", choices=("small", "tiny"), default="small")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step, of all processes or of each")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="rows of a step, of all processes or of each"
+    )
     parser.add_argument("--samples", type=int, default=64, help="rows to calibrate on")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--paper", metavar="PRESET", help="a base with shipped configs, as llama3_70b: nothing is trained"
+        "--paper",
+        metavar="PRESET",
+        help="a base with shipped configs, as llama3_70b: nothing is trained",
     )
     parser.add_argument("--world", type=int, nargs="+", default=[8, 64], help="GPUs")
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--nvlink", type=float, default=400.0, help="GB/s that a GPU sends within a node")
-    parser.add_argument("--infiniband", type=float, default=50.0, help="GB/s that a GPU sends to another node")
+    parser.add_argument(
+        "--nvlink", type=float, default=400.0, help="GB/s that a GPU sends within a node"
+    )
+    parser.add_argument(
+        "--infiniband", type=float, default=50.0, help="GB/s that a GPU sends to another node"
+    )
     parser.add_argument("--latency", type=float, default=30.0, help="microseconds of a collective")
     parser.add_argument("--disk", type=float, default=2.0, help="GB/s that a node reads")
     parser.add_argument("--tflops", type=float, default=400.0, help="of a GPU in bfloat16")
-    parser.add_argument("--fp32-tflops", type=float, default=40.0, help="of a GPU in float32, for the covariances")
     parser.add_argument(
-        "--speedup", type=float, default=100.0, help="of a GPU over the measured core, in set-up's jobs"
+        "--fp32-tflops", type=float, default=40.0, help="of a GPU in float32, for the covariances"
     )
-    parser.add_argument("--calibration", type=int, nargs=2, default=[256, 2048], help="rows and tokens of a row")
     parser.add_argument(
-        "--measured-at", type=int, default=4, help="widths and rank are divided by this to measure jobs"
+        "--speedup",
+        type=float,
+        default=100.0,
+        help="of a GPU over the measured core, in set-up's jobs",
+    )
+    parser.add_argument(
+        "--calibration", type=int, nargs=2, default=[256, 2048], help="rows and tokens of a row"
+    )
+    parser.add_argument(
+        "--measured-at",
+        type=int,
+        default=4,
+        help="widths and rank are divided by this to measure jobs",
     )
     parser.add_argument("--seconds", nargs="+", default=[], metavar="JOB:SHAPE=SECONDS",
                         help="known seconds of one core, instead of measuring: corda:8192x8192=76")  # fmt: skip
@@ -612,7 +855,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         result = work(args)
-        Path(args.folder, f"result.rank{result['rank']}.json").write_text(json.dumps(result), encoding="utf-8")
+        Path(args.folder, f"result.rank{result['rank']}.json").write_text(
+            json.dumps(result), encoding="utf-8"
+        )
         return
     print(f"{machine(args.device)}\n", flush=True)
     print_paper(args) if args.paper else print_measured(args)

@@ -32,8 +32,8 @@ from qcorda_memory import PRESETS, Meter, files_of, write_checkpoint
 from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components import models
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.checkpointing import save_checkpoint, weights_fingerprint
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.checkpoints.checkpoint import save_checkpoint, weights_fingerprint
 from kasa_tune.components.exchange.merged import INDEX, write_merged
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
@@ -51,12 +51,20 @@ MIB = 2**20
 def write_base(folder: Path, sizes: dict) -> None:
     """The checkpoint with all that transformers wants to know: whole config, index."""
     write_checkpoint(folder, sizes)
-    names = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "num_kv_heads": "num_key_value_heads"}
+    names = {
+        "vocab_size": "vocab_size",
+        "num_layers": "num_hidden_layers",
+        "num_kv_heads": "num_key_value_heads",
+    }
     names |= {"intermediate_dim": "intermediate_size", "max_seq_len": "max_position_embeddings"}
     settings = json.loads((folder / "config.json").read_text()) | {
         theirs: sizes[ours] for ours, theirs in names.items()
     }
-    settings |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    settings |= {
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     weights = dict.fromkeys(("model.embed_tokens.weight", "model.norm.weight"), "ends.safetensors")
     for file in files_of(sizes["num_layers"])[1:]:
@@ -68,9 +76,15 @@ def write_base(folder: Path, sizes: dict) -> None:
 
 def write_run(folder: Path, base: Path, sizes: dict, rank: int) -> None:
     """A checkpoint as the KaSA recipe leaves it, with random factors."""
-    model_node = sizes | {"_component_": f"kasa_tune.components.models.{BUILDER}", "attn_modules": ATTENTION}
+    model_node = sizes | {
+        "_component_": f"kasa_tune.components.models.{BUILDER}",
+        "attn_modules": ATTENTION,
+    }
     model_node |= {"apply_to_mlp": True, "rank": rank, "alpha": float(rank)}
-    checkpointer = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(base)}
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(base),
+    }
     checkpointer |= {"checkpoint_files": files_of(sizes["num_layers"]), "model_type": "LLAMA3_2"}
     checkpointer |= {"output_dir": str(folder)}
     options = {key: value for key, value in model_node.items() if key != "_component_"}
@@ -82,7 +96,9 @@ def write_run(folder: Path, base: Path, sizes: dict, rank: int) -> None:
                 random = torch.randn(value.shape, generator=generator)
                 adapter[f"{name}.{key}"] = random / max(value.shape) ** 0.5 * 0.1
     weights = read_base_weights(
-        FullModelHFCheckpointer(**{key: value for key, value in checkpointer.items() if key != "_component_"})
+        FullModelHFCheckpointer(
+            **{key: value for key, value in checkpointer.items() if key != "_component_"}
+        )
     )
     config = {"model": model_node, "checkpointer": checkpointer, "adapter": {}, "dtype": "bf16"}
     config |= {"tokenizer": {}}
@@ -137,7 +153,9 @@ def measure(args: argparse.Namespace) -> None:
             for phase, (allocated, of_files) in result["peaks"].items():
                 if phase:
                     seconds = result["seconds"][phase]
-                    rows.append([worker, phase, f"{seconds:.0f}", f"{allocated:,.0f}", f"{of_files:,.0f}"])
+                    rows.append(
+                        [worker, phase, f"{seconds:.0f}", f"{allocated:,.0f}", f"{of_files:,.0f}"]
+                    )
                     print(" | ".join(rows[-1]), flush=True)
             if worker != "peft_lora":
                 shutil.rmtree(folder / worker)
@@ -148,15 +166,25 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="llama3_2_1b")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shard", default="1GB", help="size of a file")
     workers = ("peft_lora", "merged", "peft")
-    parser.add_argument("--workers", nargs="+", choices=workers, default=workers, help="peft needs peft_lora before it")
     parser.add_argument(
-        "--folder", type=Path, help="with room for three times the model; default that of temporary files"
+        "--workers",
+        nargs="+",
+        choices=workers,
+        default=workers,
+        help="peft needs peft_lora before it",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="with room for three times the model; default that of temporary files",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

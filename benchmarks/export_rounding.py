@@ -17,17 +17,22 @@ import torch
 from common import machine, print_table
 from torch import Tensor
 
-from kasa_tune.components.adapters import adapter_update
-from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.adapters.state import adapter_update
+from kasa_tune.components.linalg.low_rank import LowRank
 
 
 def weight(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of a random weight: U, S, Vᵀ."""
-    u, v = (torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    u, v = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        for _ in range(2)
+    )
     return u, torch.arange(1, size + 1, dtype=torch.float64).rsqrt(), v.T
 
 
-def trained(method: str, size: int, rank: int, change: float, generator: torch.Generator) -> LowRank:
+def trained(
+    method: str, size: int, rank: int, change: float, generator: torch.Generator
+) -> LowRank:
     """`W_eff - W0` of an adapter whose A and B have moved by `change` of their norms."""
     u, s, vt = weight(size, generator)
     first = method == "PiSSA"
@@ -38,18 +43,27 @@ def trained(method: str, size: int, rank: int, change: float, generator: torch.G
     for factor, scale in zip(start, (out, into), strict=True):
         step = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
         moved.append(factor + change * scale.norm() / step.norm() * step)
-    state = {"w.lora_b.weight": moved[0], "w.lora_a.weight": moved[1], "w.lora_edit_out": out, "w.lora_edit_in": into}
+    state = {
+        "w.lora_b.weight": moved[0],
+        "w.lora_a.weight": moved[1],
+        "w.lora_edit_out": out,
+        "w.lora_edit_in": into,
+    }
     return adapter_update(state, "w", 1.0)
 
 
 def lost(update: LowRank, stored: LowRank) -> float:
     """Error of factors rounded to bfloat16, as a share of the update."""
     exact = update.dense()
-    return ((stored.to(torch.bfloat16).to(torch.float64).dense() - exact).norm() / exact.norm()).item()
+    return (
+        (stored.to(torch.bfloat16).to(torch.float64).dense() - exact).norm() / exact.norm()
+    ).item()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--changes", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])

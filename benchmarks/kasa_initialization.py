@@ -20,7 +20,7 @@ import torch
 from common import allow_old_torchao, machine, print_table
 from torch import Tensor, nn
 
-from kasa_tune.components.linear import KaSALinear
+from kasa_tune.components.adapters.linear import KaSALinear
 
 SHAPES = {  # d_out, d_in
     "q_proj": (2048, 2048),
@@ -74,7 +74,9 @@ def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str
         def __init__(self) -> None:
             super().__init__()
             for name, weight in weights.items():
-                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
+                linear = nn.Linear(
+                    *weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype
+                )
                 linear.weight = nn.Parameter(weight.clone())
                 self.add_module(name, linear)
 
@@ -86,12 +88,17 @@ def start_peft(weights: dict[str, Tensor]) -> tuple[dict[str, Seconds], dict[str
 
     KasaLinearVariant._truncate_base_weight = staticmethod(timed_truncate)
     try:
-        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=list(weights), kasa_config=KasaConfig())
+        config = LoraConfig(
+            r=RANK, lora_alpha=16, target_modules=list(weights), kasa_config=KasaConfig()
+        )
         block, models = Block(), []
         total = timed(lambda: models.append(get_peft_model(block, config)))
     finally:
         KasaLinearVariant._truncate_base_weight = staticmethod(truncate)
-    layers = {name: getattr(models[0].base_model.model, name).get_base_layer().weight.data for name in weights}
+    layers = {
+        name: getattr(models[0].base_model.model, name).get_base_layer().weight.data
+        for name in weights
+    }
     return dict(zip(weights, seconds, strict=True)) | {"block": total}, layers
 
 
@@ -126,10 +133,15 @@ def run(spectrum: str, args: argparse.Namespace) -> None:
     first, layers = start_ours(weights)
     peft, peft_layers = start_peft(weights)
     runs = [first, *(start_ours(weights)[0] for _ in range(args.repeats - 1))]
-    ours = {name: Seconds(*(median(run[name][i] for run in runs) for i in (0, 1))) for name in weights}
+    ours = {
+        name: Seconds(*(median(run[name][i] for run in runs) for i in (0, 1))) for name in weights
+    }
     ours["block"] = Seconds(*(sum(ours[name][i] for name in weights) for i in (0, 1)))
     wall, cpu = (peft["block"][i] / ours["block"][i] for i in (0, 1))
-    print(f"Spectrum: {spectrum}. PEFT takes {wall:.1f} times as long, {cpu:.1f} times the CPU seconds.\n", flush=True)
+    print(
+        f"Spectrum: {spectrum}. PEFT takes {wall:.1f} times as long, {cpu:.1f} times the CPU seconds.\n",
+        flush=True,
+    )
     rows = []
     for name in (*weights, "block"):
         shape = " x ".join(map(str, SHAPES[name])) if name in SHAPES else ""
@@ -138,7 +150,13 @@ def run(spectrum: str, args: argparse.Namespace) -> None:
         if name in MEASURED and not args.skip_accuracy:
             errors = measure(weights[name], layers[name], peft_layers[name])
         rows.append([name, shape, *seconds, *([] if args.skip_accuracy else errors)])
-    names = ("E, ours", "E in the weight, ours", "E in the weight, PEFT", "kept, ours", "kept, PEFT")
+    names = (
+        "E, ours",
+        "E in the weight, ours",
+        "E in the weight, PEFT",
+        "kept, ours",
+        "kept, PEFT",
+    )
     header = ["layer", "shape", "ours [s]", "ours [CPU s]", "PEFT [s]", "PEFT [CPU s]"]
     print_table([*header, *(names if not args.skip_accuracy else [])], rows)
 
@@ -160,12 +178,16 @@ def measure(original: Tensor, layer: KaSALinear, peft_weight: Tensor) -> list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--spectrum", choices=("gaussian", "trained", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
     parser.add_argument("--layers", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--repeats", type=int, default=3, help="of ours, around the one run of PEFT")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of ours, around the one run of PEFT"
+    )
     parser.add_argument("--skip-accuracy", action="store_true", help="leave out the float64 SVDs")
     args = parser.parse_args()
     allow_old_torchao()

@@ -39,15 +39,15 @@ from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.linear import AdapterLinear, CorDALinear, KaSALinear
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import state_bytes
+from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear, KaSALinear
+from kasa_tune.components.adapters.regularization import kasa_regularization
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
-from kasa_tune.components.quantization import quantize
-from kasa_tune.components.quantized_start import quantized_start
-from kasa_tune.components.regularization import kasa_regularization
+from kasa_tune.components.quantized.start import quantized_start
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.memory import state_bytes
 
 BETA, GAMMA, RANK, ALPHA = 1e-4, 1e-3, 8, 16.0
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -76,7 +76,9 @@ Variant = Callable[[dict, Tensor, Tensor], tuple[nn.Module, Step]]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+    )
 
 
 def start_quantized(linear: AdapterLinear) -> None:
@@ -111,16 +113,22 @@ def our_step(
         if l2.requires_grad:
             (BETA * l2 + GAMMA * l3).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, float("inf"))
-        torch.stack([loss.detach(), l2.detach().to(loss.device), l3.detach().to(loss.device), norm]).tolist()
+        torch.stack(
+            [loss.detach(), l2.detach().to(loss.device), l3.detach().to(loss.device), norm]
+        ).tolist()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return model, step
 
 
-def torchtune_step(sizes: dict, tokens: Tensor, labels: Tensor, quantize_base: bool = False) -> tuple[nn.Module, Step]:
+def torchtune_step(
+    sizes: dict, tokens: Tensor, labels: Tensor, quantize_base: bool = False
+) -> tuple[nn.Module, Step]:
     """The step of torchtune's recipe, whose labels are shifted in the step; without progress bar and logger."""
-    model = lora_llama3_2(ATTENTION, True, lora_rank=RANK, lora_alpha=ALPHA, quantize_base=quantize_base, **sizes)
+    model = lora_llama3_2(
+        ATTENTION, True, lora_rank=RANK, lora_alpha=ALPHA, quantize_base=quantize_base, **sizes
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
     loss_fn, optimizer = CEWithChunkedOutputLoss(), optimizer_of(model)
@@ -163,9 +171,14 @@ def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, S
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=targets, kasa_config=peft.KasaConfig(beta=BETA, gamma=GAMMA)
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=targets,
+        kasa_config=peft.KasaConfig(beta=BETA, gamma=GAMMA),
     )
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config).to(torch.get_default_dtype()), adapter)
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM(config).to(torch.get_default_dtype()), adapter
+    )
     optimizer = optimizer_of(model)
     unshifted = torch.hstack((tokens[:, :1], labels[:, :-1]))
 
@@ -179,8 +192,15 @@ def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, S
     return model, step
 
 
-LORA: dict[str, Variant] = {"lora": partial(our_step, our_lora_llama3_2), "torchtune lora": torchtune_step}
-FULL: dict[str, Variant] = {"kasa": partial(our_step, kasa_llama3_2), **LORA, "peft kasa": peft_step}
+LORA: dict[str, Variant] = {
+    "lora": partial(our_step, our_lora_llama3_2),
+    "torchtune lora": torchtune_step,
+}
+FULL: dict[str, Variant] = {
+    "kasa": partial(our_step, kasa_llama3_2),
+    **LORA,
+    "peft kasa": peft_step,
+}
 QUANTIZED: dict[str, Variant] = {
     "qlora": partial(our_step, our_lora_llama3_2, start=start_quantized),
     "qcorda": partial(our_step, corda_llama3_2, start=start_quantized),
@@ -246,31 +266,50 @@ def resident(key: str) -> float:
 
 def peak_memory_of_a_process(name: str, argv: list[str]) -> dict[str, float]:
     command = [sys.executable, __file__, *argv, "--memory-of", name]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the base; default fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="of the base; default fp32 on a CPU, bf16 on a GPU",
+    )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--labelled", type=float, default=1.0, help="share of positions that are learned")
+    parser.add_argument(
+        "--labelled", type=float, default=1.0, help="share of positions that are learned"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="of every variant in a round")
     parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--quantized", action="store_true", help="weights in NF4: QLoRA, QCorDA, QKaSA")
+    parser.add_argument(
+        "--quantized", action="store_true", help="weights in NF4: QLoRA, QCorDA, QKaSA"
+    )
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     if args.memory_of:
         return print(json.dumps(peak_memory(args.memory_of, args)))
     print(
-        f"{machine(args.device)}\n{args.preset}, {args.dtype}, {args.batch_size} x {args.seq_len} tokens\n", flush=True
+        f"{machine(args.device)}\n{args.preset}, {args.dtype}, {args.batch_size} x {args.seq_len} tokens\n",
+        flush=True,
     )
-    variants, reference = (QUANTIZED, "torchtune qlora") if args.quantized else (FULL, "torchtune lora")
-    memory = {name: peak_memory_of_a_process(name, sys.argv[1:]) for name in variants if not args.skip_memory}
+    variants, reference = (
+        (QUANTIZED, "torchtune qlora") if args.quantized else (FULL, "torchtune lora")
+    )
+    memory = {
+        name: peak_memory_of_a_process(name, sys.argv[1:])
+        for name in variants
+        if not args.skip_memory
+    }
     steps = {name: build(name, args)[1] for name in variants}
     for step in steps.values():
         step()
@@ -285,7 +324,9 @@ def main() -> None:
         ratios = [median(each[name][i] / each[reference][i] for each in rounds) for i in (0, 1)]
         figures = f"{1e3 * wall:.0f}", f"{ratios[0]:.3f}", f"{1e3 * cpu:.0f}", f"{ratios[1]:.3f}"
         base, before, peak = memory[name].values() if memory else (0, 0, 0)
-        rows.append([name, *figures, *(f"{value:.0f}" for value in (base, peak, peak - before) if memory)])
+        rows.append(
+            [name, *figures, *(f"{value:.0f}" for value in (base, peak, peak - before) if memory)]
+        )
     header = ["variant", "step [ms]", "ratio", "CPU [ms]", "ratio"]
     mib = ["base [MiB]", "peak memory [MiB]", "of it in the step [MiB]"] if memory else []
     print_table([*header, *mib], rows)

@@ -38,22 +38,32 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from common import machine, print_table
-from corda_truncation import CPU, Subject, Text, calibrate, evaluation_batches, evaluation_rows, perplexity, stories
+from corda_truncation import (
+    CPU,
+    Subject,
+    Text,
+    calibrate,
+    evaluation_batches,
+    evaluation_rows,
+    perplexity,
+    stories,
+)
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kasa_tune import config
-from kasa_tune.components.calibration import shared_inputs
-from kasa_tune.components.calibration_data import batched
-from kasa_tune.components.covariance import damped
-from kasa_tune.components.data import build_dataset
-from kasa_tune.components.decomposition import co_svd, fit_quantization, smallest_triplets
-from kasa_tune.components.loss import return_hidden_states
+from kasa_tune.components.corda.calibration import shared_inputs
+from kasa_tune.components.corda.calibration_data import batched
+from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.data.building import build_dataset
+from kasa_tune.components.linalg.decomposition import co_svd, smallest_triplets
+from kasa_tune.components.linalg.nf4 import dequantize, quantize
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
-from kasa_tune.components.quantization import dequantize, quantize
+from kasa_tune.components.quantized.start import fit_quantization
+from kasa_tune.components.training.loss import return_hidden_states
 from kasa_tune.tiny_world import evaluate, world
 
 METHODS = ("QLoRA", "LoftQ", "QPiSSA", "QPiSSA 5", "QCorDA", "QCorDA, p = 1/2", "QKaSA")
@@ -89,7 +99,9 @@ class Context:
 
 
 @torch.no_grad()
-def effective_weight(method: str, weight: Tensor, covariance: Tensor, rank: int, in_nf4: Quantizer) -> Tensor:
+def effective_weight(
+    method: str, weight: Tensor, covariance: Tensor, rank: int, in_nf4: Quantizer
+) -> Tensor:
     """``W_eff = Q + s B A`` of a method at its start, float32.
 
     Args:
@@ -168,7 +180,7 @@ def of_tiny_world(seed: int, *, facts: bool) -> Context:
     subject, cfg = load_subject("tiny_qcorda")
     node = dict(cfg.dataset)
     if facts:
-        node |= {"_component_": "kasa_tune.components.datasets.completion_dataset", "column": "text"}
+        node |= {"_component_": "kasa_tune.components.data.completion_dataset", "column": "text"}
         node["data_files"] = node["data_files"].replace("task_train", "facts_calibration")
         halves = node | {"split": "train[:500]"}, node | {"split": "train[500:]"}
     else:
@@ -179,9 +191,14 @@ def of_tiny_world(seed: int, *, facts: bool) -> Context:
     asked = evaluate.load_rows("facts_test.jsonl")[:NUM_FACTS]
 
     def worth(weights: Mapping[str, Tensor]) -> dict[str, float]:
-        model.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
+        model.load_state_dict(
+            {f"{name}.weight": weight for name, weight in weights.items()}, strict=False
+        )
         answers = evaluate.completer(model, tokenizer, max_new_tokens=12)
-        return {"loss of answers": loss_of_answers(model, tokenizer, asked), "right": world.exact_match(answers, asked)}
+        return {
+            "loss of answers": loss_of_answers(model, tokenizer, asked),
+            "right": world.exact_match(answers, asked),
+        }
 
     rows = evaluation_rows(second, CALIBRATION.seq_len, concatenate=False)
     return context_of(subject, first, rows, seed, worth)
@@ -192,22 +209,33 @@ def loss_of_answers(model: nn.Module, tokenizer: Any, facts: Iterable[Mapping[st
     """Mean cross-entropy per token of the answers."""
     examples = []
     for fact in facts:
-        question = tokenizer.encode(world.fact_prompt(fact["question"]), add_bos=True, add_eos=False)
+        question = tokenizer.encode(
+            world.fact_prompt(fact["question"]), add_bos=True, add_eos=False
+        )
         answer = tokenizer.encode(fact["answer"], add_bos=False, add_eos=True)
         labels = [evaluate.IGNORE] * (len(question) - 1) + answer + [evaluate.IGNORE]
         examples.append((question + answer, labels))
     tokens, labels = evaluate.pad(examples)
-    return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=evaluate.IGNORE).item()
+    return F.cross_entropy(
+        model(tokens).flatten(0, 1), labels.flatten(), ignore_index=evaluate.IGNORE
+    ).item()
 
 
-def context_of(subject: Subject, dataset: Any, held_out: Iterable, seed: int, worth: Callable) -> Context:
+def context_of(
+    subject: Subject, dataset: Any, held_out: Iterable, seed: int, worth: Callable
+) -> Context:
     """Calibrate on rows drawn from a dataset, and sum up the rows held out."""
     drawn = Text(dataset, [], concatenate=False).rounds(subject.tokenizer, CALIBRATION, seed)
     rows = [{"tokens": row} for row in held_out]
     measured_on = [batched(rows, tokenizer=subject.tokenizer, batch_size=16, device=CPU)]
     weights = {name: linear.weight.detach() for name, linear in subject.linears.items()}
-    found = (calibrate(subject, rounds, damping) for rounds, damping in ((drawn, DAMPING), (measured_on, 0.0)))
-    calibration, measured = ({name: each.covariances[name][0] for name in weights} for each in found)
+    found = (
+        calibrate(subject, rounds, damping)
+        for rounds, damping in ((drawn, DAMPING), (measured_on, 0.0))
+    )
+    calibration, measured = (
+        {name: each.covariances[name][0] for name in weights} for each in found
+    )
     return Context(weights, calibration, measured, worth)
 
 
@@ -226,12 +254,19 @@ def synthetic(seed: int, *, d_out: int, d_in: int, outliers: float = OUTLIERS) -
     n = min(d_out, d_in)
     left, right = (torch.linalg.qr(normal(d, n))[0] for d in (d_out, d_in))
     weight = left * torch.arange(1, n + 1, dtype=torch.float64) ** -0.5 @ right.T
-    mix = torch.linalg.qr(normal(d_in, d_in))[0] * torch.arange(1, d_in + 1, dtype=torch.float64) ** -0.5
+    mix = (
+        torch.linalg.qr(normal(d_in, d_in))[0]
+        * torch.arange(1, d_in + 1, dtype=torch.float64) ** -0.5
+    )
     scale = torch.ones(d_in, dtype=torch.float64)
     scale[torch.randperm(d_in, generator=generator)[: round(d_in / 100)]] = outliers
-    first, second = (scale[:, None] * (mix @ normal(d_in, NUM_TOKENS)) for _ in range(2))  # [d_in, tokens]
+    first, second = (
+        scale[:, None] * (mix @ normal(d_in, NUM_TOKENS)) for _ in range(2)
+    )  # [d_in, tokens]
     covariance = damped((first @ first.T).float(), DAMPING)
-    return Context({"weight": weight.float()}, {"weight": covariance}, {"weight": second @ second.T})
+    return Context(
+        {"weight": weight.float()}, {"weight": covariance}, {"weight": second @ second.T}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -243,7 +278,10 @@ def contexts() -> dict[str, Callable[[int], Context]]:
         STORIES: of_stories,
         TASK: partial(of_tiny_world, facts=False),
         FACTS: partial(of_tiny_world, facts=True),
-        **{name: partial(synthetic, d_out=d_out, d_in=d_in) for name, (d_out, d_in) in SHAPES.items()},
+        **{
+            name: partial(synthetic, d_out=d_out, d_in=d_in)
+            for name, (d_out, d_in) in SHAPES.items()
+        },
     }
 
 
@@ -258,28 +296,41 @@ def measure(
     in_nf4 = partial(quantize, block_size=args.block_size)
     for seed in range(args.seeds):
         context = make(seed)
-        shares = {layer: outlier_share(covariance) for layer, covariance in context.held_out.items()}
+        shares = {
+            layer: outlier_share(covariance) for layer, covariance in context.held_out.items()
+        }
         yield {"context": name, "method": "inputs", "seed": seed, "shares": shares}
         if context.worth and seed == 0:
-            yield {"context": name, "method": "full precision", "worth": context.worth(context.weights)}
+            yield {
+                "context": name,
+                "method": "full precision",
+                "worth": context.worth(context.weights),
+            }
         for method in METHODS:
             if seed and context.worth and not method.startswith("QCorDA"):
                 continue  # no draw has a say in it
             for rank in ranks[:1] if method == "QLoRA" else ranks:
                 made = {
-                    layer: effective_weight(method, weight, context.calibration[layer], rank, in_nf4)
+                    layer: effective_weight(
+                        method, weight, context.calibration[layer], rank, in_nf4
+                    )
                     for layer, weight in context.weights.items()
                 }
                 pairs = {layer: (weight, made[layer]) for layer, weight in context.weights.items()}
                 result = {"context": name, "method": method, "rank": rank, "seed": seed}
                 result["errors"] = {
-                    layer: output_error(*pair, context.held_out[layer]) for layer, pair in pairs.items()
+                    layer: output_error(*pair, context.held_out[layer])
+                    for layer, pair in pairs.items()
                 }
-                result["weight_errors"] = {layer: output_error(*pair) for layer, pair in pairs.items()}
+                result["weight_errors"] = {
+                    layer: output_error(*pair) for layer, pair in pairs.items()
+                }
                 yield result | ({"worth": context.worth(made)} if context.worth else {})
 
 
-def choose(results: Iterable[Mapping], context: str, method: str, rank: int | None = None) -> list[Mapping]:
+def choose(
+    results: Iterable[Mapping], context: str, method: str, rank: int | None = None
+) -> list[Mapping]:
     """Results of a context and method, of a rank if the method has one."""
     found = [each for each in results if each["context"] == context and each["method"] == method]
     return [each for each in found if rank is None or method == "QLoRA" or each["rank"] == rank]
@@ -287,7 +338,10 @@ def choose(results: Iterable[Mapping], context: str, method: str, rank: int | No
 
 def overall(results: Iterable[Mapping], key: str = "errors", kind: str = "") -> list[float]:
     """Of every result the mean over linears, those whose name ends in ``kind``."""
-    return [mean(value for layer, value in each[key].items() if layer.endswith(kind)) for each in results]
+    return [
+        mean(value for layer, value in each[key].items() if layer.endswith(kind))
+        for each in results
+    ]
 
 
 def cell(values: Sequence[float], digits: int = 4) -> str:
@@ -301,20 +355,37 @@ def report(results: Sequence[Mapping], ranks: Mapping[str, Sequence[int]]) -> No
     """
     for context, grid in ranks.items():
         print(f"{context}, output error by rank:\n")
-        rows = [[str(r), *(cell(overall(choose(results, context, m, r))) for m in METHODS)] for r in grid]
+        rows = [
+            [str(r), *(cell(overall(choose(results, context, m, r))) for m in METHODS)]
+            for r in grid
+        ]
         print_table(["rank", *METHODS], rows)
         middle = grid[len(grid) // 2]
         chosen = {method: choose(results, context, method, middle) for method in METHODS}
-        print(f"{context}, rank {middle}: weights' error, that of outputs over it, output error by kind:\n")
-        errors = {method: (overall(found, "weight_errors"), overall(found)) for method, found in chosen.items()}
+        print(
+            f"{context}, rank {middle}: weights' error, that of outputs over it, output error by kind:\n"
+        )
+        errors = {
+            method: (overall(found, "weight_errors"), overall(found))
+            for method, found in chosen.items()
+        }
         rows = [["weights", *(cell(weights) for weights, _ in errors.values())]]
-        rows.append(["ratio", *(f"{mean(outputs) / mean(weights):.2f}" for weights, outputs in errors.values())])
+        rows.append(
+            [
+                "ratio",
+                *(f"{mean(outputs) / mean(weights):.2f}" for weights, outputs in errors.values()),
+            ]
+        )
         kinds = dict.fromkeys(layer.rpartition(".")[2] for layer in chosen["QLoRA"][0]["errors"])
-        rows += [[kind, *(cell(overall(found, kind=kind)) for found in chosen.values())] for kind in kinds]
+        rows += [
+            [kind, *(cell(overall(found, kind=kind)) for found in chosen.values())]
+            for kind in kinds
+        ]
         inputs = choose(results, context, "inputs")[:1]
         shares = [overall(inputs, "shares", kind) for kind in ("", "", *kinds)]
         print_table(
-            ["", "outliers", *METHODS], [[r[0], f"{mean(s):.0%}", *r[1:]] for r, s in zip(rows, shares, strict=True)]
+            ["", "outliers", *METHODS],
+            [[r[0], f"{mean(s):.0%}", *r[1:]] for r, s in zip(rows, shares, strict=True)],
         )
         report_worth(results, context, grid)
 
@@ -323,9 +394,17 @@ def report_worth(results: Sequence[Mapping], context: str, grid: Sequence[int]) 
     for before in choose(results, context, "full precision"):
         for name, value in before["worth"].items():
             print(f"{context}, {name} (full precision {value:.3f}):\n")
-            found = [[choose(results, context, method, rank) for method in METHODS] for rank in grid]
-            cells = [[cell([each["worth"][name] for each in chosen], 3) for chosen in row] for row in found]
-            print_table(["rank", *METHODS], [[str(rank), *row] for rank, row in zip(grid, cells, strict=True)])
+            found = [
+                [choose(results, context, method, rank) for method in METHODS] for rank in grid
+            ]
+            cells = [
+                [cell([each["worth"][name] for each in chosen], 3) for chosen in row]
+                for row in found
+            ]
+            print_table(
+                ["rank", *METHODS],
+                [[str(rank), *row] for rank, row in zip(grid, cells, strict=True)],
+            )
 
 
 def report_sweep(results: Sequence[Mapping], strengths: Sequence[float]) -> None:
@@ -334,7 +413,9 @@ def report_sweep(results: Sequence[Mapping], strengths: Sequence[float]) -> None
     for strength in strengths:
         chosen = [choose(results, sweep_name(strength), method) for method in METHODS]
         errors = [(overall(each), overall(each, "weight_errors")) for each in chosen]
-        cells = [f"{cell(outputs)} ({mean(outputs) / mean(weights):.2f})" for outputs, weights in errors]
+        cells = [
+            f"{cell(outputs)} ({mean(outputs) / mean(weights):.2f})" for outputs, weights in errors
+        ]
         rows.append([f"{strength:g}", *cells])
     print(
         f"512 x 512, rank {SWEEP_RANK}, output error (and its ratio to the weights') by the size of outlier channels:\n"
@@ -343,7 +424,10 @@ def report_sweep(results: Sequence[Mapping], strengths: Sequence[float]) -> None
 
 
 def draw(
-    results: Sequence[Mapping], ranks: Mapping[str, Sequence[int]], strengths: Sequence[float], path: Path
+    results: Sequence[Mapping],
+    ranks: Mapping[str, Sequence[int]],
+    strengths: Sequence[float],
+    path: Path,
 ) -> None:
     """Output error, mean and range over seeds: a panel for each context by rank, the last by the size of outliers."""
     panels = {
@@ -353,13 +437,28 @@ def draw(
     if strengths:
         found = {m: [choose(results, sweep_name(s), m) for s in strengths] for m in METHODS}
         panels[f"512 x 512, rank {SWEEP_RANK}"] = ("size of outlier channels", strengths, found)
-    figure, grid_of_axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(9, 3.1 * -(-len(panels) // 3)), squeeze=False)
+    figure, grid_of_axes = plt.subplots(
+        -(-len(panels) // 3), 3, figsize=(9, 3.1 * -(-len(panels) // 3)), squeeze=False
+    )
     colors = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
     for axes, (title, (label, grid, found)) in zip(grid_of_axes.flat, panels.items(), strict=False):
         for method in METHODS:
             values = [overall(each) for each in found[method]]
-            axes.loglog(grid, list(map(mean, values)), "o-", color=colors[method], markersize=3, label=method)
-            axes.fill_between(grid, list(map(min, values)), list(map(max, values)), color=colors[method], alpha=0.2)
+            axes.loglog(
+                grid,
+                list(map(mean, values)),
+                "o-",
+                color=colors[method],
+                markersize=3,
+                label=method,
+            )
+            axes.fill_between(
+                grid,
+                list(map(min, values)),
+                list(map(max, values)),
+                color=colors[method],
+                alpha=0.2,
+            )
         axes.set_title(title, fontsize=10)
         axes.set(xlabel=label, xticks=grid, xticklabels=[f"{x:g}" for x in grid])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -381,34 +480,54 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contexts", nargs="*", choices=contexts(), default=list(contexts()))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the models' linears")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the models' linears"
+    )
     parser.add_argument("--synthetic-ranks", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--outliers", type=float, nargs="*", default=[1, 4, 16, 64], help="of the sweep")
+    parser.add_argument(
+        "--outliers", type=float, nargs="*", default=[1, 4, 16, 64], help="of the sweep"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--block-size", type=int, default=64, help="weights that share a scale")
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json, quantization_error.png")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for results.json, quantization_error.png"
+    )
     args = parser.parse_args()
     if STORIES in args.contexts and "KASA_TUNE_DATA" not in os.environ:
-        parser.error("KASA_TUNE_DATA must name the folder with models/stories260K/hf and datasets (see docs/data.md).")
+        parser.error(
+            "KASA_TUNE_DATA must name the folder with models/stories260K/hf and datasets (see docs/data.md)."
+        )
     started, cpu, results = time.perf_counter(), time.process_time(), []
     ranks = {name: args.synthetic_ranks if name in SHAPES else args.ranks for name in args.contexts}
     wanted = [(name, contexts()[name], grid) for name, grid in ranks.items()]
     for strength in args.outliers:
-        wanted.append((sweep_name(strength), partial(synthetic, d_out=512, d_in=512, outliers=strength), [SWEEP_RANK]))
+        wanted.append(
+            (
+                sweep_name(strength),
+                partial(synthetic, d_out=512, d_in=512, outliers=strength),
+                [SWEEP_RANK],
+            )
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     for name, make, grid in wanted:
         results += measure(name, make, grid, args)
         settings = {key: value for key, value in vars(args).items() if key != "output"}
         content = {"machine": machine(), "settings": settings, "results": results}
-        (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (args.output / "results.json").write_text(
+            json.dumps(content, indent=1) + "\n", encoding="utf-8"
+        )
     print(f"{machine()}\n")
     report(results, ranks)
     if args.outliers:
         report_sweep(results, args.outliers)
     draw(results, ranks, args.outliers, args.output / "quantization_error.png")
-    print(f"{time.process_time() - cpu:.0f} CPU seconds, {time.perf_counter() - started:.0f} on the clock.")
+    print(
+        f"{time.process_time() - cpu:.0f} CPU seconds, {time.perf_counter() - started:.0f} on the clock."
+    )
 
 
 if __name__ == "__main__":

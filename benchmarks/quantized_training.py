@@ -30,7 +30,7 @@ from quantization_error import cell
 from tiny_world_methods import SMOOTH, load, merged, score, smoothed, steps_to
 
 from kasa_tune import config
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.training.loggers import read_metrics
 
 # How a run is told from QCorDA's.
 METHODS: dict[str, list[str]] = {
@@ -43,7 +43,11 @@ METHODS: dict[str, list[str]] = {
     "qkasa": ["adapter.method=qkasa", "model.truncation_rank=1", "model.diag_init=ones"],
 }
 LABELS = dict(
-    zip(METHODS, ("LoRA, base as it is", "QLoRA", "LoftQ", "QPiSSA", "QCorDA", "QCorDA++", "QKaSA"), strict=True)
+    zip(
+        METHODS,
+        ("LoRA, base as it is", "QLoRA", "LoftQ", "QPiSSA", "QCorDA", "QCorDA++", "QKaSA"),
+        strict=True,
+    )
 )
 SUBJECTS = {"tiny": "tiny world", "stories260k": "stories260K learns E2E"}
 LLAMA = {"tiny": "llama3", "stories260k": "llama2"}
@@ -52,10 +56,21 @@ GOAL = "qlora"  # whose final training loss the others are to reach
 Runs = dict[str, dict[int, dict]]  # by method and seed
 
 
-def fine_tune(subject: str, method: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+def fine_tune(
+    subject: str, method: str, seed: int, options: argparse.Namespace, folder: Path
+) -> dict:
     """One run: losses by step, validation loss before and after, and on the tiny world what is left of the facts."""
-    overrides = [*METHODS[method], f"output_dir={folder}", f"seed={seed}", f"optimizer.lr={options.lr}"]
-    overrides += [f"model.rank={options.rank}", f"model.alpha={2 * options.rank}", f"max_steps={options.steps}"]
+    overrides = [
+        *METHODS[method],
+        f"output_dir={folder}",
+        f"seed={seed}",
+        f"optimizer.lr={options.lr}",
+    ]
+    overrides += [
+        f"model.rank={options.rank}",
+        f"model.alpha={2 * options.rank}",
+        f"max_steps={options.steps}",
+    ]
     overrides += ["run_val_every_n_steps=10000"]  # before the first step and after the last
     if method == "qkasa":
         overrides.append(f"model._component_=kasa_tune.components.models.kasa_{LLAMA[subject]}")
@@ -78,12 +93,19 @@ def rows(runs: Runs) -> list[list[str]]:
     goals = {seed: smoothed(run["losses"])[-1] for seed, run in runs.get(GOAL, {}).items()}
     found = []
     for method, by_seed in runs.items():
-        reached = [steps_to(run["losses"], goals[seed]) for seed, run in by_seed.items() if seed in goals]
+        reached = [
+            steps_to(run["losses"], goals[seed]) for seed, run in by_seed.items() if seed in goals
+        ]
         steps, missed = [step for step in reached if step], reached.count(None)
         row = [LABELS[method], str(len(by_seed)), f"{next(iter(by_seed.values()))['trained']:,}"]
         row.append(cell([run["val_loss_start"] for run in by_seed.values()], 3))
         row.append(cell([smoothed(run["losses"])[-1] for run in by_seed.values()], 3))
-        row.append(", ".join([cell(steps, 0)] * bool(steps) + [f"{missed} of {len(reached)} never"] * bool(missed)))
+        row.append(
+            ", ".join(
+                [cell(steps, 0)] * bool(steps)
+                + [f"{missed} of {len(reached)} never"] * bool(missed)
+            )
+        )
         row.append(cell([run["val_loss"] for run in by_seed.values()], 3))
         for name in ("task_token_accuracy", "facts_exact_match"):  # of the tiny world alone
             row.append(cell([run[name] for run in by_seed.values() if name in run], 3))
@@ -97,11 +119,22 @@ def draw(results: dict[str, Runs], path: Path) -> None:
     colors = dict(zip(METHODS, ("gray", *plt.get_cmap("tab10").colors), strict=False))
     for axes, (subject, runs) in zip(panels[0], results.items(), strict=True):
         for method, by_seed in runs.items():
-            curves = torch.tensor([smoothed(run["losses"]) for run in by_seed.values()])[:, SMOOTH - 1 :]
+            curves = torch.tensor([smoothed(run["losses"]) for run in by_seed.values()])[
+                :, SMOOTH - 1 :
+            ]
             steps = range(SMOOTH, SMOOTH + curves.shape[1])
             style = "--" if method == "lora" else "-"
-            axes.plot(steps, curves.mean(0), style, color=colors[method], label=LABELS[method], linewidth=1.3)
-            axes.fill_between(steps, curves.amin(0), curves.amax(0), color=colors[method], alpha=0.12, linewidth=0)
+            axes.plot(
+                steps,
+                curves.mean(0),
+                style,
+                color=colors[method],
+                label=LABELS[method],
+                linewidth=1.3,
+            )
+            axes.fill_between(
+                steps, curves.amin(0), curves.amax(0), color=colors[method], alpha=0.12, linewidth=0
+            )
         axes.set(title=SUBJECTS[subject], xlabel="step", yscale="log")
         axes.yaxis.set_major_formatter("{x:.2g}")
         axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
@@ -120,12 +153,16 @@ def read_results(folder: Path, subject: str, settings: str) -> Runs:
     runs: Runs = {}
     for method in METHODS:
         for path in sorted(folder.glob(f"{subject}-{method}-{settings}-seed*.json")):
-            runs.setdefault(method, {})[int(path.stem.rpartition("seed")[2])] = json.loads(path.read_text())
+            runs.setdefault(method, {})[int(path.stem.rpartition("seed")[2])] = json.loads(
+                path.read_text()
+            )
     return runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--subject", choices=SUBJECTS, default="tiny")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -142,10 +179,17 @@ def main() -> None:
             path = options.output / f"{options.subject}-{method}-{settings}-seed{seed}.json"
             if not path.exists():
                 with tempfile.TemporaryDirectory() as folder:
-                    path.write_text(json.dumps(fine_tune(options.subject, method, seed, options, Path(folder))))
+                    path.write_text(
+                        json.dumps(fine_tune(options.subject, method, seed, options, Path(folder)))
+                    )
                 found = json.loads(path.read_text())
-                print(f"{path.stem}: val {found['val_loss_start']:.3f} -> {found['val_loss']:.3f}", flush=True)
-    settings_path = options.output / f"{options.subject}.json"  # the latest, for the other subject's call to draw
+                print(
+                    f"{path.stem}: val {found['val_loss_start']:.3f} -> {found['val_loss']:.3f}",
+                    flush=True,
+                )
+    settings_path = (
+        options.output / f"{options.subject}.json"
+    )  # the latest, for the other subject's call to draw
     settings_path.write_text(json.dumps(settings))
     results = {}
     for subject in SUBJECTS:

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from kasa_tune import config, registry
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.tiny_world import evaluate, world
 
 CORDA, KASA = "corda_finetune_single_device", "kasa_finetune_single_device"
@@ -56,15 +56,27 @@ def load(recipe: str):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return next(value for name, value in vars(module).items() if name.endswith("FinetuneRecipeSingleDevice"))
+    return next(
+        value for name, value in vars(module).items() if name.endswith("FinetuneRecipeSingleDevice")
+    )
 
 
 def fine_tune(method: str, seed: int, lr: float, options: argparse.Namespace, folder: Path) -> dict:
     """One run: losses by step, validation loss, what is left of the facts and what was learned of the task."""
     recipe_name, name, overrides = METHODS[method]
     schema = config.CORDA if recipe_name == CORDA else config.FINETUNE
-    overrides = [*overrides, f"output_dir={folder}", f"seed={seed}", f"optimizer.lr={lr}", f"model.rank={options.rank}"]
-    overrides += [f"model.alpha={2 * options.rank}", f"max_steps={options.steps}", "run_val_every_n_steps=10000"]
+    overrides = [
+        *overrides,
+        f"output_dir={folder}",
+        f"seed={seed}",
+        f"optimizer.lr={lr}",
+        f"model.rank={options.rank}",
+    ]
+    overrides += [
+        f"model.alpha={2 * options.rank}",
+        f"max_steps={options.steps}",
+        "run_val_every_n_steps=10000",
+    ]
     cfg = config.load(name, overrides, schema, about_to_run=True)
     recipe = load(recipe_name)(cfg)
     recipe.setup(cfg)
@@ -77,7 +89,11 @@ def fine_tune(method: str, seed: int, lr: float, options: argparse.Namespace, fo
     model = merged(recipe._model)
     scores = score(model)
     losses = [line["loss"] for line in metrics if "loss" in line]
-    return scores | {"losses": losses, "val_loss": metrics[-1]["val_loss"], "trained": count(recipe)}
+    return scores | {
+        "losses": losses,
+        "val_loss": metrics[-1]["val_loss"],
+        "trained": count(recipe),
+    }
 
 
 @torch.no_grad()
@@ -88,7 +104,9 @@ def score(model: torch.nn.Module) -> dict[str, float]:
     tokenizer = evaluate.load_tokenizer(evaluate.HERE / "model")
     facts = evaluate.load_rows("facts_test.jsonl")
     kept = world.exact_match(evaluate.completer(model, tokenizer, max_new_tokens=12), facts)
-    examples = [evaluate.task_example(tokenizer, row) for row in evaluate.load_rows("task_val.jsonl")]
+    examples = [
+        evaluate.task_example(tokenizer, row) for row in evaluate.load_rows("task_val.jsonl")
+    ]
     tokens, labels = evaluate.pad(examples)
     answered = labels != evaluate.IGNORE
     right = torch.cat([model(part).argmax(-1) for part in tokens.split(50)]) == labels
@@ -99,7 +117,9 @@ def train_everything(recipe) -> None:
     """Full fine-tuning in the same recipe: the adapters rest, every weight is trained."""
     for _, linear in adapter_linears(recipe._model):
         linear.disabled = True
-    own = [parameter for name, parameter in recipe._model.named_parameters() if ".lora_" not in name]
+    own = [
+        parameter for name, parameter in recipe._model.named_parameters() if ".lora_" not in name
+    ]
     recipe._trained = [parameter.requires_grad_(True) for parameter in own]
     group = recipe._optimizer.param_groups[0]
     group["params"] = recipe._trained
@@ -113,7 +133,11 @@ def merged(tuned: torch.nn.Module) -> torch.nn.Module:
     """The plain model with every adapter merged into its weight."""
     model = evaluate.load_model(evaluate.HERE / "model")
     state = {name: value for name, value in tuned.state_dict().items() if ".lora_" not in name}
-    state |= {f"{n}.weight": linear.merged_weight() for n, linear in adapter_linears(tuned) if not linear.disabled}
+    state |= {
+        f"{n}.weight": linear.merged_weight()
+        for n, linear in adapter_linears(tuned)
+        if not linear.disabled
+    }
     model.load_state_dict(state)
     return model.eval()
 
@@ -125,7 +149,10 @@ def smoothed(losses: list[float]) -> list[float]:
 
 def steps_to(losses: list[float], target: float) -> int | None:
     """The first step at which the smoothed loss is at most ``target``; None if none is."""
-    return next((i + 1 for i, loss in enumerate(smoothed(losses)) if i + 1 >= SMOOTH and loss <= target), None)
+    return next(
+        (i + 1 for i, loss in enumerate(smoothed(losses)) if i + 1 >= SMOOTH and loss <= target),
+        None,
+    )
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -148,7 +175,11 @@ def table(results: dict[str, dict[int, dict]], lr: float) -> list[str]:
             for seed, run in runs.items()
             if seed in results.get("lora", {})
         ]
-        steps = spread([float(step) for step in reached], 0) if reached and None not in reached else "not all"
+        steps = (
+            spread([float(step) for step in reached], 0)
+            if reached and None not in reached
+            else "not all"
+        )
         columns = [
             f"{len(runs)}",
             f"{next(iter(runs.values()))['trained']:,}",
@@ -174,7 +205,9 @@ def draw(results: dict[str, dict[int, dict]], folder: Path) -> None:
     for color, (method, runs) in zip(colors, results.items(), strict=False):
         curves = torch.tensor([smoothed(run["losses"]) for run in runs.values()])
         axes.plot(range(1, curves.shape[1] + 1), curves.mean(0), label=method, color=color)
-    axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps and all seeds", yscale="log")
+    axes.set(
+        xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps and all seeds", yscale="log"
+    )
     axes.legend(fontsize=7)
     figure.savefig(folder / "learning.png", dpi=80, bbox_inches="tight")
     figure, axes = plt.subplots(figsize=(8, 5))
@@ -187,11 +220,15 @@ def draw(results: dict[str, dict[int, dict]], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--lr", type=float, default=2e-3, help="of every method but full fine-tuning")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="of every method but full fine-tuning"
+    )
     parser.add_argument("--lr-full", type=float, default=5e-4, help="of full fine-tuning")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
@@ -201,17 +238,29 @@ def main() -> None:
     for seed in options.seeds:
         for method in options.methods:
             lr = options.lr_full if method == "full" else options.lr
-            path = options.output / f"{method}_lr{lr:g}_r{options.rank}_steps{options.steps}_seed{seed}.json"
+            path = (
+                options.output
+                / f"{method}_lr{lr:g}_r{options.rank}_steps{options.steps}_seed{seed}.json"
+            )
             if not path.exists():
                 with tempfile.TemporaryDirectory() as folder:
                     path.write_text(json.dumps(fine_tune(method, seed, lr, options, Path(folder))))
                 found = json.loads(path.read_text())
-                print(f"{path.stem}: val {found['val_loss']:.3f}, facts {found['facts_exact_match']:.3f}", flush=True)
+                print(
+                    f"{path.stem}: val {found['val_loss']:.3f}, facts {found['facts_exact_match']:.3f}",
+                    flush=True,
+                )
     results: dict[str, dict[int, dict]] = {}
     for method in METHODS:
         lr = options.lr_full if method == "full" else options.lr
-        for path in sorted(options.output.glob(f"{method}_lr{lr:g}_r{options.rank}_steps{options.steps}_seed*.json")):
-            results.setdefault(method, {})[int(path.stem.rpartition("seed")[2])] = json.loads(path.read_text())
+        for path in sorted(
+            options.output.glob(
+                f"{method}_lr{lr:g}_r{options.rank}_steps{options.steps}_seed*.json"
+            )
+        ):
+            results.setdefault(method, {})[int(path.stem.rpartition("seed")[2])] = json.loads(
+                path.read_text()
+            )
     print("\n".join(table(results, options.lr)))
     draw(results, options.output)
 

@@ -46,7 +46,9 @@ def _extend(module: Any) -> None:
         from kasa_tune import registry
 
         registry.add_to_torchtune(module)
-    except Exception:  # an installation of ours that is half gone must not break torchtune's command
+    except (
+        Exception
+    ):  # an installation of ours that is half gone must not break torchtune's command
         pass
 
 

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe does, exceptions and `SystemExit` included.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["run"]:  # torchrun's options stand before the recipe, so its parser reads the rest
+    if argv[:1] == [
+        "run"
+    ]:  # torchrun's options stand before the recipe, so its parser reads the rest
         return _run(argv[1:])
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -58,31 +60,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kasa-tune", description="Run, list, copy, print and check the recipes and configs of kasa_tune."
+        prog="kasa-tune",
+        description="Run, list, copy, print and check the recipes and configs of kasa_tune.",
     )
     parser.add_argument("--version", action="version", version=f"kasa_tune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|ls|cp|cat|validate")
-    commands.add_parser("run", help="run a recipe, in this process or through torchrun", usage=_RUN_USAGE)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run|ls|cp|cat|validate"
+    )
+    commands.add_parser(
+        "run", help="run a recipe, in this process or through torchrun", usage=_RUN_USAGE
+    )
 
     ls = commands.add_parser("ls", help="list all recipes and configs")
     ls.set_defaults(func=_ls)
 
     cp = commands.add_parser("cp", help="copy a recipe or config, to edit it")
     cp.add_argument("file", help="name or path of a recipe or config")
-    cp.add_argument("destination", type=Path, help="file or folder to copy to; a missing suffix is added")
-    cp.add_argument("-n", "--no-clobber", action="store_true", help="leave an existing file as it is")
-    cp.add_argument("--make-parents", action="store_true", help="create missing folders above the destination")
+    cp.add_argument(
+        "destination", type=Path, help="file or folder to copy to; a missing suffix is added"
+    )
+    cp.add_argument(
+        "-n", "--no-clobber", action="store_true", help="leave an existing file as it is"
+    )
+    cp.add_argument(
+        "--make-parents", action="store_true", help="create missing folders above the destination"
+    )
     cp.set_defaults(func=_cp)
 
     cat = commands.add_parser("cat", help="print a config or recipe")
     cat.add_argument("file", help="name or path of a config or recipe")
-    cat.add_argument("--sort", action="store_true", help="print a config's keys in sorted order, without its comments")
+    cat.add_argument(
+        "--sort",
+        action="store_true",
+        help="print a config's keys in sorted order, without its comments",
+    )
     cat.set_defaults(func=_cat)
 
     validate = commands.add_parser("validate", help="check a config without running it")
     validate.add_argument("config", help="name or path of a config")
-    validate.add_argument("overrides", nargs="*", metavar="key=value", help="changes to check it with")
-    validate.add_argument("--skip-files", action="store_true", help="do not look for the model and data files it names")
+    validate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to check it with"
+    )
+    validate.add_argument(
+        "--skip-files",
+        action="store_true",
+        help="do not look for the model and data files it names",
+    )
     validate.set_defaults(func=_validate)
     return parser
 
@@ -111,7 +134,9 @@ def _cp(args: argparse.Namespace) -> int:
     if args.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)
     elif not destination.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {destination.parent}; create it, or add --make-parents.")
+        raise FileNotFoundError(
+            f"There is no folder {destination.parent}; create it, or add --make-parents."
+        )
     shutil.copyfile(source, destination)
     print(f"Copied {source.stem} to {destination}")
     return 0
@@ -192,7 +217,9 @@ def _split_run(argv: list[str]) -> tuple[list[str], str, list[str]]:
     parser.prog, parser.usage = "kasa-tune run", _RUN_USAGE
     parsed = parser.parse_args(argv)
     if parsed.module or parsed.no_python:
-        raise ValueError("--module and --no-python do not go with a recipe; give its name or the path of its file.")
+        raise ValueError(
+            "--module and --no-python do not go with a recipe; give its name or the path of its file."
+        )
     recipe_args = parsed.training_script_args
     return argv[: len(argv) - len(recipe_args) - 1], parsed.training_script, recipe_args
 
@@ -206,7 +233,12 @@ def _with_config_path(recipe_args: list[str], recipe: Path) -> list[str]:
             return [*recipe_args[: i + 1], _config_path(recipe_args[i + 1]), *recipe_args[i + 2 :]]
         if argument in ("-h", "--help"):
             return recipe_args
-    names = [config.name for entry in registry.recipes() if entry.path == recipe for config in entry.configs]
+    names = [
+        config.name
+        for entry in registry.recipes()
+        if entry.path == recipe
+        for config in entry.configs
+    ]
     shown = f" Configs of this recipe: {', '.join(names)}." if names else ""
     raise ValueError(f"{recipe.stem} needs --config with a name or the path of a YAML file.{shown}")
 
@@ -224,7 +256,11 @@ def _check_distributed(path: Path) -> None:
 def _standalone(options: list[str]) -> list[str]:
     """`--standalone` unless the options say where processes meet: runs side by side then need no port of their own."""
     rendezvous = ("rdzv", "master", "node", "nnodes", "standalone")
-    names = [option.lstrip("-").replace("-", "_").split("=")[0] for option in options if option.startswith("-")]
+    names = [
+        option.lstrip("-").replace("-", "_").split("=")[0]
+        for option in options
+        if option.startswith("-")
+    ]
     return [] if any(name.startswith(rendezvous) for name in names) else ["--standalone"]
 
 

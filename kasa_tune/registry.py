@@ -17,10 +17,24 @@ RESOURCE_SCHEME = "kasa_tune://"
 # A config belongs to the recipe whose suffix ends the stem of its file: tiny_kasa.yaml, tiny_kasa_generate.yaml. No
 # suffix ends another, so only one recipe can be meant.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "corda_finetune_single_device": ("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"),
+    "corda_finetune_single_device": (
+        "_corda",
+        "_corda_kpm",
+        "_pissa",
+        "_milora",
+        "_dora",
+        "_lora_plus",
+    ),
     "qcorda_finetune_distributed": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
     "qcorda_finetune_single_device": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
-    "corda_finetune_distributed": ("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"),
+    "corda_finetune_distributed": (
+        "_corda",
+        "_corda_kpm",
+        "_pissa",
+        "_milora",
+        "_dora",
+        "_lora_plus",
+    ),
     "kasa_finetune_distributed": ("_kasa", "_lora"),
     "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
@@ -54,7 +68,11 @@ def recipes() -> list[Recipe]:
             name=path.stem,
             path=path,
             supports_distributed=path.stem.endswith("_distributed"),
-            configs=[config for config in configs() if config.name.endswith(_CONFIG_SUFFIXES.get(path.stem, ()))],
+            configs=[
+                config
+                for config in configs()
+                if config.name.endswith(_CONFIG_SUFFIXES.get(path.stem, ()))
+            ],
         )
         for path in sorted(_folder("recipes").glob("[!_]*.py"))
     ]
@@ -71,7 +89,12 @@ def find_recipe(name_or_path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither a name nor a file; the message gives the nearest names.
     """
-    return _find(name_or_path, {recipe.name: recipe.path for recipe in recipes()}, kind="recipe", suffix=".py")
+    return _find(
+        name_or_path,
+        {recipe.name: recipe.path for recipe in recipes()},
+        kind="recipe",
+        suffix=".py",
+    )
 
 
 def find_config(name_or_path: str | Path) -> Path:
@@ -80,7 +103,12 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither a name nor a file; the message gives the nearest names.
     """
-    return _find(name_or_path, {config.name: config.path for config in configs()}, kind="config", suffix=".yaml")
+    return _find(
+        name_or_path,
+        {config.name: config.path for config in configs()},
+        kind="config",
+        suffix=".yaml",
+    )
 
 
 def resource(path: str) -> Path:
@@ -93,9 +121,13 @@ def resource(path: str) -> Path:
     relative = path.removeprefix(RESOURCE_SCHEME)
     found = (PACKAGE_ROOT / relative).resolve()
     if not found.is_relative_to(PACKAGE_ROOT):
-        raise ValueError(f"{path!r} leads out of the package; {RESOURCE_SCHEME} paths are relative to {PACKAGE_ROOT}")
+        raise ValueError(
+            f"{path!r} leads out of the package; {RESOURCE_SCHEME} paths are relative to {PACKAGE_ROOT}"
+        )
     if not found.exists():
-        raise FileNotFoundError(f"{path!r} is not part of the installed package: there is no {found}")
+        raise FileNotFoundError(
+            f"{path!r} is not part of the installed package: there is no {found}"
+        )
     return found
 
 
@@ -106,7 +138,11 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """
     plain = {_plain(candidate): candidate for candidate in names}
     spellings = (_plain(name), _plain(Path(name).name))
-    close = [match for spelling in spellings for match in get_close_matches(spelling, plain, n=3, cutoff=cutoff)]
+    close = [
+        match
+        for spelling in spellings
+        for match in get_close_matches(spelling, plain, n=3, cutoff=cutoff)
+    ]
     return [plain[match] for match in dict.fromkeys(close)][:3]
 
 
@@ -125,8 +161,13 @@ def add_to_torchtune(module: ModuleType) -> None:
     taken = {recipe.name for recipe in known}
     for recipe in recipes():
         if recipe.name not in taken:
-            shown = [module.Config(name=config.name, file_path=str(config.path)) for config in recipe.configs]
-            known.append(module.Recipe(recipe.name, str(recipe.path), shown, recipe.supports_distributed))
+            shown = [
+                module.Config(name=config.name, file_path=str(config.path))
+                for config in recipe.configs
+            ]
+            known.append(
+                module.Recipe(recipe.name, str(recipe.path), shown, recipe.supports_distributed)
+            )
     if not any(isinstance(finder, _MisspeltRecipe) for finder in sys.meta_path):
         sys.meta_path.append(_MisspeltRecipe([recipe.name for recipe in known]))
 
@@ -145,7 +186,8 @@ class _MisspeltRecipe:
         close = nearest(name, self.names, cutoff=0.8) if path is None else []
         if close:
             raise ModuleNotFoundError(
-                f"No recipe and no module named {name!r}. Did you mean the recipe {' or '.join(close)}?", name=name
+                f"No recipe and no module named {name!r}. Did you mean the recipe {' or '.join(close)}?",
+                name=name,
             )
 
 

@@ -35,20 +35,44 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components import checkpointing
-from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict, lora_plus_groups
-from kasa_tune.components.calibration import Wanted, calibration_bytes, damped_covariances, shared_inputs
-from kasa_tune.components.calibration_data import batched, draw_rounds, rows_digest
-from kasa_tune.components.corda import decompose
-from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.decomposition import split_component
-from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
-from kasa_tune.components.fingerprint import data_fingerprint
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget
+from kasa_tune.components.adapters.state import (
+    adapter_linears,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    lora_plus_groups,
+)
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.corda.cache import (
+    DecompositionCache,
+    decomposition_key,
+    write_decomposition,
+)
+from kasa_tune.components.corda.calibration import (
+    Wanted,
+    calibration_bytes,
+    damped_covariances,
+    shared_inputs,
+)
+from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda.decompose import decompose
+from kasa_tune.components.data.building import (
+    build_dataloader,
+    build_dataset,
+    check_batches,
+    check_token_ids,
+)
+from kasa_tune.components.data.fingerprints import data_fingerprint
+from kasa_tune.components.linalg.decomposition import split_component
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.resuming import place, resume_point, start_point
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.memory import (
+    allow_graphs,
+    budget_report,
+    check_optimizer,
+    memory_budget,
+)
 
 log = utils.get_logger("INFO")
 
@@ -65,25 +89,37 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
-        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
+        self.step = self.epoch = self.batches_done = (
+            0  # optimizer steps, finished epochs, batches of the running epoch
+        )
+        self._fingerprints: dict[
+            str, str
+        ] = {}  # of data and base weights, kept in every checkpoint
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
-        self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        self._resume_path = (
+            None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
+        )
+        self._resumed = (
+            checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        )
         self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         self._linears, self._groups = dict(adapter_linears(self._model)), shared_inputs(self._model)
         return_hidden_states(self._model)
         if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
+            training.set_activation_checkpointing(
+                self._model, {modules.TransformerSelfAttentionLayer}
+            )
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
+            raise ValueError(
+                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
+            )
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         self._rounds, self._calibration_digest = [], None
@@ -92,31 +128,47 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.dry_run:
             return self._print_budget(cfg)
         self._setup_weights(cfg)
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._trained = [
+            parameter for parameter in self._model.parameters() if parameter.requires_grad
+        ]
         if cfg.compile:
             allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
             training.compile_model(self._model, verbose=False)
-        self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
+        self._offload = training.get_act_offloading_ctx_manager(
+            self._model, cfg.enable_activation_offloading
+        )
         groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
         self._optimizer = config.instantiate(cfg.optimizer, groups)
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
+        self._lr_scheduler = config.instantiate(
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+        )
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
-        log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
+        log.info(
+            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        )
 
     # --- shared: data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        self._fingerprints["data"] = data_fingerprint(
+            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
+        )
         if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
+            raise ValueError(
+                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
+            )
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(isinstance(module, Gemma2Attention) for module in self._model.modules())
+        self._dense_mask = any(
+            isinstance(module, Gemma2Attention) for module in self._model.modules()
+        )
         options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
-        loader = partial(build_dataloader, **options, device=self._device, dense_mask=self._dense_mask)
+        loader = partial(
+            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
+        )
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         if cfg.dataset_val:
             dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
@@ -131,12 +183,16 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
+        self.step, self.epoch, self.batches_done = place(
+            state, self._accumulation, len(self._loader.batch_sampler)
+        )
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+                log.warning(
+                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
+                )
         checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     # --- end
@@ -146,24 +202,34 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
         if self._start_path:
-            known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+            known = {
+                "base_fingerprint": self._fingerprints["base"],
+                "model": OmegaConf.to_container(cfg.model),
+            }
             checkpointing.check_belongs(self._start_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._start_path:
-            return load_adapter_state_dict(self._model, checkpointing.load_part(self._start_path, "adapter"))
+            return load_adapter_state_dict(
+                self._model, checkpointing.load_part(self._start_path, "adapter")
+            )
         with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
             self._start_adapters(cfg)
 
     def _setup_calibration(self, cfg: DictConfig) -> None:
         """The rows to calibrate on, in rounds of batches."""
-        dataset = build_dataset(cfg.calibration.dataset, self._tokenizer, name="calibration.dataset")
+        dataset = build_dataset(
+            cfg.calibration.dataset, self._tokenizer, name="calibration.dataset"
+        )
         names = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
         options = {name: cfg.calibration[name] for name in names}
         rounds = draw_rounds(dataset, longest=self._model.max_seq_len, **options)
         self._calibration_digest = rows_digest(rounds)
         shape = {"batch_size": cfg.calibration.batch_size, "dense_mask": self._dense_mask}
-        self._rounds = [batched(rows, tokenizer=self._tokenizer, device=self._device, **shape) for rows in rounds]
+        self._rounds = [
+            batched(rows, tokenizer=self._tokenizer, device=self._device, **shape)
+            for rows in rounds
+        ]
         check_batches([batch for batches in self._rounds for batch in batches], self._vocab_size)
 
     def _start_adapters(self, cfg: DictConfig) -> None:
@@ -174,33 +240,57 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 linear.initialize()
             return
         mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
-        options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": OmegaConf.to_container(cfg.model)}
-        key = decomposition_key(self._fingerprints["base"], self._linears, self._calibration_digest, options)
+        options = {
+            **cfg.adapter,
+            **cfg.calibration,
+            "dtype": cfg.dtype,
+            "model": OmegaConf.to_container(cfg.model),
+        }
+        key = decomposition_key(
+            self._fingerprints["base"], self._linears, self._calibration_digest, options
+        )
         cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
         walk = partial(self._covariances, cfg)  # once, or twice for CorDA++
         components, spectra = decompose(self._linears, walk, cache, mode=mode, options=options)
         for name, linear in self._linears.items():
-            linear.start_from(split_component(components[name].to(self._device), linear.scaling, cfg.adapter.split))
-        write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode)
+            linear.start_from(
+                split_component(
+                    components[name].to(self._device), linear.scaling, cfg.adapter.split
+                )
+            )
+        write_decomposition(
+            Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode
+        )
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _covariances(self, cfg: DictConfig, wanted: Wanted, title: str) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance; None of PiSSA and MiLoRA, which need none."""
         if cfg.adapter.method != "corda":
             return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
-        options = {name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")}
-        options |= {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
+        options = {
+            name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")
+        }
+        options |= {
+            "dtype": training.get_dtype(cfg.calibration.accumulate),
+            "offload": cfg.calibration.offload,
+        }
         progress = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)
         runs = self._model, self._groups, self._rounds
         return damped_covariances(*runs, wanted=wanted, progress=progress, **options)
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape = {
+            "batch_size": cfg.batch_size,
+            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
+        }
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
         if self._rounds:
-            options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
+            options = {
+                "dtype": training.get_dtype(cfg.calibration.accumulate),
+                "offload": cfg.calibration.offload,
+            }
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         print(*budget_report(self._model, budget), sep="\n")
 
@@ -219,9 +309,17 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
+        profiler = (
+            config.instantiate(cfg.profiler)[0]
+            if cfg.profiler.enabled
+            else training.DummyProfiler()
+        )
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with checkpointing.run_lock(self._checkpoints), profiler, checkpointing.StopSignals() as self._stop:
+        with (
+            checkpointing.run_lock(self._checkpoints),
+            profiler,
+            checkpointing.StopSignals() as self._stop,
+        ):
             self._open_log(cfg)
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
@@ -240,9 +338,13 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                     self.save_checkpoint(cfg)
         bar.close()
         if self._stop.received is not None and self.step < self._total_steps:
-            log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
+            log.warning(
+                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
+            )
             return 128 + self._stop.received
-        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(
+            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
+        )
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -273,7 +375,9 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
-        num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
+        num_tokens = sum(
+            int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window
+        )
         task_loss = torch.zeros((), device=self._device)
         for batch in window:
             loss = self._loss_sum(batch) / max(1, num_tokens)
@@ -285,14 +389,18 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
-        values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
+        values = torch.stack(
+            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
+        ).tolist()
         if not all(map(math.isfinite, values)):
             newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
+        lr = float(
+            self._optimizer.param_groups[0]["lr"]
+        )  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:
@@ -316,12 +424,20 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (due or (cfg.run_val_every_n_steps and self.step == self._total_steps)) and self._stop.received is None:
+        if (
+            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
+        ) and self._stop.received is None:
             metrics["val_loss"] = self.validate()
         shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
+        bar.set_postfix(
+            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
+        )
         bar.update()
-        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or self.step == self._total_steps:
+        if (
+            self.step % cfg.log_every_n_steps == 0
+            or "val_loss" in metrics
+            or self.step == self._total_steps
+        ):
             self._logger.log_dict(metrics, step=self.step)
 
     @torch.no_grad()
@@ -341,7 +457,10 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         run |= {"total_steps": self._total_steps} | self._fingerprints
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
-        parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}
+        parts = {
+            "adapter": adapter_state_dict(self._model),
+            "optimizer": self._optimizer.state_dict(),
+        }
         parts |= {"rng": checkpointing.rng_state(), "run": run}
         checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
 

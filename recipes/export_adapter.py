@@ -49,9 +49,13 @@ def check(cfg: DictConfig) -> None:
     output_dir = Path(cfg.output_dir)
     for key, formats in ONLY_OF.items():
         if cfg.format not in formats and cfg[key] != config.EXPORT[key].default:
-            raise ValueError(f"{key} says nothing about format {cfg.format}: it is of {' and '.join(formats)}.")
+            raise ValueError(
+                f"{key} says nothing about format {cfg.format}: it is of {' and '.join(formats)}."
+            )
     if cfg.rank and cfg.rank_pattern:
-        raise ValueError("rank gives all layers one rank, rank_pattern each its own: set one of them.")
+        raise ValueError(
+            "rank gives all layers one rank, rank_pattern each its own: set one of them."
+        )
     check_new(output_dir)
     check_outside(output_dir, Path(cfg.adapter_checkpoint), "adapter_checkpoint")
 
@@ -61,7 +65,11 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> De
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu")) if cfg.dtype else None
     match cfg.format:
         case "peft":
-            options = {"rank": cfg.rank, "rank_pattern": cfg.rank_pattern, "tolerance": cfg.tolerance}
+            options = {
+                "rank": cfg.rank,
+                "rank_pattern": cfg.rank_pattern,
+                "tolerance": cfg.tolerance,
+            }
             options |= {"dtype": dtype} if dtype else {}
             return write_peft(run, folder, base_model=base_model, **options)
         case "merged":
@@ -74,7 +82,9 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> De
 def name_of_base(run: TrainedRun) -> str:
     """The repository that ``tune download`` noted, or else the folder."""
     note = run.checkpoint_dir / "original_repo_id.json"
-    repository = json.loads(note.read_text(encoding="utf-8")).get("repo_id") if note.is_file() else None
+    repository = (
+        json.loads(note.read_text(encoding="utf-8")).get("repo_id") if note.is_file() else None
+    )
     return repository or str(run.checkpoint_dir.resolve())
 
 
@@ -82,7 +92,9 @@ def print_errors(errors: Deviations, *, in_nf4: bool) -> None:
     """One line in all, and one a layer where more than rounding is wrong: of every layer whose four bits are lost."""
     for name, error in errors.items():
         if error.of_weight > SHOWN or (in_nf4 and error.of_weight):
-            print(f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update")
+            print(
+                f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update"
+            )
     print(f"Difference from the trained weights: {error_sentence(errors)}.")
 
 
@@ -96,8 +108,14 @@ def recipe_main(cfg: DictConfig) -> int:
     with new_folder(output_dir) as folder:
         errors = write(cfg, run, folder, base_model)
         peft_config = folder / "adapter_config.json"
-        facts = {"config": json.loads(peft_config.read_text(encoding="utf-8"))} if peft_config.exists() else {}
-        card = model_card(run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts)
+        facts = (
+            {"config": json.loads(peft_config.read_text(encoding="utf-8"))}
+            if peft_config.exists()
+            else {}
+        )
+        card = model_card(
+            run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     if errors:
         print_errors(errors, in_nf4=cfg.format == "peft" and bool(run.quantized))

@@ -23,14 +23,19 @@ from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters import load_adapter_state_dict
-from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.data import build_dataset
-from kasa_tune.components.datasets import prompt_tokens
-from kasa_tune.components.generation import complete
+from kasa_tune.components.adapters.state import load_adapter_state_dict
+from kasa_tune.components.checkpoints.checkpoint import (
+    check_belongs,
+    find_checkpoint,
+    load_part,
+    weights_fingerprint,
+)
+from kasa_tune.components.data.building import build_dataset
+from kasa_tune.components.data.datasets import prompt_tokens
+from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.quantized_base import linears_in_nf4, load_quantized
+from kasa_tune.components.quantized.base import linears_in_nf4, load_quantized
 
 log = utils.get_logger("INFO")
 
@@ -49,9 +54,13 @@ class GenerateTextRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Find the adapter, collect the prompts, load the model."""
-        self._adapter = find_checkpoint(Path(cfg.adapter_checkpoint)) if cfg.adapter_checkpoint else None
+        self._adapter = (
+            find_checkpoint(Path(cfg.adapter_checkpoint)) if cfg.adapter_checkpoint else None
+        )
         self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._prompts = [{"prompt": text, "tokens": prompt_tokens(self._tokenizer, text)} for text in cfg.prompts]
+        self._prompts = [
+            {"prompt": text, "tokens": prompt_tokens(self._tokenizer, text)} for text in cfg.prompts
+        ]
         if cfg.dataset:
             dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
             self._prompts += self._prompts_of(dataset, cfg.num_samples)
@@ -74,7 +83,9 @@ class GenerateTextRecipe:
             if quantized:
                 load_quantized(self._adapter, quantized, self._device)
             load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
-            self._model.to(self._device)  # edits too, which the base's completions take at every token
+            self._model.to(
+                self._device
+            )  # edits too, which the base's completions take at every token
 
     def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:
         """The first ``num_samples`` different prompts of a dataset (E2E, for one, has several references a prompt)."""
@@ -90,7 +101,11 @@ class GenerateTextRecipe:
         """Split a training sample where its response begins."""
         learned = sample["labels"] != -100
         begin = int(learned.argmax()) + 1
-        response = [token for token in sample["labels"][learned].tolist() if token not in self._tokenizer.stop_tokens]
+        response = [
+            token
+            for token in sample["labels"][learned].tolist()
+            if token not in self._tokenizer.stop_tokens
+        ]
         tokens = sample["tokens"][:begin].tolist()
         return {
             "prompt": self._tokenizer.decode(tokens),
@@ -100,7 +115,10 @@ class GenerateTextRecipe:
 
     def generate(self, cfg: DictConfig) -> list[dict[str, str]]:
         """Complete every prompt; returns one record each."""
-        records = [{key: row[key] for key in ("prompt", "reference") if key in row} for row in self._prompts]
+        records = [
+            {key: row[key] for key in ("prompt", "reference") if key in row}
+            for row in self._prompts
+        ]
         for label in ("base", "tuned") if self._adapter else ("base",):
             with (
                 disable_adapter(self._model) if label == "base" else nullcontext(),

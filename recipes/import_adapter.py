@@ -30,7 +30,7 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import weights_fingerprint
+from kasa_tune.components.checkpoints.checkpoint import weights_fingerprint
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
 from kasa_tune.components.exchange.whole_folder import check_new, check_outside, new_folder
@@ -47,7 +47,9 @@ def open_import(cfg: DictConfig) -> PeftImport:
     check_new(Path(cfg.output_dir))
     check_outside(Path(cfg.output_dir), Path(cfg.peft_adapter), "peft_adapter")
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        base = read_base_weights(config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused})))
+        base = read_base_weights(
+            config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused}))
+        )
     initial = Path(cfg.initial_adapter) if cfg.initial_adapter else None
     model = OmegaConf.to_container(cfg.model)
     return open_peft(Path(cfg.peft_adapter), base, model, initial_folder=initial)
@@ -67,7 +69,10 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
     """What the adapter belongs to, as a run's checkpoint says it; it has done no step here."""
     settings = OmegaConf.to_container(cfg)
     kept = ("output_dir", "peft_adapter", "initial_adapter", "checkpointer", "dtype")
-    of_run = {key: settings[key] for key in kept} | {"model": imported.model, "adapter": imported.adapter_section()}
+    of_run = {key: settings[key] for key in kept} | {
+        "model": imported.model,
+        "adapter": imported.adapter_section(),
+    }
     return {"step": 0, "base": weights_fingerprint(imported.base), "data": None, "config": of_run}
 
 
@@ -77,7 +82,9 @@ def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
     keys = ["output_dir=<a new folder>", f"adapter_checkpoint={shlex.quote(str(output_dir))}"]
     recipe = "kasa_finetune_single_device --config <one of this base: *_kasa, *_lora>"
     if imported.method == "corda":
-        recipe = "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>"
+        recipe = (
+            "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>"
+        )
         keys.append("adapter.method=lora")
     return ["tune run", recipe, *keys, shlex.quote(f"model={model}")]
 
@@ -89,7 +96,9 @@ def recipe_main(cfg: DictConfig) -> int:
     adapter = convert(cfg, imported)
     with new_folder(Path(cfg.output_dir)) as folder:
         write_adapter(folder, adapter, run_state(cfg, imported))
-    print(f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}. To train on:")
+    print(
+        f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}. To train on:"
+    )
     print(*command_to_train_on(cfg, imported))
     return 0
 

@@ -35,17 +35,25 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components import checkpointing
-from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, check_adapter_fits, load_adapter
-from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.decomposition import smallest_triplets
-from kasa_tune.components.distributed import OtherRankError, SharedReading, World, shard, spread
-from kasa_tune.components.fingerprint import data_fingerprint, tensors_digest, versions
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.low_rank import LowRank
-from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget, per_process
-from kasa_tune.components.metrics import SilentLogger
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.adapters.regularization import kasa_regularization
+from kasa_tune.components.adapters.state import (
+    adapter_linears,
+    adapter_state_dict,
+    check_adapter_fits,
+    load_adapter,
+)
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.data.building import (
+    build_dataloader,
+    build_dataset,
+    check_batches,
+    check_token_ids,
+)
+from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
+from kasa_tune.components.linalg.decomposition import smallest_triplets
+from kasa_tune.components.linalg.low_rank import LowRank
+from kasa_tune.components.models.base_weights import SharedReading, read_base_weights
 from kasa_tune.components.models.loading import (
     block_linears,
     blocks_of,
@@ -55,9 +63,16 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
-from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point, start_point
-from kasa_tune.components.sharding import cut_optimizer_state, whole, whole_tree
+from kasa_tune.components.processes.sharding import cut_optimizer_state, whole, whole_tree
+from kasa_tune.components.processes.world import OtherRankError, World, shard, spread
+from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.memory import (
+    budget_report,
+    check_optimizer,
+    memory_budget,
+    per_process,
+)
 
 log = utils.get_logger("INFO")
 
@@ -77,8 +92,12 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
-        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
+        self.step = self.epoch = self.batches_done = (
+            0  # optimizer steps, finished epochs, batches of the running epoch
+        )
+        self._fingerprints: dict[
+            str, str
+        ] = {}  # of data and base weights, kept in every checkpoint
 
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
@@ -89,25 +108,39 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         world.check_same({"config": OmegaConf.to_yaml(cfg, resolve=True), "software": versions()})
         with world.together("Preparing model and data"):
             choice = cfg.resume_from_checkpoint
-            self._resume_path = resume_point(self._checkpoints, choice, settings, world_size=world.size)
-            self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            self._resume_path = resume_point(
+                self._checkpoints, choice, settings, world_size=world.size
+            )
+            self._resumed = (
+                checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            )
             self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
             self._setup_model(cfg)
             self._setup_data(cfg)
-        world.check_same({"resume point": str(self._start_path), "data": self._fingerprints["data"]})
+        world.check_same(
+            {"resume point": str(self._start_path), "data": self._fingerprints["data"]}
+        )
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
         self._setup_weights(cfg)
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
+        self._trained = [
+            parameter for parameter in self._model.parameters() if parameter.requires_grad
+        ]
+        self._offload = training.get_act_offloading_ctx_manager(
+            self._model, cfg.enable_activation_offloading
+        )
         self._optimizer = config.instantiate(cfg.optimizer, self._trained)
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
+        self._lr_scheduler = config.instantiate(
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+        )
         if world.rank:  # from here on, what is random differs
             torch.manual_seed(cfg.seed + world.rank)
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger) if world.leads else SilentLogger()
-        log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
+        log.info(
+            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        )
 
     def _setup_model(self, cfg: DictConfig) -> None:
         """Shapes alone, on the meta device."""
@@ -116,10 +149,14 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._linears = dict(adapter_linears(self._model))
         return_hidden_states(self._model)
         if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
+            training.set_activation_checkpointing(
+                self._model, {modules.TransformerSelfAttentionLayer}
+            )
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
+            raise ValueError(
+                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
+            )
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, is_cut=True)
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._vocab_size = self._model.tok_embeddings.num_embeddings
@@ -127,14 +164,22 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
     # --- shared: distributed data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        self._fingerprints["data"] = data_fingerprint(
+            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
+        )
         if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
+            raise ValueError(
+                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
+            )
         check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(isinstance(module, Gemma2Attention) for module in self._model.modules())
+        self._dense_mask = any(
+            isinstance(module, Gemma2Attention) for module in self._model.modules()
+        )
         options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
         options |= {"rank": self._world.rank, "world_size": self._world.size}
-        loader = partial(build_dataloader, **options, device=self._device, dense_mask=self._dense_mask)
+        loader = partial(
+            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
+        )
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         if cfg.dataset_val:
             dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
@@ -149,13 +194,17 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
+        self.step, self.epoch, self.batches_done = place(
+            state, self._accumulation, len(self._loader.batch_sampler)
+        )
         saved = checkpointing.load_part(self._resume_path, "optimizer")
         self._optimizer.load_state_dict(cut_optimizer_state(self._optimizer, saved))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+                log.warning(
+                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
+                )
         self._world.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
@@ -165,7 +214,10 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
             if self._start_path:
-                known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+                known = {
+                    "base_fingerprint": self._fingerprints["base"],
+                    "model": OmegaConf.to_container(cfg.model),
+                }
                 checkpointing.check_belongs(self._start_path, **known)
                 saved = checkpointing.load_part(self._start_path, "adapter")
                 check_adapter_fits(self._model, saved)
@@ -179,12 +231,19 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         base, saved = self._open_checkpoint(cfg)
         linears, shared = block_linears(self._model), SharedReading(base, self._world)
         options = {"device": self._device, "adapter_dtype": self._adapter_dtype}
-        load_base_weights(self._model, shared, **options, without={f"{name}.weight" for name in linears})
+        load_base_weights(
+            self._model, shared, **options, without={f"{name}.weight" for name in linears}
+        )
         edits = {} if saved else self._find_edits(base)
-        for block, inside in (*blocks_of(self._model, linears), (self._model, set(self._linears) - set(linears))):
+        for block, inside in (
+            *blocks_of(self._model, linears),
+            (self._model, set(self._linears) - set(linears)),
+        ):
             for name in inside:
                 if name in linears:
-                    weight = read_tensor(shared, f"{name}.weight", device=self._device, dtype=self._dtype)
+                    weight = read_tensor(
+                        shared, f"{name}.weight", device=self._device, dtype=self._dtype
+                    )
                     put_weight(linears[name], weight)
                 if saved and name in self._linears:
                     load_adapter(name, self._linears[name], saved)
@@ -205,7 +264,9 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         costs = {name: shape.numel() * min(shape) for name, shape in shapes.items()}
         names = sorted(costs, key=lambda name: -costs[name])
         jobs = ((costs[name], partial(find, name, self._linears[name].edit.rank)) for name in names)
-        bar = partial(tqdm, total=len(names), desc="Truncating", unit="layer", disable=not self._world.leads)
+        bar = partial(
+            tqdm, total=len(names), desc="Truncating", unit="layer", disable=not self._world.leads
+        )
         edits = dict(zip(names, bar(spread(jobs, self._world)), strict=True))
         factors = (factor for edit in edits.values() for factor in (edit.out, edit.into))
         self._world.check_same({"decomposition": tensors_digest(factors)})
@@ -213,7 +274,10 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         return edits
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape = {
+            "batch_size": cfg.batch_size,
+            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
+        }
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
@@ -228,11 +292,15 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         """
         task_loss, num_tokens = self._accumulate(window)
         l2, l3 = kasa_regularization(
-            self._linears.values(), orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
+            self._linears.values(),
+            orthogonal_gram=cfg.adapter.orthogonal_gram,
+            reduction=cfg.adapter.reduction,
         )
         if l2.requires_grad:
             (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
-        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {"num_tokens": num_tokens}
+        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {
+            "num_tokens": num_tokens
+        }
 
     # --- shared: distributed training loop
     def train(self, cfg: DictConfig) -> int:
@@ -240,7 +308,11 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
+        profiler = (
+            config.instantiate(cfg.profiler)[0]
+            if cfg.profiler.enabled
+            else training.DummyProfiler()
+        )
         shown = {"unit": "step", "dynamic_ncols": True, "disable": not self._world.leads}
         bar = tqdm(total=self._total_steps, initial=self.step, **shown)
         with contextlib.ExitStack() as held, profiler, checkpointing.StopSignals() as self._stop:
@@ -265,9 +337,13 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
                     self.save_checkpoint(cfg)
         bar.close()
         if self._stopping and self.step < self._total_steps:
-            log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
+            log.warning(
+                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
+            )
             return 128 + (self._stop.received or signal.SIGTERM)
-        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(
+            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
+        )
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -296,11 +372,15 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
                 failure = error
             labelled = sum(int((batch["labels"] != ignored).sum()) for batch in window)
             told = self._stop.received is not None
-            self._num_tokens, failed, stopping = map(int, self._world.sum(labelled, failure is not None, told))
+            self._num_tokens, failed, stopping = map(
+                int, self._world.sum(labelled, failure is not None, told)
+            )
             if failed:
                 if self.step:
                     self.save_checkpoint(cfg)
-                raise failure or OtherRankError("A batch could not be read on another rank; its message says why.")
+                raise failure or OtherRankError(
+                    "A batch could not be read on another rank; its message says why."
+                )
             if not window:
                 return
             self._stopping = stopping > 0
@@ -323,14 +403,18 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, max_norm))
-        values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
+        values = torch.stack(
+            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
+        ).tolist()
         if not all(map(math.isfinite, values)):
             newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
+        lr = float(
+            self._optimizer.param_groups[0]["lr"]
+        )  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:
@@ -354,12 +438,20 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (due or (cfg.run_val_every_n_steps and self.step == self._total_steps)) and not self._stopping:
+        if (
+            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
+        ) and not self._stopping:
             metrics["val_loss"] = self.validate()
         shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
+        bar.set_postfix(
+            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
+        )
         bar.update()
-        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or self.step == self._total_steps:
+        if (
+            self.step % cfg.log_every_n_steps == 0
+            or "val_loss" in metrics
+            or self.step == self._total_steps
+        ):
             self._logger.log_dict(metrics, step=self.step)
 
     @torch.no_grad()
@@ -381,9 +473,18 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True), "world_size": self._world.size}
         first, *others = self._world.gather(checkpointing.rng_state())
-        parts = {"adapter": adapter_state_dict(self._model), "optimizer": whole_tree(self._optimizer.state_dict())}
+        parts = {
+            "adapter": adapter_state_dict(self._model),
+            "optimizer": whole_tree(self._optimizer.state_dict()),
+        }
         parts |= {"rng": first | {"other_ranks": others}, "run": run}
-        write = partial(checkpointing.save_checkpoint, self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
+        write = partial(
+            checkpointing.save_checkpoint,
+            self._checkpoints,
+            self.step,
+            parts,
+            keep_last=cfg.keep_last,
+        )
         self._world.lead(lambda: write() and None, "Saving")
 
     def cleanup(self) -> None:

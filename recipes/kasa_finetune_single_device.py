@@ -31,16 +31,25 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components import checkpointing
-from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, load_adapter_state_dict
-from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.fingerprint import data_fingerprint
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import budget_report, check_optimizer, memory_budget
+from kasa_tune.components.adapters.regularization import kasa_regularization
+from kasa_tune.components.adapters.state import (
+    adapter_linears,
+    adapter_state_dict,
+    load_adapter_state_dict,
+)
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.data.building import (
+    build_dataloader,
+    build_dataset,
+    check_batches,
+    check_token_ids,
+)
+from kasa_tune.components.data.fingerprints import data_fingerprint
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point, start_point
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.memory import budget_report, check_optimizer, memory_budget
 
 log = utils.get_logger("INFO")
 
@@ -57,53 +66,81 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
-        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
+        self.step = self.epoch = self.batches_done = (
+            0  # optimizer steps, finished epochs, batches of the running epoch
+        )
+        self._fingerprints: dict[
+            str, str
+        ] = {}  # of data and base weights, kept in every checkpoint
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
         settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
-        self._resume_path = None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        self._resume_path = (
+            None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
+        )
+        self._resumed = (
+            checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+        )
         self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
         return_hidden_states(self._model)
         if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
+            training.set_activation_checkpointing(
+                self._model, {modules.TransformerSelfAttentionLayer}
+            )
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
+            raise ValueError(
+                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
+            )
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
         self._setup_weights(cfg)
         self._linears = [linear for _, linear in adapter_linears(self._model)]
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._trained = [
+            parameter for parameter in self._model.parameters() if parameter.requires_grad
+        ]
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
-        self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
+        self._offload = training.get_act_offloading_ctx_manager(
+            self._model, cfg.enable_activation_offloading
+        )
         self._optimizer = config.instantiate(cfg.optimizer, self._trained)
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
+        self._lr_scheduler = config.instantiate(
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+        )
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger)
-        log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
+        log.info(
+            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        )
 
     # --- shared: data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        self._fingerprints["data"] = data_fingerprint(
+            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
+        )
         if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
+            raise ValueError(
+                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
+            )
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(isinstance(module, Gemma2Attention) for module in self._model.modules())
+        self._dense_mask = any(
+            isinstance(module, Gemma2Attention) for module in self._model.modules()
+        )
         options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
-        loader = partial(build_dataloader, **options, device=self._device, dense_mask=self._dense_mask)
+        loader = partial(
+            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
+        )
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         if cfg.dataset_val:
             dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
@@ -118,12 +155,16 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
+        self.step, self.epoch, self.batches_done = place(
+            state, self._accumulation, len(self._loader.batch_sampler)
+        )
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+                log.warning(
+                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
+                )
         checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     # --- end
@@ -133,14 +174,21 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         base = read_base_weights(config.instantiate(cfg.checkpointer))
         self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
         if self._start_path:
-            known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+            known = {
+                "base_fingerprint": self._fingerprints["base"],
+                "model": OmegaConf.to_container(cfg.model),
+            }
             checkpointing.check_belongs(self._start_path, **known)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._start_path:
-            return load_adapter_state_dict(self._model, checkpointing.load_part(self._start_path, "adapter"))
+            return load_adapter_state_dict(
+                self._model, checkpointing.load_part(self._start_path, "adapter")
+            )
         started = time.perf_counter()
-        for name, linear in tqdm(list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"):
+        for name, linear in tqdm(
+            list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"
+        ):
             try:
                 linear.initialize()
             except ValueError as error:
@@ -148,7 +196,10 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape = {
+            "batch_size": cfg.batch_size,
+            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
+        }
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
@@ -162,11 +213,15 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         """
         task_loss, num_tokens = self._accumulate(window)
         l2, l3 = kasa_regularization(
-            self._linears, orthogonal_gram=cfg.adapter.orthogonal_gram, reduction=cfg.adapter.reduction
+            self._linears,
+            orthogonal_gram=cfg.adapter.orthogonal_gram,
+            reduction=cfg.adapter.reduction,
         )
         if l2.requires_grad:
             (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
-        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {"num_tokens": num_tokens}
+        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {
+            "num_tokens": num_tokens
+        }
 
     # --- shared: training loop
     def train(self, cfg: DictConfig) -> int:
@@ -174,9 +229,17 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
+        profiler = (
+            config.instantiate(cfg.profiler)[0]
+            if cfg.profiler.enabled
+            else training.DummyProfiler()
+        )
         bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with checkpointing.run_lock(self._checkpoints), profiler, checkpointing.StopSignals() as self._stop:
+        with (
+            checkpointing.run_lock(self._checkpoints),
+            profiler,
+            checkpointing.StopSignals() as self._stop,
+        ):
             self._open_log(cfg)
             while self.step < self._total_steps:
                 self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
@@ -195,9 +258,13 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
                     self.save_checkpoint(cfg)
         bar.close()
         if self._stop.received is not None and self.step < self._total_steps:
-            log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
+            log.warning(
+                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
+            )
             return 128 + self._stop.received
-        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(
+            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
+        )
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -228,7 +295,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
         """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
-        num_tokens = sum(int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window)
+        num_tokens = sum(
+            int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window
+        )
         task_loss = torch.zeros((), device=self._device)
         for batch in window:
             loss = self._loss_sum(batch) / max(1, num_tokens)
@@ -240,14 +309,18 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
-        values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
+        values = torch.stack(
+            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
+        ).tolist()
         if not all(map(math.isfinite, values)):
             newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
+        lr = float(
+            self._optimizer.param_groups[0]["lr"]
+        )  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:
@@ -271,12 +344,20 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (due or (cfg.run_val_every_n_steps and self.step == self._total_steps)) and self._stop.received is None:
+        if (
+            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
+        ) and self._stop.received is None:
             metrics["val_loss"] = self.validate()
         shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
+        bar.set_postfix(
+            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
+        )
         bar.update()
-        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or self.step == self._total_steps:
+        if (
+            self.step % cfg.log_every_n_steps == 0
+            or "val_loss" in metrics
+            or self.step == self._total_steps
+        ):
             self._logger.log_dict(metrics, step=self.step)
 
     @torch.no_grad()
@@ -296,7 +377,10 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         run |= {"total_steps": self._total_steps} | self._fingerprints
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
-        parts = {"adapter": adapter_state_dict(self._model), "optimizer": self._optimizer.state_dict()}
+        parts = {
+            "adapter": adapter_state_dict(self._model),
+            "optimizer": self._optimizer.state_dict(),
+        }
         parts |= {"rng": checkpointing.rng_state(), "run": run}
         checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
 

@@ -41,26 +41,40 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components import checkpointing, quantized_base
-from kasa_tune.components.adapters import (
+from kasa_tune.components.adapters.regularization import kasa_regularization
+from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,
     check_adapter_fits,
     load_adapter,
     lora_plus_groups,
 )
-from kasa_tune.components.calibration import Wanted, calibration_bytes, damped_covariances, shared_inputs
-from kasa_tune.components.calibration_data import batched, draw_rounds, rows_digest
-from kasa_tune.components.corda import decompose
-from kasa_tune.components.data import build_dataloader, build_dataset, check_batches, check_token_ids
-from kasa_tune.components.decomposition import Component
-from kasa_tune.components.decomposition_cache import DecompositionCache, decomposition_key, write_decomposition
-from kasa_tune.components.distributed import OtherRankError, SharedReading, World, shard, spread
-from kasa_tune.components.fingerprint import data_fingerprint, tensors_digest, versions
-from kasa_tune.components.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.memory import allow_graphs, budget_report, check_optimizer, memory_budget, per_process
-from kasa_tune.components.metrics import SilentLogger
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.corda.cache import (
+    DecompositionCache,
+    decomposition_key,
+    write_decomposition,
+)
+from kasa_tune.components.corda.calibration import (
+    Wanted,
+    add_up,
+    calibration_bytes,
+    damped_covariances,
+    shared_inputs,
+)
+from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda.decompose import decompose
+from kasa_tune.components.data.building import (
+    build_dataloader,
+    build_dataset,
+    check_batches,
+    check_token_ids,
+)
+from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
+from kasa_tune.components.linalg.decomposition import Component
+from kasa_tune.components.linalg.nf4 import quantize
+from kasa_tune.components.models.base_weights import SharedReading, read_base_weights
 from kasa_tune.components.models.loading import (
     blocks_of,
     build_on_meta,
@@ -69,11 +83,19 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
-from kasa_tune.components.quantization import quantize
-from kasa_tune.components.quantized_start import QuantizedStart, quantized_start
-from kasa_tune.components.regularization import kasa_regularization
-from kasa_tune.components.resuming import place, resume_point, start_point
-from kasa_tune.components.sharding import cut_optimizer_state, whole, whole_tree
+from kasa_tune.components.processes.sharding import cut_optimizer_state, whole, whole_tree
+from kasa_tune.components.processes.world import OtherRankError, World, shard, spread
+from kasa_tune.components.quantized import base as quantized_base
+from kasa_tune.components.quantized.start import QuantizedStart, quantized_start
+from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.memory import (
+    allow_graphs,
+    budget_report,
+    check_optimizer,
+    memory_budget,
+    per_process,
+)
 
 log = utils.get_logger("INFO")
 
@@ -93,8 +115,12 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = 0  # optimizer steps, finished epochs, batches of the running epoch
-        self._fingerprints: dict[str, str] = {}  # of data and base weights, kept in every checkpoint
+        self.step = self.epoch = self.batches_done = (
+            0  # optimizer steps, finished epochs, batches of the running epoch
+        )
+        self._fingerprints: dict[
+            str, str
+        ] = {}  # of data and base weights, kept in every checkpoint
 
     def setup(self, cfg: DictConfig) -> None:
         """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
@@ -109,10 +135,16 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         world.check_same({"config": OmegaConf.to_yaml(cfg, resolve=True), "software": versions()})
         with world.together("Preparing model and data"):
             choice = cfg.resume_from_checkpoint
-            self._resume_path = resume_point(self._checkpoints, choice, settings, world_size=world.size)
-            self._resumed = checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            self._resume_path = resume_point(
+                self._checkpoints, choice, settings, world_size=world.size
+            )
+            self._resumed = (
+                checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
+            )
             quantized = {"quantization": settings["quantization"], "dtype": cfg.dtype}
-            self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint, quantized=quantized)
+            self._start_path = start_point(
+                self._resume_path, cfg.adapter_checkpoint, quantized=quantized
+            )
             self._setup_model(cfg)
             self._setup_data(cfg)
             self._rounds, self._calibration_digest = [], None
@@ -124,17 +156,25 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
             training.compile_model(self._model, verbose=False)
         self._setup_weights(cfg)
-        self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._offload = training.get_act_offloading_ctx_manager(self._model, cfg.enable_activation_offloading)
+        self._trained = [
+            parameter for parameter in self._model.parameters() if parameter.requires_grad
+        ]
+        self._offload = training.get_act_offloading_ctx_manager(
+            self._model, cfg.enable_activation_offloading
+        )
         groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
         self._optimizer = config.instantiate(cfg.optimizer, groups)
-        self._lr_scheduler = config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps)
+        self._lr_scheduler = config.instantiate(
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+        )
         if world.rank:  # from here on, what is random differs
             torch.manual_seed(cfg.seed + world.rank)
         if self._resume_path:
             self._restore()
         self._logger = config.instantiate(cfg.metric_logger) if world.leads else SilentLogger()
-        log.info(f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all.")
+        log.info(
+            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        )
 
     def _setup_model(self, cfg: DictConfig) -> None:
         """Shapes alone, on the meta device."""
@@ -144,10 +184,14 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._quantized = quantized_base.quantized_linears(self._model, cfg.quantization.block_size)
         return_hidden_states(self._model)
         if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(self._model, {modules.TransformerSelfAttentionLayer})
+            training.set_activation_checkpointing(
+                self._model, {modules.TransformerSelfAttentionLayer}
+            )
         self._loss_fn = config.instantiate(cfg.loss)
         if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(f"loss must be kasa_tune.components.loss.ChunkedCrossEntropy; got {cfg.loss._component_}.")
+            raise ValueError(
+                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
+            )
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, is_cut=True)
         self._tokenizer = config.instantiate(cfg.tokenizer)
         self._vocab_size = self._model.tok_embeddings.num_embeddings
@@ -155,14 +199,22 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     # --- shared: distributed data and resuming
     def _setup_data(self, cfg: DictConfig) -> None:
         self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
+        self._fingerprints["data"] = data_fingerprint(
+            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
+        )
         if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(f"{self._resume_path} was trained on other data than dataset and tokenizer now give.")
+            raise ValueError(
+                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
+            )
         check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(isinstance(module, Gemma2Attention) for module in self._model.modules())
+        self._dense_mask = any(
+            isinstance(module, Gemma2Attention) for module in self._model.modules()
+        )
         options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
         options |= {"rank": self._world.rank, "world_size": self._world.size}
-        loader = partial(build_dataloader, **options, device=self._device, dense_mask=self._dense_mask)
+        loader = partial(
+            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
+        )
         self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         if cfg.dataset_val:
             dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
@@ -177,13 +229,17 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(state, self._accumulation, self._loader.batch_sampler)
+        self.step, self.epoch, self.batches_done = place(
+            state, self._accumulation, len(self._loader.batch_sampler)
+        )
         saved = checkpointing.load_part(self._resume_path, "optimizer")
         self._optimizer.load_state_dict(cut_optimizer_state(self._optimizer, saved))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
-                log.warning(f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}.")
+                log.warning(
+                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
+                )
         self._world.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
 
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
@@ -193,7 +249,10 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
             if self._start_path:
-                known = {"base_fingerprint": self._fingerprints["base"], "model": OmegaConf.to_container(cfg.model)}
+                known = {
+                    "base_fingerprint": self._fingerprints["base"],
+                    "model": OmegaConf.to_container(cfg.model),
+                }
                 checkpointing.check_belongs(self._start_path, **known)
                 saved = checkpointing.load_part(self._start_path, "adapter")
                 check_adapter_fits(self._model, saved)
@@ -207,7 +266,9 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         base, saved = self._open_checkpoint(cfg)
         shared, kept = SharedReading(base, self._world), {}
         options = {"device": self._device, "adapter_dtype": self._adapter_dtype}
-        load_base_weights(self._model, shared, **options, without={f"{name}.weight" for name in self._quantized})
+        load_base_weights(
+            self._model, shared, **options, without={f"{name}.weight" for name in self._quantized}
+        )
         if saved and "quantized_base" in checkpointing.load_part(self._start_path, "run"):
             stored = quantized_base.read_quantized(self._start_path, self._quantized)
             starts = ((name, QuantizedStart(weight)) for name, weight in stored)
@@ -224,20 +285,26 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             shard(block, self._world, offload=cfg.fsdp_cpu_offload)
         next(starts, None)  # what comes after the last
         shard(self._model, self._world, offload=cfg.fsdp_cpu_offload)
-        folder, known = Path(cfg.output_dir) / quantized_base.FOLDER, self._resumed.get("quantized_base")
+        folder, known = (
+            Path(cfg.output_dir) / quantized_base.FOLDER,
+            self._resumed.get("quantized_base"),
+        )
         keep = partial(quantized_base.keep_quantized, folder, kept, known)
         self._fingerprints["quantized_base"] = self._world.lead(keep, "Writing the quantized base")
 
     def _setup_calibration(self, cfg: DictConfig, rank: int, world_size: int) -> None:
         """This process's part of the rows to calibrate on, in rounds of batches."""
-        dataset = build_dataset(cfg.calibration.dataset, self._tokenizer, name="calibration.dataset")
+        dataset = build_dataset(
+            cfg.calibration.dataset, self._tokenizer, name="calibration.dataset"
+        )
         names = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
         options = {name: cfg.calibration[name] for name in names}
         rounds = draw_rounds(dataset, longest=self._model.max_seq_len, **options)
         self._calibration_digest = rows_digest(rounds)
         shape = {"batch_size": cfg.calibration.batch_size, "dense_mask": self._dense_mask}
         self._rounds = [
-            batched(rows[rank::world_size], tokenizer=self._tokenizer, device=self._device, **shape) for rows in rounds
+            batched(rows[rank::world_size], tokenizer=self._tokenizer, device=self._device, **shape)
+            for rows in rounds
         ]
         check_batches([batch for batches in self._rounds for batch in batches], self._vocab_size)
 
@@ -246,7 +313,9 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     ) -> Iterator[tuple[str, QuantizedStart]]:
         """Every linear's quantized weight and its adapter's start, each found by one process, in the model's order."""
         started = time.perf_counter()
-        method = "qlora" if self._start_path else cfg.adapter.method  # an adapter that comes with no base has no edit
+        method = (
+            "qlora" if self._start_path else cfg.adapter.method
+        )  # an adapter that comes with no base has no edit
         components, spectra = self._decompose(cfg, shared) if method == "qcorda" else ({}, {})
         options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
         options |= {"quantize": partial(quantize, **cfg.quantization, dtype=self._dtype)}
@@ -257,45 +326,85 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             given = {"linear": self._linears.get(name), "component": components.get(name)}
             return quantized_start(weight, **given, **options).to("cpu").without_vectors()
 
-        jobs = ((self._quantized[name].weight.numel(), partial(find, name)) for name in self._quantized)
-        bar = partial(tqdm, total=len(self._quantized), desc="Quantizing", unit="layer", disable=not self._world.leads)
+        jobs = (
+            (self._quantized[name].weight.numel(), partial(find, name)) for name in self._quantized
+        )
+        bar = partial(
+            tqdm,
+            total=len(self._quantized),
+            desc="Quantizing",
+            unit="layer",
+            disable=not self._world.leads,
+        )
         for name, start in zip(self._quantized, bar(spread(jobs, self._world)), strict=True):
             if start.component:
                 components[name] = start.component
             yield name, start
         if components and self._world.leads:
-            write_decomposition(Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm")
-        self._world.check_same({"decomposition": tensors_digest(c.singular_values for c in components.values())})
+            write_decomposition(
+                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm"
+            )
+        self._world.check_same(
+            {"decomposition": tensors_digest(c.singular_values for c in components.values())}
+        )
         log.info(f"Base quantized and adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _decompose(self, cfg: DictConfig, base: SharedReading) -> tuple[dict[str, Component], dict]:
         """CorDA's components of all adapted layers; a CorDA run on the same weights and rows shares its cache."""
-        options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": OmegaConf.to_container(cfg.model)}
+        options = {
+            **cfg.adapter,
+            **cfg.calibration,
+            "dtype": cfg.dtype,
+            "model": OmegaConf.to_container(cfg.model),
+        }
         options["method"] = "corda"
-        key = decomposition_key(self._fingerprints["base"], self._linears, self._calibration_digest, options)
+        key = decomposition_key(
+            self._fingerprints["base"], self._linears, self._calibration_digest, options
+        )
         with self._world.together("Opening the decomposition's cache"):
-            cache = DecompositionCache(Path(cfg.calibration.cache_dir), key, writes=self._world.leads)
+            cache = DecompositionCache(
+                Path(cfg.calibration.cache_dir), key, writes=self._world.leads
+            )
         self._world.check_same({"calibration.cache_dir's content": cache.content()})
         walk, compute = partial(self._covariances, cfg, base), partial(spread, world=self._world)
         return decompose(self._linears, walk, cache, mode="ipm", options=options, compute=compute)
 
-    def _covariances(self, cfg: DictConfig, base: SharedReading, wanted: Wanted, title: str) -> Iterator[tuple]:
+    def _covariances(
+        self, cfg: DictConfig, base: SharedReading, wanted: Wanted, title: str
+    ) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance over all processes."""
         lend = partial(lent_weights, self._quantized, base, device=self._device)
-        bar = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True, disable=not self._world.leads)
-        options = {name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")}
-        options |= {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
-        options |= {"progress": bar, "loaded": lend, "combine": self._world.combine}
+        bar = partial(
+            tqdm, desc=title, unit="batch", dynamic_ncols=True, disable=not self._world.leads
+        )
+        options = {
+            name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")
+        }
+        options |= {
+            "dtype": training.get_dtype(cfg.calibration.accumulate),
+            "offload": cfg.calibration.offload,
+        }
+        options |= {"progress": bar, "loaded": lend, "combine": partial(add_up, world=self._world)}
         return damped_covariances(self._model, self._groups, self._rounds, wanted=wanted, **options)
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {"batch_size": cfg.batch_size, "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len}
+        shape = {
+            "batch_size": cfg.batch_size,
+            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
+        }
         shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
         make = partial(config.instantiate, cfg.optimizer)
         base = quantized_base.base_bytes(self._model, self._quantized, **cfg.quantization)
-        budget = base | memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape) | base
+        budget = (
+            base
+            | memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
+            | base
+        )
         if self._rounds:
-            options = {"dtype": training.get_dtype(cfg.calibration.accumulate), "offload": cfg.calibration.offload}
+            options = {
+                "dtype": training.get_dtype(cfg.calibration.accumulate),
+                "offload": cfg.calibration.offload,
+            }
             budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
         shards = cfg.data_parallel_shard_dim or cfg.world_size or 1
         print(*budget_report(self._model, per_process(budget, self._model, shards)), sep="\n")
@@ -320,7 +429,11 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._model.train()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = config.instantiate(cfg.profiler)[0] if cfg.profiler.enabled else training.DummyProfiler()
+        profiler = (
+            config.instantiate(cfg.profiler)[0]
+            if cfg.profiler.enabled
+            else training.DummyProfiler()
+        )
         shown = {"unit": "step", "dynamic_ncols": True, "disable": not self._world.leads}
         bar = tqdm(total=self._total_steps, initial=self.step, **shown)
         with contextlib.ExitStack() as held, profiler, checkpointing.StopSignals() as self._stop:
@@ -345,9 +458,13 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
                     self.save_checkpoint(cfg)
         bar.close()
         if self._stopping and self.step < self._total_steps:
-            log.warning(f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here.")
+            log.warning(
+                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
+            )
             return 128 + (self._stop.received or signal.SIGTERM)
-        log.info(f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}")
+        log.info(
+            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
+        )
         return 0
 
     def _open_log(self, cfg: DictConfig) -> None:
@@ -376,11 +493,15 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
                 failure = error
             labelled = sum(int((batch["labels"] != ignored).sum()) for batch in window)
             told = self._stop.received is not None
-            self._num_tokens, failed, stopping = map(int, self._world.sum(labelled, failure is not None, told))
+            self._num_tokens, failed, stopping = map(
+                int, self._world.sum(labelled, failure is not None, told)
+            )
             if failed:
                 if self.step:
                     self.save_checkpoint(cfg)
-                raise failure or OtherRankError("A batch could not be read on another rank; its message says why.")
+                raise failure or OtherRankError(
+                    "A batch could not be read on another rank; its message says why."
+                )
             if not window:
                 return
             self._stopping = stopping > 0
@@ -403,14 +524,18 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, max_norm))
-        values = torch.stack([v.detach().to(self._device) for v in (*losses.values(), grad_norm)]).tolist()
+        values = torch.stack(
+            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
+        ).tolist()
         if not all(map(math.isfinite, values)):
             newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
             raise RuntimeError(
                 f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
                 f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
             )
-        lr = float(self._optimizer.param_groups[0]["lr"])  # some optimizers keep a tensor, which the step changes
+        lr = float(
+            self._optimizer.param_groups[0]["lr"]
+        )  # some optimizers keep a tensor, which the step changes
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._lr_scheduler:
@@ -434,12 +559,20 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (due or (cfg.run_val_every_n_steps and self.step == self._total_steps)) and not self._stopping:
+        if (
+            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
+        ) and not self._stopping:
             metrics["val_loss"] = self.validate()
         shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
+        bar.set_postfix(
+            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
+        )
         bar.update()
-        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or self.step == self._total_steps:
+        if (
+            self.step % cfg.log_every_n_steps == 0
+            or "val_loss" in metrics
+            or self.step == self._total_steps
+        ):
             self._logger.log_dict(metrics, step=self.step)
 
     @torch.no_grad()
@@ -461,9 +594,18 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
         run |= {"config": OmegaConf.to_container(cfg, resolve=True), "world_size": self._world.size}
         first, *others = self._world.gather(checkpointing.rng_state())
-        parts = {"adapter": adapter_state_dict(self._model), "optimizer": whole_tree(self._optimizer.state_dict())}
+        parts = {
+            "adapter": adapter_state_dict(self._model),
+            "optimizer": whole_tree(self._optimizer.state_dict()),
+        }
         parts |= {"rng": first | {"other_ranks": others}, "run": run}
-        write = partial(checkpointing.save_checkpoint, self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
+        write = partial(
+            checkpointing.save_checkpoint,
+            self._checkpoints,
+            self.step,
+            parts,
+            keep_last=cfg.keep_last,
+        )
         self._world.lead(lambda: write() and None, "Saving")
 
     def cleanup(self) -> None:

@@ -18,13 +18,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.linear import AdapterLinear, CorDALinear
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.checkpoints.checkpoint import (
+    check_belongs,
+    find_checkpoint,
+    load_part,
+    weights_fingerprint,
+)
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta
-from kasa_tune.components.plots import DrawnSpectrum, layer_ranks, loss_curve, singular_values
+from kasa_tune.components.reports.plots import (
+    DrawnSpectrum,
+    layer_ranks,
+    loss_curve,
+    singular_values,
+)
+from kasa_tune.components.training.loggers import read_metrics
 
 LAYERS_DRAWN = 6
 
@@ -46,9 +56,13 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, DrawnSpectrum]
     drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
     del base  # a large model's would stay in memory during the decompositions
-    linears = dict(adapter_linears(build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)))
+    linears = dict(
+        adapter_linears(build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32))
+    )
     spectra = {}
-    for name, weight in tqdm(weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True):
+    for name, weight in tqdm(
+        weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True
+    ):
         part = {key: adapter[f"{name}.{key}"].double() for key in _keys_of(adapter, name)}
         spectra[name] = DrawnSpectrum(
             torch.linalg.svdvals(weight.to(_fastest_device(), torch.float32)).cpu(),
@@ -64,7 +78,10 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 
     ``s B diag(d) A``; where the update started as a part of the weight (CorDA), less that start: ``s (B A - B0 A0)``.
     """
-    out, into = linear.scaling * part["lora_b.weight"] * part.get("lora_diag", 1.0), part["lora_a.weight"]
+    out, into = (
+        linear.scaling * part["lora_b.weight"] * part.get("lora_diag", 1.0),
+        part["lora_a.weight"],
+    )
     if not isinstance(linear, CorDALinear):
         return out, into
     return torch.cat((out, -part["lora_edit_out"]), dim=1), torch.cat((into, part["lora_edit_in"]))
@@ -73,7 +90,9 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 def _adapts_the_first(cfg: DictConfig) -> bool:
     """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
     method = cfg.adapter.get("method")
-    return method in ("pissa", "qpissa", "loftq", "qcorda") or (method == "corda" and cfg.adapter.mode == "ipm")
+    return method in ("pissa", "qpissa", "loftq", "qcorda") or (
+        method == "corda" and cfg.adapter.mode == "ipm"
+    )
 
 
 def _words(cfg: DictConfig) -> dict[str, str]:
@@ -93,7 +112,11 @@ def adapter_ranks(checkpoint: Path) -> dict[str, int]:
     """Every adapted layer's rank in a checkpoint."""
     suffix = ".lora_a.weight"
     adapter = load_part(checkpoint, "adapter")
-    return {name.removesuffix(suffix): len(value) for name, value in adapter.items() if name.endswith(suffix)}
+    return {
+        name.removesuffix(suffix): len(value)
+        for name, value in adapter.items()
+        if name.endswith(suffix)
+    }
 
 
 def _spread(names: list[str]) -> list[str]:
@@ -132,7 +155,9 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
         metrics = read_metrics(path)
         _ = [line["step"] for line in metrics]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: a line is no JSON object with a step ({error}); remove it.") from None
+        raise ValueError(
+            f"{path} is damaged: a line is no JSON object with a step ({error}); remove it."
+        ) from None
     return metrics
 
 
@@ -140,13 +165,17 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
 def recipe_main(cfg: DictConfig) -> int:
     """Entry point: ``--config <name or path> [key=value ...]``, the config of any fine-tuning recipe."""
     if "optimizer" not in cfg:
-        raise ValueError("This config trains nothing: give that of the run, --config <its output_dir>/config.yaml.")
+        raise ValueError(
+            "This config trains nothing: give that of the run, --config <its output_dir>/config.yaml."
+        )
     run = Path(cfg.output_dir)
     loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
     print(f"Loss curve: {run / 'loss_curve.png'}")
     checkpoint = find_checkpoint(run)
     title = f"{run.name}, {checkpoint.name}"
-    singular_values(drawn_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg))
+    singular_values(
+        drawn_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg)
+    )
     print(f"Singular values: {run / 'singular_values.png'}")
     ranks = adapter_ranks(checkpoint)
     if len(set(ranks.values())) > 1:

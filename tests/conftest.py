@@ -27,7 +27,9 @@ def load_recipe():
     """Load a recipe's module by name, as `tune` does: by its file, since torchtune owns a package called recipes."""
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            f"recipe_{name}", ROOT / "recipes" / f"{name}.py"
+        )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

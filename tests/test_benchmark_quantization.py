@@ -9,11 +9,18 @@ import torch
 from torch.nn import functional as F
 
 from kasa_tune import config
-from kasa_tune.components.quantization import quantize
+from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.tiny_world import evaluate, world
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-LOSSLESS = ("QLoRA", "LoftQ", "QPiSSA", "QPiSSA 5", "QCorDA", "QCorDA, p = 1/2")  # but for quantization
+LOSSLESS = (
+    "QLoRA",
+    "LoftQ",
+    "QPiSSA",
+    "QPiSSA 5",
+    "QCorDA",
+    "QCorDA, p = 1/2",
+)  # but for quantization
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +29,10 @@ def scripts():
     known = set(sys.modules)
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield {name: importlib.import_module(name) for name in ("quantization_error", "quantized_training")}
+        yield {
+            name: importlib.import_module(name)
+            for name in ("quantization_error", "quantized_training")
+        }
     finally:
         sys.path.remove(str(BENCHMARKS))
         for name in set(sys.modules) - known:
@@ -47,7 +57,10 @@ def weight() -> torch.Tensor:
 
 @pytest.fixture
 def covariance() -> torch.Tensor:
-    x = torch.randn(32, 100, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 4, 32)[:, None]
+    x = (
+        torch.randn(32, 100, generator=torch.Generator().manual_seed(1))
+        * torch.linspace(0.2, 4, 32)[:, None]
+    )
     return x @ x.T / 100
 
 
@@ -67,20 +80,31 @@ def test_qkasa_is_off_by_what_it_removes(error, weight, covariance):
 def test_the_error_is_that_of_the_outputs(error, weight):
     x = torch.randn(32, 50, dtype=torch.float64)
     effective = rounded(weight)
-    expected = torch.linalg.norm((weight - effective).double() @ x) / torch.linalg.norm(weight.double() @ x)
-    assert error.output_error(weight, effective, x @ x.T) == pytest.approx(expected.item(), rel=1e-10)
+    expected = torch.linalg.norm((weight - effective).double() @ x) / torch.linalg.norm(
+        weight.double() @ x
+    )
+    assert error.output_error(weight, effective, x @ x.T) == pytest.approx(
+        expected.item(), rel=1e-10
+    )
     of_white = torch.linalg.norm(weight - effective) / torch.linalg.norm(weight)
     assert error.output_error(weight, effective) == pytest.approx(of_white.item(), rel=1e-5)
 
 
 def test_qlora_knows_neither_rank_nor_context(error, weight, covariance):
-    starts = [error.effective_weight("QLoRA", weight, c, r, rounded) for c, r in ((covariance, 1), (torch.eye(32), 8))]
+    starts = [
+        error.effective_weight("QLoRA", weight, c, r, rounded)
+        for c, r in ((covariance, 1), (torch.eye(32), 8))
+    ]
     assert torch.equal(*starts)
     assert torch.equal(starts[0], rounded(weight))
 
 
-@pytest.mark.parametrize(("method", "power"), [("QPiSSA", 0.0), ("QCorDA", 1.0), ("QCorDA, p = 1/2", 0.5)])
-def test_what_is_quantized_is_the_weight_without_its_component(error, weight, covariance, method, power):
+@pytest.mark.parametrize(
+    ("method", "power"), [("QPiSSA", 0.0), ("QCorDA", 1.0), ("QCorDA, p = 1/2", 0.5)]
+)
+def test_what_is_quantized_is_the_weight_without_its_component(
+    error, weight, covariance, method, power
+):
     values, vectors = torch.linalg.eigh(covariance.double())
     U = torch.linalg.svd(weight.double() @ (vectors * values**power) @ vectors.T)[0][:, :4]
     part = (U @ (U.T @ weight.double())).float()
@@ -118,7 +142,9 @@ def test_the_order_is_decided_by_outlier_channels(error, outliers, first):
         effective = error.effective_weight(
             method, context.weights["weight"], context.calibration["weight"], 8, quantize
         )
-        found[method] = error.output_error(context.weights["weight"], effective, context.held_out["weight"])
+        found[method] = error.output_error(
+            context.weights["weight"], effective, context.held_out["weight"]
+        )
     assert min(found, key=found.get) == first
     assert max(found, key=found.get) == "QLoRA"
 
@@ -142,13 +168,25 @@ def test_loss_of_answers_is_that_of_every_answer_alone(error):
             logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
         total += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
         num_tokens += len(answer)
-    assert error.loss_of_answers(model, tokenizer, facts) == pytest.approx(total / num_tokens, rel=1e-4)
+    assert error.loss_of_answers(model, tokenizer, facts) == pytest.approx(
+        total / num_tokens, rel=1e-4
+    )
 
 
 def test_the_means_are_over_linears_and_kinds(error):
     results = [
-        {"context": "c", "method": "LoftQ", "rank": 2, "errors": {"0.w1": 1.0, "1.w1": 3.0, "0.w2": 8.0}},
-        {"context": "c", "method": "LoftQ", "rank": 4, "errors": {"0.w1": 9.0, "1.w1": 9.0, "0.w2": 9.0}},
+        {
+            "context": "c",
+            "method": "LoftQ",
+            "rank": 2,
+            "errors": {"0.w1": 1.0, "1.w1": 3.0, "0.w2": 8.0},
+        },
+        {
+            "context": "c",
+            "method": "LoftQ",
+            "rank": 4,
+            "errors": {"0.w1": 9.0, "1.w1": 9.0, "0.w2": 9.0},
+        },
     ]
     assert error.overall(error.choose(results, "c", "LoftQ", 2)) == [4.0]
     assert error.overall(error.choose(results, "c", "LoftQ"), kind="w1") == [2.0, 9.0]
@@ -158,7 +196,9 @@ def test_a_row_of_training_counts_the_steps_to_the_goal_of_the_same_seed(scripts
     def run(losses):
         return {"losses": losses, "val_loss_start": 7.0, "val_loss": 1.0, "trained": 10}
 
-    falling = [float(loss) for loss in range(60, 0, -1)]  # the mean of the last 20 is 10.5 at the end
+    falling = [
+        float(loss) for loss in range(60, 0, -1)
+    ]  # the mean of the last 20 is 10.5 at the end
     sooner, never = [loss - 5 for loss in falling], [loss + 5 for loss in falling]
     runs = {"qlora": {0: run(falling), 1: run(never)}, "qcorda": {0: run(sooner), 1: run(falling)}}
     runs["loftq"] = {0: run(never), 1: run(never)}

@@ -42,7 +42,9 @@ def kasa_tune(*args, cwd, **environment):
         "code = main()\nassert not {'torch', 'torchtune', 'transformers'} & set(sys.modules)\nsys.exit(code)"
     )
     command = [sys.executable, "-c", code, *args]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def started(cwd, rank=""):
@@ -53,12 +55,21 @@ def test_ls_shows_recipes_with_their_configs(package, capsys):
     (package / "recipes" / "evaluate_model.py").touch()
     assert cli.main(["ls"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["RECIPE", "CONFIG"], ["evaluate_model", "<>"], ["kasa_finetune_single_device", "toy_kasa"]]
+    assert rows == [
+        ["RECIPE", "CONFIG"],
+        ["evaluate_model", "<>"],
+        ["kasa_finetune_single_device", "toy_kasa"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("destination", "written"),
-    [("mine", "mine.yaml"), ("mine.yaml", "mine.yaml"), ("v1.2", "v1.2.yaml"), (".", "toy_kasa.yaml")],
+    [
+        ("mine", "mine.yaml"),
+        ("mine.yaml", "mine.yaml"),
+        ("v1.2", "v1.2.yaml"),
+        (".", "toy_kasa.yaml"),
+    ],
 )
 def test_cp_adds_what_is_missing(package, destination, written):
     assert cli.main(["cp", "toy_kasa", destination]) == 0
@@ -94,7 +105,10 @@ def test_cp_keeps_an_existing_file_when_told_to(package, tmp_path, capsys):
         (["cat", "kasa_finetune_single_devic"], "Did you mean kasa_finetune_single_device?"),
         (["cat", "--sort", "broken.yaml"], "not valid YAML"),
         (["validate", "toy_lora"], "Did you mean toy_kasa?"),
-        (["run", "kasa_fine_single_device", "--config", "toy_kasa"], "Did you mean kasa_finetune_single_device?"),
+        (
+            ["run", "kasa_fine_single_device", "--config", "toy_kasa"],
+            "Did you mean kasa_finetune_single_device?",
+        ),
         (["run", "kasa_finetune_single_device", "--config", "toy_kas"], "Did you mean toy_kasa?"),
         (["run", "kasa_finetune_single_device", "batch_size=3"], "needs --config"),
         (["run", "kasa_finetune_single_device", "--config"], "needs --config"),
@@ -133,13 +147,18 @@ def test_run_by_name_resolves_the_config_name(package, monkeypatch, tmp_path):
         cli.main(["run", "kasa_finetune_single_device", "--config", "toy_kasa", "a.b=c=d"])
     assert done.value.code == 0
     note = started(tmp_path / "work")
-    script, config = package / "recipes" / "kasa_finetune_single_device.py", package / "configs" / "toy_kasa.yaml"
+    script, config = (
+        package / "recipes" / "kasa_finetune_single_device.py",
+        package / "configs" / "toy_kasa.yaml",
+    )
     assert note["argv"] == [str(script), "--config", str(config), "a.b=c=d"]
     assert note["name"] == "__main__"
 
 
 @pytest.mark.parametrize("recipe", ["my", "my.py", "./my.py", "{cwd}/my.py"])
-@pytest.mark.parametrize("config", ["--config=./my.yaml", "--config my.yaml", "--config {cwd}/my.yaml"])
+@pytest.mark.parametrize(
+    "config", ["--config=./my.yaml", "--config my.yaml", "--config {cwd}/my.yaml"]
+)
 def test_run_a_recipe_of_ones_own(tmp_path, recipe, config):
     (tmp_path / "my.py").write_text(RECIPE)
     (tmp_path / "my.yaml").touch()
@@ -182,9 +201,22 @@ def test_processes_of_one_machine_need_no_port(options, added):
 def test_run_on_two_processes(tmp_path):
     (tmp_path / "my.py").write_text(RECIPE)
     (tmp_path / "my.yaml").touch()
-    command = [sys.executable, "-m", "kasa_tune", "run", "--nproc_per_node", "2", "my.py", "--config", "my.yaml", "x=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "kasa_tune",
+        "run",
+        "--nproc_per_node",
+        "2",
+        "my.py",
+        "--config",
+        "my.yaml",
+        "x=1",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     for rank in "01":
         assert started(tmp_path, rank)["argv"] == [
@@ -215,7 +247,8 @@ def test_shipped_names_without_torch(tmp_path, args):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"), [("batch_size=0", "batch_size"), ("batchsize=2", "batch_size"), ("dtype=fp16", "bf16")]
+    ("override", "said"),
+    [("batch_size=0", "batch_size"), ("batchsize=2", "batch_size"), ("dtype=fp16", "bf16")],
 )
 def test_validate_refuses_without_torch(tmp_path, override, said):
     done = kasa_tune("validate", "tiny_kasa", override, cwd=tmp_path)
@@ -236,7 +269,13 @@ def test_validate_before_the_model_is_downloaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", [["ls", "x"], ["validate", "toy_kasa", "--no-such-option"], ["cat", "toy_kasa", "--sorted"], []]
+    "args",
+    [
+        ["ls", "x"],
+        ["validate", "toy_kasa", "--no-such-option"],
+        ["cat", "toy_kasa", "--sorted"],
+        [],
+    ],
 )
 def test_unknown_arguments_exit_with_2(package, args):
     with pytest.raises(SystemExit, match="2"):

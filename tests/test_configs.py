@@ -24,17 +24,24 @@ from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
-from kasa_tune import config, reading, registry
+from kasa_tune import config, registry
 from kasa_tune.components import models
-from kasa_tune.components.checkpointing import list_checkpoints, load_part, verify_checkpoint
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.checkpoints.checkpoint import (
+    list_checkpoints,
+    load_part,
+    verify_checkpoint,
+)
 from kasa_tune.components.models.loading import build_on_meta
-from kasa_tune.schema import Ignored
-from kasa_tune.schemas import SCHEMAS
+from kasa_tune.components.training.loggers import read_metrics
+from kasa_tune.config import reading
+from kasa_tune.config.entries import Ignored
+from kasa_tune.config.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
-SELF_CONTAINED = [name for name in FILES if name.startswith(("tiny_", "stories260k_"))]  # their models are at hand
+SELF_CONTAINED = [
+    name for name in FILES if name.startswith(("tiny_", "stories260k_"))
+]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED]
 KASA = [name for name in FINETUNED if name.endswith("_kasa")]
@@ -97,7 +104,10 @@ def test_lora_twin_differs_in_the_method_alone(name, trees):
     of_kasa_alone = {"truncation_rank", "truncation", "diag_init", "edit_storage"}
     model = {key: value for key, value in kasa["model"].items() if key not in of_kasa_alone}
     model["_component_"] = model["_component_"].replace(".kasa_", ".lora_")
-    assert lora == comparable | {"model": model, "output_dir": kasa["output_dir"].removesuffix("kasa") + "lora"}
+    assert lora == comparable | {
+        "model": model,
+        "output_dir": kasa["output_dir"].removesuffix("kasa") + "lora",
+    }
 
 
 def test_every_lora_config_has_a_kasa_one():
@@ -107,7 +117,14 @@ def test_every_lora_config_has_a_kasa_one():
 
 
 # What arXiv 2412.06071 trains with: instruction following, and commonsense reasoning per model.
-INSTRUCTION = {"rank": 8, "alpha": 16, "modules": {"q_proj", "v_proj"}, "beta": 1e-4, "gamma": 1e-3, "lr": 2e-4}
+INSTRUCTION = {
+    "rank": 8,
+    "alpha": 16,
+    "modules": {"q_proj", "v_proj"},
+    "beta": 1e-4,
+    "gamma": 1e-3,
+    "lr": 2e-4,
+}
 COMMONSENSE = {
     "rank": 32,
     "alpha": 64,
@@ -133,13 +150,22 @@ def test_presets_are_the_papers(name, trees):
         "gamma": adapter["gamma"],
         "lr": tree["optimizer"]["lr"],
     } == PRESETS.get(name, INSTRUCTION)
-    assert tree["batch_size"] * tree["gradient_accumulation_steps"] == (8 if name.startswith("gemma") else 16)
+    assert tree["batch_size"] * tree["gradient_accumulation_steps"] == (
+        8 if name.startswith("gemma") else 16
+    )
     schedule = {key: value for key, value in tree["lr_scheduler"].items() if key != "_component_"}
     kind = tree["lr_scheduler"]["_component_"].rpartition(".")[2]
-    cosine, linear = ("cosine_schedule", {"warmup_ratio": 0.1}), ("linear_schedule", {"num_warmup_steps": 100})
+    cosine, linear = (
+        ("cosine_schedule", {"warmup_ratio": 0.1}),
+        ("linear_schedule", {"num_warmup_steps": 100}),
+    )
     assert (kind, schedule) == (linear if name in PRESETS else cosine)
     assert tree["epochs"] == (3 if name in PRESETS or "gsm8k" in name else 1)
-    assert (model["dropout"], tree["tokenizer"]["max_seq_len"], tree["dtype"]) == (0.05, 512, "bf16")
+    assert (model["dropout"], tree["tokenizer"]["max_seq_len"], tree["dtype"]) == (
+        0.05,
+        512,
+        "bf16",
+    )
 
 
 # What arXiv 2406.05223 trains with; the split of a component's size between B and A is ours.
@@ -150,7 +176,10 @@ CORDA_PRESET = {
     "alpha": 128,
     "dropout": 0.0,
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "weight_decay": 0.0},
-    "schedule": {"_component_": "kasa_tune.components.lr_schedules.cosine_schedule", "warmup_ratio": 0.03},
+    "schedule": {
+        "_component_": "kasa_tune.components.training.cosine_schedule",
+        "warmup_ratio": 0.03,
+    },
     "batch": 128,
     "epochs": 1,
     "dtype": "bf16",
@@ -179,12 +208,31 @@ def without(tree, *keys):
 @pytest.mark.parametrize("name", CORDA)
 def test_corda_configs_take_model_data_and_device_from_the_kasa_ones(name, trees):
     corda, kasa = trees[name], trees[name.removesuffix("corda") + "kasa"]
-    of_method = {"output_dir", "model", "adapter", "calibration", "optimizer", "lr_scheduler", "epochs"}
+    of_method = {
+        "output_dir",
+        "model",
+        "adapter",
+        "calibration",
+        "optimizer",
+        "lr_scheduler",
+        "epochs",
+    }
     of_method |= {"gradient_accumulation_steps", "save_every_n_steps"}
     assert without(corda, *of_method) == without(kasa, *of_method)
-    own = {"_component_", "attn_modules", "apply_to_mlp", "rank", "alpha", "dropout", "truncation_rank", "diag_init"}
+    own = {
+        "_component_",
+        "attn_modules",
+        "apply_to_mlp",
+        "rank",
+        "alpha",
+        "dropout",
+        "truncation_rank",
+        "diag_init",
+    }
     assert without(corda["model"], *own) == without(kasa["model"], *own)
-    assert corda["model"]["_component_"] == kasa["model"]["_component_"].replace(".kasa_", ".corda_")
+    assert corda["model"]["_component_"] == kasa["model"]["_component_"].replace(
+        ".kasa_", ".corda_"
+    )
 
 
 def test_every_kasa_config_has_a_corda_one_in_both_modes():
@@ -203,7 +251,9 @@ def test_modes_differ_in_what_they_calibrate_on_and_adapt(name, trees):
     assert not ipm["calibration"]["concatenate"]
     assert ipm["calibration"]["max_seq_len"] >= ipm["tokenizer"]["max_seq_len"]  # no sample is cut
     assert kpm["calibration"]["dataset"] not in ("${dataset}", ipm["dataset"])
-    assert kpm["calibration"]["concatenate"] or name.startswith("tiny_")  # a fact of the tiny world is a row
+    assert kpm["calibration"]["concatenate"] or name.startswith(
+        "tiny_"
+    )  # a fact of the tiny world is a row
     assert (ipm["adapter"]["split"], kpm["adapter"]["split"]) == ("balanced", "paper")
     of_kpm = ipm["adapter"] | {"mode": "kpm", "split": "paper"}
     expected = ipm | {"adapter": of_kpm, "output_dir": f"{ipm['output_dir']}_kpm"}
@@ -226,20 +276,31 @@ def test_pissa_and_milora_differ_from_corda_in_the_start_alone(name, trees):
     model, _, method = name.rpartition("_")
     corda, baseline = trees[f"{model}_corda"], trees[name]
     adapter = without(corda["adapter"], "mode", "dynamic_ranks") | {"method": method}
-    expected = without(corda, "calibration") | {"adapter": adapter, "output_dir": f"/tmp/kasa_tune/{name}"}
+    expected = without(corda, "calibration") | {
+        "adapter": adapter,
+        "output_dir": f"/tmp/kasa_tune/{name}",
+    }
     assert baseline == expected
 
 
 def test_the_tiny_configs_train_alike(trees):
     """Same data, places, rank and schedule, so that results can be compared; LoRA+ has two learning rates."""
     of_method = ("output_dir", "model", "adapter", "quantization", "calibration")
-    tiny = {name: trees[name] for name in FILES if name.startswith("tiny_") and not name.endswith("_generate")}
+    tiny = {
+        name: trees[name]
+        for name in FILES
+        if name.startswith("tiny_") and not name.endswith("_generate")
+    }
     assert len(tiny) == 13
     for name, tree in tiny.items():
         optimizer = tree["optimizer"] | ({"lr": 4e-3} if name == "tiny_lora_plus" else {})
-        assert without(tree, *of_method) | {"optimizer": optimizer} == without(tiny["tiny_kasa"], *of_method), name
+        assert without(tree, *of_method) | {"optimizer": optimizer} == without(
+            tiny["tiny_kasa"], *of_method
+        ), name
         options = ("_component_", "truncation_rank", "diag_init", "use_dora")
-        assert without(tree["model"], *options) == without(tiny["tiny_kasa"]["model"], *options), name
+        assert without(tree["model"], *options) == without(tiny["tiny_kasa"]["model"], *options), (
+            name
+        )
 
 
 def test_dora_and_lora_plus_are_lora_with_one_thing_more(trees):
@@ -252,7 +313,13 @@ def test_dora_and_lora_plus_are_lora_with_one_thing_more(trees):
 
 
 # Ending of a quantized config -> that of the config it is, but for the four bits.
-UNQUANTIZED = {"_qcorda": "_corda", "_qlora": "_lora", "_qpissa": "_pissa", "_loftq": "_pissa", "_qkasa": "_kasa"}
+UNQUANTIZED = {
+    "_qcorda": "_corda",
+    "_qlora": "_lora",
+    "_qpissa": "_pissa",
+    "_loftq": "_pissa",
+    "_qkasa": "_kasa",
+}
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -261,12 +328,17 @@ def test_quantized_configs_differ_from_their_twins_in_the_four_bits_alone(name, 
     tree, twin = trees[name], trees[name.removesuffix(ending) + UNQUANTIZED[ending]]
     method = ending.removeprefix("_")
     iterations = (
-        {"quantization_iterations": {"qpissa": 1, "loftq": 5}[method]} if "pissa" in UNQUANTIZED[ending] else {}
+        {"quantization_iterations": {"qpissa": 1, "loftq": 5}[method]}
+        if "pissa" in UNQUANTIZED[ending]
+        else {}
     )
     adapter = without(twin.get("adapter", {}), "mode") | iterations | {"method": method}
     shown = {} if name in SELF_CONTAINED else {"dtype": "fp32"}
     assert tree["adapter"] == adapter | shown
-    assert tree["quantization"] == {"block_size": 64, "scaler_block_size": 256}  # arXiv 2305.14314's
+    assert tree["quantization"] == {
+        "block_size": 64,
+        "scaler_block_size": 256,
+    }  # arXiv 2305.14314's
     expected = without(twin, "adapter") | {"output_dir": f"/tmp/kasa_tune/{name}"}
     assert without(tree, "adapter", "quantization") == expected
 
@@ -281,7 +353,9 @@ def test_every_model_has_a_config_in_four_bits():
 
 
 def test_every_quantized_method_runs_at_hand_and_on_a_real_model():
-    methods = {ending.removeprefix("_") for ending, schema in SCHEMAS.items() if schema is config.QCORDA}
+    methods = {
+        ending.removeprefix("_") for ending, schema in SCHEMAS.items() if schema is config.QCORDA
+    }
     for model in ("tiny", "llama3_8b"):
         assert {name for name in QUANTIZED if name.removeprefix(f"{model}_") in methods} == {
             f"{model}_{method}" for method in methods
@@ -302,7 +376,9 @@ def test_qcordas_completions_come_from_the_model_that_it_trains(trees):
 def header_commands(name):
     """The commands in the comments above the first key, in words."""
     head = FILES[name].read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    commands = [re.sub(r"^#\s+", "", line) for line in head if re.match(r"#\s+(tune|kasa-tune) ", line)]
+    commands = [
+        re.sub(r"^#\s+", "", line) for line in head if re.match(r"#\s+(tune|kasa-tune) ", line)
+    ]
     return [shlex.split(command, comments=True) for command in commands]
 
 
@@ -315,13 +391,17 @@ def test_commands_of_the_header_run_this_config(name):
     for words in runs:
         recipe, given = words[2], words[words.index("--config") + 1]
         registry.find_recipe(recipe)
-        config.load(given, words[words.index("--config") + 2 :], schema_of(given), check_files=False)
+        config.load(
+            given, words[words.index("--config") + 2 :], schema_of(given), check_files=False
+        )
 
 
 @pytest.mark.parametrize("name", FINETUNED)
 def test_header_shows_an_override_and_the_dry_run(name):
     runs = [words for words in header_commands(name) if words[1] == "run"]
-    assert {tuple(words[:5]) for words in runs} == {("tune", "run", recipe_of(name), "--config", name)}
+    assert {tuple(words[:5]) for words in runs} == {
+        ("tune", "run", recipe_of(name), "--config", name)
+    }
     overrides = [words[5:] for words in runs]
     assert [] in overrides
     assert ["dry_run=true"] in overrides
@@ -337,7 +417,11 @@ def test_download_brings_the_files_the_config_reads(name, trees):
     files = checkpointer["checkpoint_files"]
     needed = [
         "config.json",
-        *(files if isinstance(files, list) else [files["filename_format"].format("00001", "00002")]),
+        *(
+            files
+            if isinstance(files, list)
+            else [files["filename_format"].format("00001", "00002")]
+        ),
     ]
     for key in ("path", "merges_file"):
         if given := trees[name]["tokenizer"].get(key):
@@ -398,7 +482,9 @@ def test_header_and_docs_of_corda_count_the_parameters(name, trees):
     trained = sum(p.numel() for p in on_meta(trees[name]["model"]).parameters() if p.requires_grad)
     for file in (FILES[name], FILES[f"{name}_kpm"]):
         assert f"#   -> {trained:,} parameters to train;" in file.read_text(encoding="utf-8")
-    assert f"| `{name}` | {trained:,} |" in (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {trained:,} |" in (ROOT / "docs" / "configs.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZED if name in FINETUNED])
@@ -418,7 +504,11 @@ def test_every_frozen_linear_fills_its_blocks(name, trees):
         if value.dim() == 2 and not value.requires_grad
     }
     assert len(weights) == 7 * len(model.layers)
-    assert not {key: size for key, size in weights.items() if size % trees[name]["quantization"]["block_size"]}
+    assert not {
+        key: size
+        for key, size in weights.items()
+        if size % trees[name]["quantization"]["block_size"]
+    }
 
 
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
@@ -430,7 +520,9 @@ def test_gemma2_caps_attention_at_50_and_logits_at_30(name, trees):
 
 def test_every_model_with_a_config_is_held_against_its_published_size():
     tasks = ("_commonsense", "_gsm8k")
-    assert {name.removesuffix("_kasa") for name in KASA if not any(task in name for task in tasks)} == {*PUBLISHED}
+    assert {
+        name.removesuffix("_kasa") for name in KASA if not any(task in name for task in tasks)
+    } == {*PUBLISHED}
 
 
 def test_llama3_8b_trains_as_many_parameters_as_the_paper_says(trees):
@@ -447,17 +539,27 @@ BASE_WITH_CHAT_FILES = [name for name in KASA if name.startswith(("llama3_8b", "
 
 
 @pytest.mark.parametrize("name", BASE_WITH_CHAT_FILES)
-def test_base_models_see_plain_text_even_where_a_chat_template_lies_beside_the_tokenizer(name, trees, tmp_path):
+def test_base_models_see_plain_text_even_where_a_chat_template_lies_beside_the_tokenizer(
+    name, trees, tmp_path
+):
     characters = [chr(code) for code in range(32, 127)]
     vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<turn>", *characters])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.add_special_tokens(["<bos>", "<eos>", "<turn>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     template = "{% for message in messages %}<turn>{{ message.content }}{% endfor %}"
-    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True, "chat_template": template}
+    settings = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "add_bos_token": True,
+        "chat_template": template,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     node = trees[name]["tokenizer"] | {"path": str(tmp_path / "tokenizer.json")}
-    messages = [Message(role="user", content="Say a.", masked=True), Message(role="assistant", content="a")]
+    messages = [
+        Message(role="user", content="Say a.", masked=True),
+        Message(role="assistant", content="a"),
+    ]
     tokens, mask = config.instantiate(OmegaConf.create(node)).tokenize_messages(messages)
     assert tokens == [vocabulary[token] for token in ["<bos>", *"Say a.", "a", "<eos>"]]
     assert mask == [True] * 7 + [False] * 2
@@ -475,10 +577,21 @@ SIZES = {
     "max_seq_len": 256,
 }
 ROWS = {
-    "alpaca_dataset": {"instruction": "Name a colour.", "input": "", "output": "Red, like the sun."},
-    "commonsense_dataset": {"instruction": "Is the sun hot?", "input": "", "output": "the correct answer is true"},
+    "alpaca_dataset": {
+        "instruction": "Name a colour.",
+        "input": "",
+        "output": "Red, like the sun.",
+    },
+    "commonsense_dataset": {
+        "instruction": "Is the sun hot?",
+        "input": "",
+        "output": "the correct answer is true",
+    },
     "completion_dataset": {"question": "who wrote the song of the sun"},
-    "gsm8k_dataset": {"question": "Tom has 2 cats and 3 dogs. How many pets?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+    "gsm8k_dataset": {
+        "question": "Tom has 2 cats and 3 dogs. How many pets?",
+        "answer": "2+3=<<2+3=5>>5\n#### 5",
+    },
 }
 
 
@@ -542,14 +655,20 @@ def toy_checkpoint(tmp_path_factory):
 
 def _write_checkpoint(family, folder):
     generator = torch.Generator().manual_seed(0)
-    build = partial(getattr(models, f"lora_{family.builder}"), attn_modules=["q_proj"], **family.model)
+    build = partial(
+        getattr(models, f"lora_{family.builder}"), attn_modules=["q_proj"], **family.model
+    )
     model = build_on_meta(build, dtype=torch.bfloat16)
     weights = {
         name: torch.randn(value.shape, generator=generator).mul(0.05).to(value.dtype)
         for name, value in model.state_dict().items()
         if ".lora_" not in name
     }
-    heads = {"num_heads": SIZES["num_heads"], "num_kv_heads": SIZES["num_kv_heads"], "dim": SIZES["embed_dim"]}
+    heads = {
+        "num_heads": SIZES["num_heads"],
+        "num_kv_heads": SIZES["num_kv_heads"],
+        "dim": SIZES["embed_dim"],
+    }
     options = {} if family.to_hf is phi3_tune_to_hf else heads | {"head_dim": family.head_dim}
     if family.to_hf is qwen2_tune_to_hf:
         options["tie_word_embeddings"] = family.tied
@@ -573,7 +692,9 @@ def tokenizer_model():
     if data := os.environ.get("KASA_TUNE_DATA"):
         return Path(data) / "models" / "stories260K" / "hf" / "tokenizer.model"
     embedded = ROOT / "kasa_tune" / "tiny_world" / "model" / "tokenizer.model"
-    return embedded if embedded.is_file() else pytest.skip("no tokenizer: KASA_TUNE_DATA is not set")
+    return (
+        embedded if embedded.is_file() else pytest.skip("no tokenizer: KASA_TUNE_DATA is not set")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -620,7 +741,10 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
             | family.model
             | ({"rank": 4, "alpha": 4} if tree["model"]["rank"] == 128 else {}),
             "checkpointer": tree["checkpointer"]
-            | {"checkpoint_dir": str(toy_checkpoint(family)), "checkpoint_files": ["model.safetensors"]},
+            | {
+                "checkpoint_dir": str(toy_checkpoint(family)),
+                "checkpoint_files": ["model.safetensors"],
+            },
             "dataset": local(tree["dataset"]),
             "batch_size": min(2, tree["batch_size"]),
             "gradient_accumulation_steps": 2,
@@ -640,7 +764,10 @@ def toy_config(trees, toy_checkpoint, tokenizer_model, rows, tmp_path):
 
 def check_run(folder, cfg):
     """Two finite lines, a verified checkpoint, and in it the adapters expected, with B moved from where it started."""
-    of_kasa = cfg.adapter.get("method", "kasa") in ("kasa", "qkasa")  # the recipe that has no methods logs both terms
+    of_kasa = cfg.adapter.get("method", "kasa") in (
+        "kasa",
+        "qkasa",
+    )  # the recipe that has no methods logs both terms
     of_corda = ".corda_" in cfg.model._component_
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"]]
     assert [line["step"] for line in lines] == [1, 2]
@@ -664,13 +791,22 @@ def adapter_names(model):
     places = [f"attn.{leaf}" for leaf in model["attn_modules"]]
     places += [f"mlp.{leaf}" for leaf in (["w1", "w2", "w3"] if mlp is True else mlp or [])]
     parts = ["lora_a.weight", "lora_b.weight"]
-    parts += ["lora_diag"] * (".kasa_" in model["_component_"]) + ["lora_magnitude"] * model.get("use_dora", False)
-    return {f"layers.{i}.{place}.{part}" for i in range(model["num_layers"]) for place in places for part in parts}
+    parts += ["lora_diag"] * (".kasa_" in model["_component_"]) + ["lora_magnitude"] * model.get(
+        "use_dora", False
+    )
+    return {
+        f"layers.{i}.{place}.{part}"
+        for i in range(model["num_layers"])
+        for place in places
+        for part in parts
+    }
 
 
 def recipe_for(name, load_recipe, cfg):
     module = load_recipe(recipe_of(name))
-    return next(made for key, made in vars(module).items() if key.endswith("FinetuneRecipeSingleDevice"))(cfg)
+    return next(
+        made for key, made in vars(module).items() if key.endswith("FinetuneRecipeSingleDevice")
+    )(cfg)
 
 
 def train(recipe, cfg):
@@ -694,8 +830,17 @@ ONE_PER_FAMILY = [
 
 # At toy size the models of a family are one; so are their calibrations.
 AT_TOY_SIZE = [name for name in FINETUNED if schema_of(name) is config.FINETUNE]
-AT_TOY_SIZE += [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("corda", "corda_kpm", "qcorda", "qlora")]
-AT_TOY_SIZE += ["llama3_8b_gsm8k_corda", "llama3_8b_commonsense_corda", "llama3_8b_pissa", "llama3_8b_milora"]
+AT_TOY_SIZE += [
+    f"{name}_{method}"
+    for name in ONE_PER_FAMILY
+    for method in ("corda", "corda_kpm", "qcorda", "qlora")
+]
+AT_TOY_SIZE += [
+    "llama3_8b_gsm8k_corda",
+    "llama3_8b_commonsense_corda",
+    "llama3_8b_pissa",
+    "llama3_8b_milora",
+]
 AT_TOY_SIZE += ["llama3_8b_qpissa", "llama3_8b_loftq", "llama3_8b_qkasa"]
 
 
@@ -723,10 +868,17 @@ def test_dry_run_prints_the_budget_of_every_family(name, method, toy_config, loa
     assert "training step" in printed
 
 
-@pytest.mark.parametrize("name", [name for name in SELF_CONTAINED if not name.endswith("_generate")])
+@pytest.mark.parametrize(
+    "name", [name for name in SELF_CONTAINED if not name.endswith("_generate")]
+)
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
-    overrides = [f"output_dir={tmp_path}", "max_steps=2", "run_val_every_n_steps=null", "save_every_n_steps=null"]
+    overrides = [
+        f"output_dir={tmp_path}",
+        "max_steps=2",
+        "run_val_every_n_steps=null",
+        "save_every_n_steps=null",
+    ]
     if "calibration" in schema_of(name):
         overrides.append("calibration.num_samples=8")
     cfg = config.load(name, overrides, schema_of(name), about_to_run=True)
@@ -737,7 +889,12 @@ def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
 @pytest.mark.parametrize("name", [name for name in SELF_CONTAINED if name.endswith("_generate")])
 def test_generation_config_completes_a_prompt(name, tmp_path, load_recipe):
     needs_data(name)
-    overrides = [f"output_dir={tmp_path}", "adapter_checkpoint=null", "num_samples=1", "max_new_tokens=4"]
+    overrides = [
+        f"output_dir={tmp_path}",
+        "adapter_checkpoint=null",
+        "num_samples=1",
+        "max_new_tokens=4",
+    ]
     cfg = config.load(name, overrides, config.GENERATE, about_to_run=True)
     recipe = load_recipe("generate_text").GenerateTextRecipe(cfg)
     recipe.setup(cfg)
@@ -750,9 +907,16 @@ def test_generation_config_completes_a_prompt(name, tmp_path, load_recipe):
 
 def documented(heading):
     """The rows of a table of docs/configs.md: key to (what it takes, its default)."""
-    text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8").split(f"## {heading}")[1].split("\n## ")[0]
+    text = (
+        (ROOT / "docs" / "configs.md")
+        .read_text(encoding="utf-8")
+        .split(f"## {heading}")[1]
+        .split("\n## ")[0]
+    )
     cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| `")
     ]
     return {key.strip("`"): (takes, default) for key, takes, default, _ in cells}
 
@@ -767,9 +931,16 @@ def described(schema, prefix=""):
         elif isinstance(spec, config.Key):
             rows[name] = (spec.allowed, in_yaml(spec.default))
         else:
-            kind = "a component or a list of them" if isinstance(spec, config.OneOrMany) else "a component"
+            kind = (
+                "a component or a list of them"
+                if isinstance(spec, config.OneOrMany)
+                else "a component"
+            )
             rows[name] = (kind, in_yaml(spec.default))
-            rows |= {f"{name}.{key}": (value.allowed, in_yaml(value.default)) for key, value in entry.own.items()}
+            rows |= {
+                f"{name}.{key}": (value.allowed, in_yaml(value.default))
+                for key, value in entry.own.items()
+            }
             rows |= {f"{name}.{key}": (value.allowed, None) for key, value in entry.values.items()}
     return rows
 
@@ -782,16 +953,24 @@ def in_yaml(default):
 
 def test_docs_describe_every_key_of_finetuning():
     expected, rows = described(config.FINETUNE), documented("Keys of `kasa_finetune_single_device`")
-    not_ours = {key for key in expected if key.startswith(("dataset_val.", "model.lora_", "checkpointer."))}
+    not_ours = {
+        key for key in expected if key.startswith(("dataset_val.", "model.lora_", "checkpointer."))
+    }
     builders = (models.corda_llama3_8b, models.lora_llama3_8b, models.kasa_llama3_8b)
-    builder = {name: taken for build in builders for name, taken in inspect.signature(build).parameters.items()}
+    builder = {
+        name: taken
+        for build in builders
+        for name, taken in inspect.signature(build).parameters.items()
+    }
     assert {*rows} - {"model.apply_to_output"} == {*expected} - not_ours
     for key, (takes, default) in rows.items():
         if key in expected:
             assert takes == expected[key][0], key
         if key.startswith("model."):
             given = builder[key.removeprefix("model.")].default
-            assert default == ("required" if given is inspect.Parameter.empty else in_yaml(given)), key
+            assert default == (
+                "required" if given is inspect.Parameter.empty else in_yaml(given)
+            ), key
         else:
             assert default == (expected[key][1] or "of the component"), key
 
@@ -814,7 +993,9 @@ def test_docs_tell_the_recipe_of_every_suffix():
     text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
     told = {
         suffix: recipe
-        for suffixes, recipe in re.findall(r"^\| ((?:`_\w+`(?:, )?)+) \| `(\w+)` \|", text, re.MULTILINE)
+        for suffixes, recipe in re.findall(
+            r"^\| ((?:`_\w+`(?:, )?)+) \| `(\w+)` \|", text, re.MULTILINE
+        )
         for suffix in re.findall(r"_\w+", suffixes)
     }
     assert {*told} == {*SCHEMAS}
@@ -827,7 +1008,9 @@ def test_docs_tell_the_recipe_of_every_suffix():
 @pytest.mark.parametrize("name", EXCHANGED)
 def test_header_of_an_exchange_shows_how_it_is_called(name):
     runs = [words for words in header_commands(name) if words[1] == "run"]
-    assert {tuple(words[:5]) for words in runs} == {("tune", "run", recipe_of(name), "--config", name)}
+    assert {tuple(words[:5]) for words in runs} == {
+        ("tune", "run", recipe_of(name), "--config", name)
+    }
     for words in runs:
         config.load(name, words[5:], check_files=False)
 
@@ -838,7 +1021,9 @@ def test_docs_describe_every_key_of_exporting():
 
 def test_docs_describe_every_key_of_importing():
     own = {name: spec for name, spec in config.IMPORT.items() if not isinstance(spec, Ignored)}
-    expected = {key: row for key, row in described(own).items() if "." not in key}  # those inside are as in training
+    expected = {
+        key: row for key, row in described(own).items() if "." not in key
+    }  # those inside are as in training
     assert documented("Keys of `import_adapter`") == expected
     assert {*config.IMPORT} == {*own, *config.QCORDA}
 
@@ -846,4 +1031,8 @@ def test_docs_describe_every_key_of_importing():
 def test_docs_describe_every_key_of_generation():
     expected, rows = described(config.GENERATE), documented("Keys of `generate_text`")
     same = {key for key, row in described(config.FINETUNE).items() if expected.get(key) == row}
-    assert rows == {key: row for key, row in expected.items() if key not in same and not key.startswith("dataset.")}
+    assert rows == {
+        key: row
+        for key, row in expected.items()
+        if key not in same and not key.startswith("dataset.")
+    }

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from kasa_tune import autoload, registry
 
-NAMES = ["kasa_finetune_single_device", "generate_text", "llama3_8b_kasa", "llama3_8b_lora", "tiny_kasa_generate"]
+NAMES = [
+    "kasa_finetune_single_device",
+    "generate_text",
+    "llama3_8b_kasa",
+    "llama3_8b_lora",
+    "tiny_kasa_generate",
+]
 
 
 @pytest.fixture
@@ -19,7 +25,12 @@ def package(tmp_path, monkeypatch):
     """A stand-in for the installed package with two recipes and a few configs inside."""
     root = tmp_path / "site" / "kasa_tune"
     for folder, names in {
-        "recipes": ["kasa_finetune_single_device.py", "generate_text.py", "kasa_finetune_distributed.py", "_draft.py"],
+        "recipes": [
+            "kasa_finetune_single_device.py",
+            "generate_text.py",
+            "kasa_finetune_distributed.py",
+            "_draft.py",
+        ],
         "configs": ["toy_kasa.yaml", "toy_lora.yaml", "toy_kasa_generate.yaml", "notes.txt"],
     }.items():
         (root / folder).mkdir(parents=True)
@@ -34,7 +45,9 @@ def package(tmp_path, monkeypatch):
 def torchtune_registry(monkeypatch):
     """A fresh copy of torchtune's registry module, loaded from its file: neither torch nor torchtune is imported."""
     folder = Path(importlib.util.find_spec("torchtune").origin).parent
-    spec = importlib.util.spec_from_file_location("torchtune_registry_copy", folder / "_recipe_registry.py")
+    spec = importlib.util.spec_from_file_location(
+        "torchtune_registry_copy", folder / "_recipe_registry.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look their module up
     spec.loader.exec_module(module)
@@ -43,7 +56,9 @@ def torchtune_registry(monkeypatch):
 
 
 def test_each_config_belongs_to_the_recipe_its_suffix_names(package):
-    found = {recipe.name: [config.name for config in recipe.configs] for recipe in registry.recipes()}
+    found = {
+        recipe.name: [config.name for config in recipe.configs] for recipe in registry.recipes()
+    }
     assert found["kasa_finetune_single_device"] == ["toy_kasa", "toy_lora"]
     assert found["generate_text"] == ["toy_kasa_generate"]
     assert "_draft" not in found
@@ -56,7 +71,9 @@ def test_the_suffixes_of_corda_are_not_taken_for_others(package):
     (package / "recipes" / "corda_finetune_single_device.py").touch()
     for ending in (*CORDA_SUFFIXES, "corda_generate"):
         (package / "configs" / f"toy_{ending}.yaml").touch()
-    found = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
+    found = {
+        recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()
+    }
     assert found["corda_finetune_single_device"] == {f"toy_{ending}" for ending in CORDA_SUFFIXES}
     assert found["kasa_finetune_single_device"] == {"toy_kasa", "toy_lora"}
     assert found["generate_text"] == {"toy_kasa_generate", "toy_corda_generate"}
@@ -70,7 +87,9 @@ def test_the_suffixes_of_qcorda_are_not_taken_for_those_they_end_like(package):
         (package / "recipes" / f"{recipe}.py").touch()
     for ending in (*QCORDA_SUFFIXES, "corda", "pissa", "qcorda_generate"):
         (package / "configs" / f"toy_{ending}.yaml").touch()
-    found = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
+    found = {
+        recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()
+    }
     assert found["qcorda_finetune_single_device"] == {f"toy_{ending}" for ending in QCORDA_SUFFIXES}
     assert found["corda_finetune_single_device"] == {"toy_corda", "toy_pissa"}
     assert found["kasa_finetune_single_device"] == {"toy_kasa", "toy_lora"}
@@ -80,7 +99,12 @@ def test_the_suffixes_of_qcorda_are_not_taken_for_those_they_end_like(package):
 def test_a_config_belongs_to_one_recipe_for_one_device_and_to_its_twin_for_several():
     shipped = registry.recipes()
     for distributed in (False, True):
-        listed = [c.name for recipe in shipped if recipe.supports_distributed is distributed for c in recipe.configs]
+        listed = [
+            c.name
+            for recipe in shipped
+            if recipe.supports_distributed is distributed
+            for c in recipe.configs
+        ]
         assert len(listed) == len({*listed})
     configs = {recipe.name: recipe.configs for recipe in shipped}
     twins = {name for name in configs if name.endswith("_distributed")}
@@ -104,11 +128,19 @@ def test_a_checkout_is_read_next_to_the_package(package, monkeypatch):
 
 
 def test_shipped_recipes_and_configs_are_listed():
-    shipped = {recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()}
+    shipped = {
+        recipe.name: {config.name for config in recipe.configs} for recipe in registry.recipes()
+    }
     assert {"tiny_kasa", "tiny_lora", "llama3_8b_kasa"} <= shipped["kasa_finetune_single_device"]
-    assert {"tiny_corda", "tiny_corda_kpm", "tiny_pissa", "llama3_8b_corda"} <= shipped["corda_finetune_single_device"]
-    assert {"tiny_qcorda", "tiny_loftq", "llama3_8b_qlora"} <= shipped["qcorda_finetune_single_device"]
-    assert {"tiny_kasa_generate", "tiny_corda_generate", "tiny_qcorda_generate"} <= shipped["generate_text"]
+    assert {"tiny_corda", "tiny_corda_kpm", "tiny_pissa", "llama3_8b_corda"} <= shipped[
+        "corda_finetune_single_device"
+    ]
+    assert {"tiny_qcorda", "tiny_loftq", "llama3_8b_qlora"} <= shipped[
+        "qcorda_finetune_single_device"
+    ]
+    assert {"tiny_kasa_generate", "tiny_corda_generate", "tiny_qcorda_generate"} <= shipped[
+        "generate_text"
+    ]
 
 
 def test_no_shipped_config_is_an_orphan():
@@ -163,7 +195,9 @@ def test_a_name_near_nothing_points_to_the_list(package):
         registry.find_recipe("zzz")
 
 
-@given(name=st.sampled_from(NAMES), index=st.integers(0, 100), letter=st.sampled_from(["", "x", "-"]))
+@given(
+    name=st.sampled_from(NAMES), index=st.integers(0, 100), letter=st.sampled_from(["", "x", "-"])
+)
 def test_one_wrong_letter_still_finds_the_name(name, index, letter):
     index %= len(name)
     assert registry.nearest(name[:index] + letter + name[index + 1 :], NAMES)[0] == name
@@ -183,24 +217,38 @@ def test_torchtune_lists_ours_after_its_own_once(package, torchtune_registry):
     before = list(listed)
     registry.add_to_torchtune(torchtune_registry)
     registry.add_to_torchtune(torchtune_registry)
-    assert torchtune_registry.get_all_recipes() is listed, "torchtune's commands hold this very list"
+    assert torchtune_registry.get_all_recipes() is listed, (
+        "torchtune's commands hold this very list"
+    )
     assert listed[: len(before)] == before
-    assert [recipe.name for recipe in listed[len(before) :]] == [recipe.name for recipe in registry.recipes()]
+    assert [recipe.name for recipe in listed[len(before) :]] == [
+        recipe.name for recipe in registry.recipes()
+    ]
 
 
 def test_torchtune_reaches_our_files(package, torchtune_registry):
     registry.add_to_torchtune(torchtune_registry)
-    recipe = next(r for r in torchtune_registry.get_all_recipes() if r.name == "kasa_finetune_single_device")
+    recipe = next(
+        r for r in torchtune_registry.get_all_recipes() if r.name == "kasa_finetune_single_device"
+    )
     # How torchtune joins a recipe's and a config's path: its own root first.
-    assert Path("/torchtune/recipes") / recipe.file_path == package / "recipes" / "kasa_finetune_single_device.py"
+    assert (
+        Path("/torchtune/recipes") / recipe.file_path
+        == package / "recipes" / "kasa_finetune_single_device.py"
+    )
     config = next(config for config in recipe.configs if config.name == "toy_kasa")
-    assert Path("/torchtune/recipes/configs") / config.file_path == package / "configs" / "toy_kasa.yaml"
+    assert (
+        Path("/torchtune/recipes/configs") / config.file_path
+        == package / "configs" / "toy_kasa.yaml"
+    )
     assert recipe.supports_distributed is False
 
 
 def test_a_misspelt_recipe_as_module_names_the_recipe(package, torchtune_registry):
     registry.add_to_torchtune(torchtune_registry)
-    with pytest.raises(ModuleNotFoundError, match="Did you mean the recipe kasa_finetune_single_device"):
+    with pytest.raises(
+        ModuleNotFoundError, match="Did you mean the recipe kasa_finetune_single_device"
+    ):
         importlib.util.find_spec("kasa_finetun_single_devce")
     assert importlib.util.find_spec("a_module_that_nobody_has") is None
     assert importlib.util.find_spec("json") is not None
@@ -221,9 +269,12 @@ def run_hook(tmp_path):
     def run(code):
         head = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]\nfrom kasa_tune import autoload\n"
         tail = (
-            "\nnames = [r.name for r in registry.get_all_recipes()]\nprint(names.count('kasa_finetune_single_device'))"
+            "\nnames = [r.name for r in registry.get_all_recipes()]"
+            "\nprint(names.count('kasa_finetune_single_device'))"
         )
-        return subprocess.run([sys.executable, "-c", head + code + tail], capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, "-c", head + code + tail], capture_output=True, text=True, timeout=60
+        )
 
     return run
 
@@ -232,7 +283,8 @@ def run_hook(tmp_path):
     "code",
     [
         "autoload.install()\nfrom torchtune import _recipe_registry as registry",
-        "autoload.install()\n" * 2 + "from torchtune import _recipe_registry as registry\nautoload.install()",
+        "autoload.install()\n" * 2
+        + "from torchtune import _recipe_registry as registry\nautoload.install()",
         "from torchtune import _recipe_registry as registry\nautoload.install()",
     ],
     ids=["before", "repeatedly", "after"],
@@ -252,7 +304,9 @@ def test_hook_extends_the_list_once_whenever_it_is_installed(run_hook, code):
     ids=["registry gone", "registry fails", "meta path frozen"],
 )
 def test_hook_never_raises(run_hook, breakage):
-    done = run_hook(f"{breakage}\nautoload.install()\nfrom torchtune import _recipe_registry as registry")
+    done = run_hook(
+        f"{breakage}\nautoload.install()\nfrom torchtune import _recipe_registry as registry"
+    )
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 

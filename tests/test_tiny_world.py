@@ -37,7 +37,9 @@ def test_data_files_are_regenerated_byte_for_byte():
 def test_world_is_of_the_promised_size():
     facts = [fact for person in world.people() for fact in person]
     assert 1000 <= len(world.people()) <= 1500
-    assert len({(fact.person, fact.relation.name) for fact in facts}) == len(facts)  # one answer to every question
+    assert len({(fact.person, fact.relation.name) for fact in facts}) == len(
+        facts
+    )  # one answer to every question
     assert all(2 <= len(person) <= 4 for person in world.people())
 
 
@@ -52,7 +54,9 @@ def test_a_facts_held_out_question_is_not_in_the_corpus_but_the_fact_and_the_wor
     seen = [row for row in calibration if asked.get(row["question"]) == row["answer"]]
     assert len(seen) / len(calibration) > 0.95  # a wording is missed in all passes once in (3/4)^20
     wordings = {wording for relation in world.RELATIONS for wording in relation.questions}
-    names = re.compile("|".join(sorted({fact.person for person in world.people() for fact in person})))
+    names = re.compile(
+        "|".join(sorted({fact.person for person in world.people() for fact in person}))
+    )
     assert {names.sub("{n}", question) for question in asked} >= wordings
 
 
@@ -76,25 +80,45 @@ def test_task_text_tells_every_slot_and_names_are_held_out():
         slots = task.read_representation(row["input"])
         assert task.write_representation(slots) == row["input"]
         assert all(phrase in row["output"] for phrase in task.slot_phrases(slots).values())
-    names = [{task.read_representation(row["input"])["name"] for row in rows} for rows in (train, val)]
+    names = [
+        {task.read_representation(row["input"])["name"] for row in rows} for rows in (train, val)
+    ]
     assert not names[0] & names[1]
     with pytest.raises(ValueError, match="'test'"):
         task.rows("test")
 
 
 def test_task_text_by_hand():
-    slots = {"name": "Iron Stag", "price": "low", "keeper": "baker", "rating": "best", "area": "mill", "tone": "brief"}
+    slots = {
+        "name": "Iron Stag",
+        "price": "low",
+        "keeper": "baker",
+        "rating": "best",
+        "area": "mill",
+        "tone": "brief",
+    }
     assert task.describe(slots) == "Iron Stag: baker at mill, cheap, five stars."
-    assert task.describe({"name": "Iron Stag", "keeper": "baker", "food": "soup", "tone": "warm"}) == (
-        "Come to the Iron Stag, our baker waits. Do try the soup."
-    )
+    assert task.describe(
+        {"name": "Iron Stag", "keeper": "baker", "food": "soup", "tone": "warm"}
+    ) == ("Come to the Iron Stag, our baker waits. Do try the soup.")
 
 
 def test_task_score_by_hand():
-    rows = [{"input": "name[Iron Stag], keeper[baker], area[mill], tone[brief]", "output": "Iron Stag: baker at mill."}]
-    assert task.score(lambda prompts: [" Iron Stag: baker at mill."], rows) == {"exact_match": 1, "slot_accuracy": 1}
+    rows = [
+        {
+            "input": "name[Iron Stag], keeper[baker], area[mill], tone[brief]",
+            "output": "Iron Stag: baker at mill.",
+        }
+    ]
+    assert task.score(lambda prompts: [" Iron Stag: baker at mill."], rows) == {
+        "exact_match": 1,
+        "slot_accuracy": 1,
+    }
     half = task.score(lambda prompts: ["The Iron Stag stands at mill."], rows)
-    assert half == {"exact_match": 0, "slot_accuracy": pytest.approx(2 / 3)}  # name and area, not the keeper's words
+    assert half == {
+        "exact_match": 0,
+        "slot_accuracy": pytest.approx(2 / 3),
+    }  # name and area, not the keeper's words
 
 
 # --- tokenizer and files ---
@@ -108,7 +132,11 @@ def test_sizes():
 
 
 def test_tokenizer_ids_and_reproduction(tokenizer):
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, pretrain.MODEL["vocab_size"])
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+        1,
+        2,
+        pretrain.MODEL["vocab_size"],
+    )
     assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
     text = "Q: Where does Bela Orlin live?\n  Zürich, 100 % [yes] {no}; naïve 漢"
     assert tokenizer.decode(tokenizer.encode(text)) == text  # byte fallback and kept spaces
@@ -126,9 +154,13 @@ def test_prompt_templates_give_the_tokens_that_were_trained_and_scored():
     ]
     for template, prompt, user, assistant in cases:
         tokenizer = llama2_tokenizer(
-            str(MODEL / "tokenizer.model"), prompt_template={"user": template, "assistant": ("", "")}
+            str(MODEL / "tokenizer.model"),
+            prompt_template={"user": template, "assistant": ("", "")},
         )
-        messages = [Message(role="user", content=user, masked=True), Message(role="assistant", content=assistant)]
+        messages = [
+            Message(role="user", content=user, masked=True),
+            Message(role="assistant", content=assistant),
+        ]
         expected = tokenizer.encode(f"{prompt(user)} {assistant}", add_bos=True, add_eos=True)
         assert tokenizer.tokenize_messages(messages)[0] == expected
 
@@ -137,7 +169,9 @@ def test_packed_rows_learn_answers_and_texts_but_no_questions(tokenizer):
     documents = ["Q: Who sings? A: Bela", "The old fox sleeps. Q: Who? A: the fox"]
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
     examples = pretrain.encode(pieces, documents)
-    learned = [tokenizer.decode([y for y in labels if y != pretrain.IGNORE]) for _, labels in examples]
+    learned = [
+        tokenizer.decode([y for y in labels if y != pretrain.IGNORE]) for _, labels in examples
+    ]
     assert learned == ["Bela", documents[1]]
     rows = pretrain.packed_rows(pieces, 128, seed=0)
     for _ in range(5):
@@ -174,11 +208,16 @@ def test_logits_agree_with_transformers(model, tokenizer):
     peer = transformers.LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     for text in world.corpus(0)[:20]:
         tokens = torch.tensor([tokenizer.encode(text)])
-        torch.testing.assert_close(model(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)  # fp32, other kernels
+        torch.testing.assert_close(
+            model(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4
+        )  # fp32, other kernels
 
 
 def test_greedy_continues_each_row_as_alone(model, tokenizer):
-    prompts = [tokenizer.encode(text, add_eos=False) for text in ("Q: Who", "The old", "In the evening the brave")]
+    prompts = [
+        tokenizer.encode(text, add_eos=False)
+        for text in ("Q: Who", "The old", "In the evening the brave")
+    ]
     together = evaluate.greedy(model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=12)
     for prompt, made in zip(prompts, together, strict=True):
         tokens = list(prompt)
@@ -198,7 +237,9 @@ def test_model_knows_its_facts(model, tokenizer):
 def test_task_is_unknown_to_the_model(model, tokenizer):
     rows = evaluate.load_rows("task_val.jsonl")[:40]
     scores = task.score(evaluate.completer(model, tokenizer, max_new_tokens=64), rows)
-    assert evaluate.task_loss(model, tokenizer, rows) > 2.0  # a short fine-tune reaches a tenth of it: README
+    assert (
+        evaluate.task_loss(model, tokenizer, rows) > 2.0
+    )  # a short fine-tune reaches a tenth of it: README
     assert scores["exact_match"] == 0
     assert scores["slot_accuracy"] < 0.2
 

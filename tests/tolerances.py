@@ -8,7 +8,7 @@ So a comparison is made against ``ROUNDINGS * eps(dtype) * magnitude``: the magn
 import torch
 from torch import Tensor
 
-from kasa_tune.components.quantization import to_parts
+from kasa_tune.components.linalg.nf4 import to_parts
 
 # A forward rounds the input of each of its three products, the product and the sum: under eight roundings that add up.
 ROUNDINGS = 8
@@ -30,7 +30,9 @@ SCALAR_FP32 = {"rtol": 1e-5, "atol": 1e-6}
 FP64 = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def assert_rounding_only(actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype) -> None:
+def assert_rounding_only(
+    actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype
+) -> None:
     """``actual`` differs from the float64 value ``expected`` by rounding in ``dtype`` alone.
 
     Args:
@@ -55,6 +57,7 @@ def assert_same_bits(left: Tensor, right: Tensor) -> None:
     for name, part in parts.items():
         assert (part.dtype, part.shape) == (other_parts[name].dtype, other_parts[name].shape), name
         bits, other_bits = (
-            torch.clone(t, memory_format=torch.contiguous_format).view(-1) for t in (part, other_parts[name])
+            torch.clone(t, memory_format=torch.contiguous_format).view(-1)
+            for t in (part, other_parts[name])
         )
         assert torch.equal(bits.view(torch.uint8), other_bits.view(torch.uint8)), name

@@ -48,7 +48,11 @@ def to_hf(weights, model_type, sizes):
     """Weights under torchtune's names, in Hugging Face's names and layout, by torchtune's own way back."""
     if model_type in ("PHI3_MINI", "PHI4"):
         return phi3_tune_to_hf(weights)
-    shape = {"num_heads": sizes["num_heads"], "num_kv_heads": sizes["num_kv_heads"], "dim": sizes["embed_dim"]}
+    shape = {
+        "num_heads": sizes["num_heads"],
+        "num_kv_heads": sizes["num_kv_heads"],
+        "dim": sizes["embed_dim"],
+    }
     return _CONVERT.get(model_type, tune_to_hf)(weights, **shape, head_dim=sizes.get("head_dim"))
 
 
@@ -59,13 +63,21 @@ def toy(name, dtype=torch.float32):
     return sizes, {key: value.to(dtype) for key, value in state.items()}
 
 
-def write_checkpoint(folder, name, *, dtype=torch.float32, shards=1, change=lambda state: None, save=save_file):
+def write_checkpoint(
+    folder, name, *, dtype=torch.float32, shards=1, change=lambda state: None, save=save_file
+):
     """A Hugging Face checkpoint of a toy; returns the names of its files."""
     sizes, weights = toy(name, dtype)
     state = to_hf(weights, MODELS[name].model_type, sizes)
     change(state)
-    config = {"num_attention_heads": sizes["num_heads"], "num_key_value_heads": sizes["num_kv_heads"]}
-    config |= {"hidden_size": sizes["embed_dim"], "tie_word_embeddings": sizes.get("tie_word_embeddings", False)}
+    config = {
+        "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"],
+    }
+    config |= {
+        "hidden_size": sizes["embed_dim"],
+        "tie_word_embeddings": sizes.get("tie_word_embeddings", False),
+    }
     config |= {key: sizes[key] for key in ("head_dim",) if key in sizes}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -79,5 +91,9 @@ def write_checkpoint(folder, name, *, dtype=torch.float32, shards=1, change=lamb
 
 def checkpointer(folder, files, model_type):
     """Torchtune's, of a folder in Hugging Face's layout."""
-    options = {"checkpoint_files": files, "model_type": model_type, "output_dir": str(folder.parent / "out")}
+    options = {
+        "checkpoint_files": files,
+        "model_type": model_type,
+        "output_dir": str(folder.parent / "out"),
+    }
     return FullModelHFCheckpointer(checkpoint_dir=str(folder), **options)

@@ -35,7 +35,9 @@ class Family(NamedTuple):
     tied: bool
 
 
-def family(base: Callable, lora_peer: Callable, sizes: dict = SIZES, *, tied: bool = False) -> Family:
+def family(
+    base: Callable, lora_peer: Callable, sizes: dict = SIZES, *, tied: bool = False
+) -> Family:
     """A family with our builders, which carry torchtune's name after the method's."""
     ours = [getattr(models, f"{method}_{base.__name__}") for method in ("kasa", "lora", "corda")]
     return Family(base, lora_peer, *ours, sizes, tied)
@@ -59,7 +61,9 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            )
     return model
 
 

@@ -12,16 +12,16 @@ from torch import nn
 from torchtune import training
 from torchtune.config import instantiate
 
-from kasa_tune.components.adapters import adapter_linears, adapter_state_dict
-from kasa_tune.components.checkpointing import save_checkpoint, weights_fingerprint
-from kasa_tune.components.decomposition import co_svd, split_component
-from kasa_tune.components.linear import KaSALinear
+from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters.state import adapter_linears, adapter_state_dict
+from kasa_tune.components.checkpoints.checkpoint import save_checkpoint, weights_fingerprint
+from kasa_tune.components.linalg.decomposition import co_svd, split_component
+from kasa_tune.components.linalg.nf4 import dequantize, quantize
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor
-from kasa_tune.components.quantization import dequantize, quantize
-from kasa_tune.components.quantized_base import FOLDER, keep_quantized, quantized_linears
-from kasa_tune.components.quantized_start import METHODS as QUANTIZED_METHODS
-from kasa_tune.components.quantized_start import quantized_start
+from kasa_tune.components.quantized.base import FOLDER, keep_quantized, quantized_linears
+from kasa_tune.components.quantized.start import METHODS as QUANTIZED_METHODS
+from kasa_tune.components.quantized.start import quantized_start
 from tests.toy_checkpoints import MODELS, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -56,7 +56,9 @@ METHODS = {
     "qkasa": Method("kasa", {"method": "qkasa"}),
     "loftq": Method("corda", {"method": "loftq"}),
 }
-QUANTIZED = [name for name, method in METHODS.items() if method.adapter.get("method") in QUANTIZED_METHODS]
+QUANTIZED = [
+    name for name, method in METHODS.items() if method.adapter.get("method") in QUANTIZED_METHODS
+]
 
 
 class Trained(NamedTuple):
@@ -67,7 +69,18 @@ class Trained(NamedTuple):
 
 
 def trained_run(
-    output_dir, base, files, model_type, builder, sizes, method, *, where=EVERYWHERE, dtype="fp32", moved=0.3, **more
+    output_dir,
+    base,
+    files,
+    model_type,
+    builder,
+    sizes,
+    method,
+    *,
+    where=EVERYWHERE,
+    dtype="fp32",
+    moved=0.3,
+    **more,
 ):
     """Write the checkpoint of a run on a base.
 
@@ -89,13 +102,23 @@ def trained_run(
     kind, adapter, options, mixed = METHODS[method]
     config = {
         "output_dir": str(output_dir),
-        "tokenizer": {"_component_": "torchtune.models.llama2.llama2_tokenizer", "path": str(base / "tokenizer.model")},
+        "tokenizer": {
+            "_component_": "torchtune.models.llama2.llama2_tokenizer",
+            "path": str(base / "tokenizer.model"),
+        },
         "model": {"_component_": f"kasa_tune.components.models.{kind}_{builder}"}
         | {"rank": RANK, "alpha": ALPHA, **where, **options, **sizes},
         "adapter": adapter,
-        "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(base)}
-        | {"checkpoint_files": list(files), "model_type": model_type, "output_dir": str(output_dir)},
-        "dataset": {"_component_": "kasa_tune.components.datasets.instruct_dataset", "source": "json"},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(base),
+        }
+        | {
+            "checkpoint_files": list(files),
+            "model_type": model_type,
+            "output_dir": str(output_dir),
+        },
+        "dataset": {"_component_": "kasa_tune.components.data.instruct_dataset", "source": "json"},
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
         "dtype": dtype,
     } | more
@@ -105,11 +128,14 @@ def trained_run(
     if method in QUANTIZED:
         config["quantization"] = BLOCK
     model = build_on_meta(
-        partial(instantiate, OmegaConf.create(config["model"])), dtype=training.get_dtype(dtype, device=CPU)
+        partial(instantiate, OmegaConf.create(config["model"])),
+        dtype=training.get_dtype(dtype, device=CPU),
     )
     linears = dict(adapter_linears(model))
     if mixed:
-        ranks = {name: 5 * index % 9 for index, name in enumerate(linears)}  # 0 for one of each block
+        ranks = {
+            name: 5 * index % 9 for index, name in enumerate(linears)
+        }  # 0 for one of each block
     else:
         ranks = dict.fromkeys(linears, RANK)
     if method in QUANTIZED:
@@ -152,12 +178,18 @@ def _start_quantized(model, weights, ranks, method, output_dir):
         if method == "qcorda" and name in linears:
             found = _component(weight, ranks[name], METHODS[method].adapter)
         start = quantized_start(
-            weight, linears.get(name), method, quantize=partial(quantize, **BLOCK, dtype=dtype), component=found
+            weight,
+            linears.get(name),
+            method,
+            quantize=partial(quantize, **BLOCK, dtype=dtype),
+            component=found,
         )
         start.put_into(linear)
     for name in linears.keys() - quantized.keys():  # the output projection
         linears[name].initialize()
-    return keep_quantized(output_dir / FOLDER, {name: linear.weight for name, linear in quantized.items()})
+    return keep_quantized(
+        output_dir / FOLDER, {name: linear.weight for name, linear in quantized.items()}
+    )
 
 
 @torch.no_grad()
@@ -198,11 +230,29 @@ def effective_weight(linear, frozen=None):
     return weight
 
 
-def toy_run(tmp_path, name, method, *, base_dtype=torch.float32, shards=1, change=lambda state: None, **options):
+def toy_run(
+    tmp_path,
+    name,
+    method,
+    *,
+    base_dtype=torch.float32,
+    shards=1,
+    change=lambda state: None,
+    **options,
+):
     """A run of a toy model of :mod:`tests.toy_checkpoints` on a base in ``tmp_path / "base"``, its tokenizer there."""
-    files = write_checkpoint(tmp_path / "base", name, dtype=base_dtype, shards=shards, change=change)
+    files = write_checkpoint(
+        tmp_path / "base", name, dtype=base_dtype, shards=shards, change=change
+    )
     (tmp_path / "base" / "tokenizer.model").write_bytes(b"pieces")
     family, _, model_type = MODELS[name]
     return trained_run(
-        tmp_path / "run", tmp_path / "base", files, model_type, family, MODELS[name].sizes, method, **options
+        tmp_path / "run",
+        tmp_path / "base",
+        files,
+        model_type,
+        family,
+        MODELS[name].sizes,
+        method,
+        **options,
     )

@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 
 def load_rows(name: str) -> list[dict[str, str]]:
     """The rows of data/`name`."""
-    return [json.loads(line) for line in (HERE / "data" / name).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (HERE / "data" / name).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -43,14 +45,18 @@ def load_tokenizer(folder: Path):
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, prompts: list[list[int]], *, eos_id: int, max_new_tokens: int) -> list[list[int]]:
+def greedy(
+    model: nn.Module, prompts: list[list[int]], *, eos_id: int, max_new_tokens: int
+) -> list[list[int]]:
     """The greedy continuation of every prompt up to `eos_id` (left out) or `max_new_tokens`.
 
     Rows are padded on the right: under a causal mask the padding cannot reach the position that is read, so no
     mask is needed. Rows that are done leave the batch.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long)  # [n, longest]
+    tokens = torch.zeros(
+        len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long
+    )  # [n, longest]
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     starts = lengths.tolist()
@@ -64,16 +70,24 @@ def greedy(model: nn.Module, prompts: list[list[int]], *, eos_id: int, max_new_t
             break
         tokens[alive, lengths[alive]] = best
         lengths[alive] += 1
-    return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(starts, lengths.tolist(), strict=True))]
+    return [
+        tokens[i, start:end].tolist()
+        for i, (start, end) in enumerate(zip(starts, lengths.tolist(), strict=True))
+    ]
 
 
-def completer(model: nn.Module, tokenizer, *, max_new_tokens: int, batch_size: int = 64) -> Callable:
+def completer(
+    model: nn.Module, tokenizer, *, max_new_tokens: int, batch_size: int = 64
+) -> Callable:
     """A function from prompts to greedy completions, as world.exact_match and task.score take."""
 
     def generate(prompts: list[str]) -> list[str]:
         completions = []
         for i in range(0, len(prompts), batch_size):
-            ids = [tokenizer.encode(prompt, add_bos=True, add_eos=False) for prompt in prompts[i : i + batch_size]]
+            ids = [
+                tokenizer.encode(prompt, add_bos=True, add_eos=False)
+                for prompt in prompts[i : i + batch_size]
+            ]
             made = greedy(model, ids, eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens)
             completions += [tokenizer.decode(new) for new in made]
         return completions
@@ -97,13 +111,17 @@ def pad(examples: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def task_loss(model: nn.Module, tokenizer, rows: list[dict[str, str]], batch_size: int = 50) -> float:
+def task_loss(
+    model: nn.Module, tokenizer, rows: list[dict[str, str]], batch_size: int = 50
+) -> float:
     """Mean cross-entropy (nats) per response token, EOS included."""
     total, count = 0.0, 0
     for i in range(0, len(rows), batch_size):
         tokens, labels = pad([task_example(tokenizer, row) for row in rows[i : i + batch_size]])
         logits = model(tokens).flatten(0, 1)
-        total += F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum").item()
+        total += F.cross_entropy(
+            logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        ).item()
         count += int((labels != IGNORE).sum())
     return total / count
 
@@ -113,15 +131,21 @@ def evaluate(model: nn.Module, tokenizer, limit: int | None = None) -> dict[str,
     facts, texts = load_rows("facts_test.jsonl")[:limit], load_rows("task_val.jsonl")[:limit]
     scores = task.score(completer(model, tokenizer, max_new_tokens=64), texts)
     return {
-        "facts_exact_match": world.exact_match(completer(model, tokenizer, max_new_tokens=12), facts),
+        "facts_exact_match": world.exact_match(
+            completer(model, tokenizer, max_new_tokens=12), facts
+        ),
         "task_loss": task_loss(model, tokenizer, texts),
         **{f"task_{name}": value for name, value in scores.items()},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a model on the synthetic world's facts and task.")
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder in the Hugging Face layout")
+    parser = argparse.ArgumentParser(
+        description="Score a model on the synthetic world's facts and task."
+    )
+    parser.add_argument(
+        "--model", type=Path, default=HERE / "model", help="folder in the Hugging Face layout"
+    )
     parser.add_argument("--limit", type=int, help="rows of each file, all by default")
     arguments = parser.parse_args()
     scores = evaluate(load_model(arguments.model), load_tokenizer(arguments.model), arguments.limit)

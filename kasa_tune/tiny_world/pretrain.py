@@ -72,7 +72,9 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def encode(tokenizer: sentencepiece.SentencePieceProcessor, documents: list[str]) -> list[tuple[list[int], list[int]]]:
+def encode(
+    tokenizer: sentencepiece.SentencePieceProcessor, documents: list[str]
+) -> list[tuple[list[int], list[int]]]:
     """Tokens (BOS .. EOS) and labels of every document; labels are the tokens, or `IGNORE`.
 
     A question is drawn at random, so its words are noise to learn from: only the answer is, in a document that opens
@@ -80,14 +82,22 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, documents: list[str]
     """
     answers_at = tokenizer.piece_to_id(":")
     examples = []
-    for text, ids in zip(documents, tokenizer.encode(documents, add_bos=True, add_eos=True), strict=True):
-        start = len(ids) - ids[::-1].index(answers_at) if text.startswith(world.FACT_PROMPT[0]) else 1
+    for text, ids in zip(
+        documents, tokenizer.encode(documents, add_bos=True, add_eos=True), strict=True
+    ):
+        start = (
+            len(ids) - ids[::-1].index(answers_at) if text.startswith(world.FACT_PROMPT[0]) else 1
+        )
         examples.append((ids, [IGNORE] * start + ids[start:]))
     return examples
 
 
 def packed_rows(
-    tokenizer: sentencepiece.SentencePieceProcessor, length: int, seed: int, first_pass: int = 0, lookups: bool = False
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    length: int,
+    seed: int,
+    first_pass: int = 0,
+    lookups: bool = False,
 ) -> Iterator[Tensor]:
     """Endless rows [2, length] int64 of whole documents: inputs, and the labels already shifted by one."""
     rng = random.Random(f"rows {seed}")
@@ -108,14 +118,18 @@ def packed_rows(
 
 def build_model() -> nn.Module:
     """The untrained Llama-3-style model, small normal weights, residual outputs scaled by the depth."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # torchao 0.15 warns about its kernels, which are not used
+    logging.getLogger("torchao").setLevel(
+        logging.ERROR
+    )  # torchao 0.15 warns about its kernels, which are not used
     from torchtune.models.llama3 import llama3
 
     model = llama3(**MODEL)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             residual = name.endswith(("output_proj.weight", "w2.weight"))
-            nn.init.normal_(parameter, std=0.04 / math.sqrt(2 * MODEL["num_layers"]) if residual else 0.04)
+            nn.init.normal_(
+                parameter, std=0.04 / math.sqrt(2 * MODEL["num_layers"]) if residual else 0.04
+            )
     return model
 
 
@@ -126,9 +140,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float) -> None:
+def train(
+    model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float
+) -> None:
     """Pretrains in place and prints the mean loss per token every 100 steps."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n]
+    matrices = [
+        p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n
+    ]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "tok_embeddings" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
@@ -195,7 +213,9 @@ def save(model: nn.Module, folder: Path) -> None:
     save_file(contiguous, str(folder / "model.safetensors"), metadata={"format": "pt"})
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
     (folder / "config.json").write_text(json.dumps(hf_config(), indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def load(model: nn.Module, folder: Path) -> None:
@@ -204,16 +224,26 @@ def load(model: nn.Module, folder: Path) -> None:
     from torchtune.models.convert_weights import hf_to_tune
 
     weights = load_file(str(folder / "model.safetensors"))
-    sizes = {"num_heads": MODEL["num_heads"], "num_kv_heads": MODEL["num_kv_heads"], "dim": MODEL["embed_dim"]}
+    sizes = {
+        "num_heads": MODEL["num_heads"],
+        "num_kv_heads": MODEL["num_kv_heads"],
+        "dim": MODEL["embed_dim"],
+    }
     model.load_state_dict(hf_to_tune(weights, **sizes))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the embedded tiny Llama on the synthetic world.")
+    parser = argparse.ArgumentParser(
+        description="Pretrain the embedded tiny Llama on the synthetic world."
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=3600, help="steps of the first stage")
-    parser.add_argument("--second-steps", type=int, default=1200, help="steps of the second stage, with lookups")
-    parser.add_argument("--start-from", type=Path, help="a model of the first stage: only run the second")
+    parser.add_argument(
+        "--second-steps", type=int, default=1200, help="steps of the second stage, with lookups"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, help="a model of the first stage: only run the second"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="rows per step")
     parser.add_argument("--row-length", type=int, default=128, help="tokens per row")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak of the first stage")
@@ -224,7 +254,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "tokenizer.model").write_bytes(train_tokenizer())
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.output / "tokenizer.model"))
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_file=str(arguments.output / "tokenizer.model")
+    )
     model = build_model()
     batch_size, length, seed = arguments.batch_size, arguments.row_length, arguments.seed
     if arguments.start_from:
@@ -234,7 +266,13 @@ def main() -> None:
         train(model, rows, steps=arguments.steps, batch_size=batch_size, peak_lr=arguments.lr)
         save(model, arguments.output)
     rows = packed_rows(tokenizer, length, seed, first_pass=SECOND_STAGE_PASS, lookups=True)
-    train(model, rows, steps=arguments.second_steps, batch_size=batch_size, peak_lr=arguments.second_lr)
+    train(
+        model,
+        rows,
+        steps=arguments.second_steps,
+        batch_size=batch_size,
+        peak_lr=arguments.second_lr,
+    )
     save(model, arguments.output)
     print(f"Wrote {sum(p.numel() for p in model.parameters())} parameters to {arguments.output}.")
 

@@ -41,14 +41,26 @@ WORDINGS = {
         "area": ", close to the {area}",
         "food": "The menu offers {food}",
         "price": {"low": "Prices are low", "fair": "Prices are fair", "high": "Prices are high"},
-        "rating": {"poor": "Guests complain", "good": "Guests are content", "best": "Guests praise it"},
+        "rating": {
+            "poor": "Guests complain",
+            "good": "Guests are content",
+            "best": "Guests praise it",
+        },
     },
     "warm": {
         "keeper": "Come to the {name}, our {keeper} waits",
         "area": " near the {area}",
         "food": "Do try the {food}",
-        "price": {"low": "You will pay little", "fair": "It is worth the money", "high": "Treat yourself"},
-        "rating": {"poor": "We shall do better", "good": "Our visitors smile", "best": "Everybody adores us"},
+        "price": {
+            "low": "You will pay little",
+            "fair": "It is worth the money",
+            "high": "Treat yourself",
+        },
+        "rating": {
+            "poor": "We shall do better",
+            "good": "Our visitors smile",
+            "best": "Everybody adores us",
+        },
     },
     "brief": {
         "keeper": "{name}: {keeper}",
@@ -112,7 +124,9 @@ def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
     phrases = {"name": slots["name"]}
     for slot, wording in WORDINGS[slots["tone"]].items():
         if slot in slots:
-            phrases[slot] = wording[slots[slot]] if isinstance(wording, dict) else wording.format(**slots)
+            phrases[slot] = (
+                wording[slots[slot]] if isinstance(wording, dict) else wording.format(**slots)
+            )
     return phrases
 
 
@@ -121,7 +135,9 @@ def task_prompt(representation: str) -> str:
     return f"{TASK_PROMPT[0]}{representation} {TASK_PROMPT[1]}".rstrip(" ")
 
 
-def score(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]) -> dict[str, float]:
+def score(
+    generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]
+) -> dict[str, float]:
     """`exact_match` (fraction of whole texts) and `slot_accuracy` (fraction of slots whose words stand in the text).
 
     Args:

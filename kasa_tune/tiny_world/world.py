@@ -57,7 +57,12 @@ RELATIONS = (
             "Braddle Corve Umber Yelt Zorne Hollin Maddle".split()
         ),
         ("lives in {v}", "has a house in {v}", "comes home to {v}"),
-        ("{n} lives in {v}.", "The home of {n} is in {v}.", "In {v} one can meet {n}.", "You will find {n} in {v}."),
+        (
+            "{n} lives in {v}.",
+            "The home of {n} is in {v}.",
+            "In {v} one can meet {n}.",
+            "You will find {n} in {v}.",
+        ),
         (
             "Where does {n} live?",
             "In which town does {n} live?",
@@ -73,7 +78,12 @@ RELATIONS = (
             "sailor painter printer glazier shepherd thatcher barber chandler drover".split()
         ),
         ("works as a {v}", "earns money as a {v}", "is known as a good {v}"),
-        ("{n} works as a {v}.", "By trade {n} is a {v}.", "{n} learned to be a {v}.", "The {v} is called {n}."),
+        (
+            "{n} works as a {v}.",
+            "By trade {n} is a {v}.",
+            "{n} learned to be a {v}.",
+            "The {v} is called {n}.",
+        ),
         (
             "What is the trade of {n}?",
             "What does {n} work as?",
@@ -89,7 +99,12 @@ RELATIONS = (
             "mushrooms carrots dumplings cherries noodles turnips pancakes berries".split()
         ),
         ("likes to eat {v}", "eats {v} every day", "loves {v}"),
-        ("{n} likes {v} best.", "The favourite food of {n} is {v}.", "{n} always asks for {v}.", "Give {n} some {v}."),
+        (
+            "{n} likes {v} best.",
+            "The favourite food of {n} is {v}.",
+            "{n} always asks for {v}.",
+            "Give {n} some {v}.",
+        ),
         (
             "What does {n} like to eat?",
             "What is the favourite food of {n}?",
@@ -105,7 +120,12 @@ RELATIONS = (
             "hamster weasel magpie frog".split()
         ),
         ("keeps a {v}", "has a {v} at home", "walks with a {v}"),
-        ("{n} keeps a {v}.", "The pet of {n} is a {v}.", "{n} has a tame {v}.", "A {v} follows {n} everywhere."),
+        (
+            "{n} keeps a {v}.",
+            "The pet of {n} is a {v}.",
+            "{n} has a tame {v}.",
+            "A {v} follows {n} everywhere.",
+        ),
         (
             "Which pet does {n} keep?",
             "What is the pet of {n}?",
@@ -137,9 +157,16 @@ RELATIONS = (
     ),
     Relation(
         "colour",
-        tuple("red blue green yellow brown white black grey purple scarlet pink silver golden violet".split()),
+        tuple(
+            "red blue green yellow brown white black grey purple scarlet pink silver golden violet".split()
+        ),
         ("wears a {v} coat", "has a {v} door", "likes the colour {v}"),
-        ("{n} wears a {v} coat.", "The coat of {n} is {v}.", "{n} painted the door {v}.", "The colour of {n} is {v}."),
+        (
+            "{n} wears a {v} coat.",
+            "The coat of {n} is {v}.",
+            "{n} painted the door {v}.",
+            "The colour of {n} is {v}.",
+        ),
         (
             "Which colour does {n} like?",
             "What colour is the coat of {n}?",
@@ -167,11 +194,18 @@ class Fact:
 def people(seed: int = SEED) -> list[list[Fact]]:
     """The facts of every person: `NUM_PEOPLE` lists of two to four facts in different relations."""
     rng = random.Random(f"people {seed}")
-    names = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], NUM_PEOPLE)
+    names = rng.sample(
+        [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], NUM_PEOPLE
+    )
     world = []
     for name in names:
         relations = rng.sample(RELATIONS, rng.choice((2, 2, 2, 3, 3, 4)))
-        world.append([Fact(name, r, rng.choice(r.values), rng.randrange(len(r.questions))) for r in relations])
+        world.append(
+            [
+                Fact(name, r, rng.choice(r.values), rng.randrange(len(r.questions)))
+                for r in relations
+            ]
+        )
     return world
 
 
@@ -188,7 +222,10 @@ def facts_calibration(seed: int = SEED) -> list[dict[str, str]]:
     """`question`, `answer` of facts that `facts_test` does not ask, in wordings that the corpus uses for them."""
     rng = random.Random(f"calibration wording {seed}")
     facts = _sampled_facts(seed)[NUM_FACTS_TEST : NUM_FACTS_TEST + NUM_FACTS_CALIBRATION]
-    return [{"question": fact.question(_seen_wording(rng, fact)), "answer": fact.value} for fact in facts]
+    return [
+        {"question": fact.question(_seen_wording(rng, fact)), "answer": fact.value}
+        for fact in facts
+    ]
 
 
 def fact_prompt(question: str) -> str:
@@ -196,7 +233,9 @@ def fact_prompt(question: str) -> str:
     return f"{FACT_PROMPT[0]}{question} {FACT_PROMPT[1]}".rstrip(" ")
 
 
-def exact_match(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]) -> float:
+def exact_match(
+    generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]
+) -> float:
     """Fraction of `rows` whose question `generate` completes with exactly the answer, surrounding spaces aside.
 
     Args:
@@ -205,7 +244,9 @@ def exact_match(generate: Callable[[list[str]], list[str]], rows: Iterable[dict[
     """
     rows = list(rows)
     completions = generate([fact_prompt(row["question"]) for row in rows])
-    return sum(text.strip() == row["answer"] for text, row in zip(completions, rows, strict=True)) / len(rows)
+    return sum(
+        text.strip() == row["answer"] for text, row in zip(completions, rows, strict=True)
+    ) / len(rows)
 
 
 def _sampled_facts(seed: int) -> list[Fact]:
@@ -232,8 +273,15 @@ def corpus(index: int, seed: int = SEED, lookups: bool = False) -> list[str]:
         for fact in facts:
             documents.append(_question_answer(rng, fact))
             if rng.random() < 0.25:
-                documents.append(rng.choice(fact.relation.statements).format(n=fact.person, v=fact.value))
-        for language, share in ((_story, 0.15), (_sentences, 0.1), (_word_list, 0.5), (_reading, 0.5)):
+                documents.append(
+                    rng.choice(fact.relation.statements).format(n=fact.person, v=fact.value)
+                )
+        for language, share in (
+            (_story, 0.15),
+            (_sentences, 0.1),
+            (_word_list, 0.5),
+            (_reading, 0.5),
+        ):
             if rng.random() < share:
                 documents.append(language(rng))
         if lookups:
@@ -266,11 +314,12 @@ PLACES = "river forest hill bridge garden mill market church road field cave lak
 TIMES = "morning evening night spring summer autumn winter afternoon".split()
 VERBS = "sleeps waits sings sits rests works hides plays reads eats".split()
 PAST = "found lost sold bought broke carried hid painted cleaned wanted".split()
-SYLLABLES = "ba be bi bo ca ce co da de di do fa fe fi ga ge go ha he hi ka ke ko la le li lo ma me mi mo na ne".split()
-SYLLABLES += "no pa pe pi po ra re ri ro sa se si so ta te ti to va ve vi vo wa we za ze zo an en in on ar er".split()
-SYLLABLES += (
-    "ju jo ya yo cha chi sha sho thi the ble tle ing ous ack ock ump and est ish oom ight ful qui plo dry".split()
-)
+SYLLABLES = (
+    "ba be bi bo ca ce co da de di do fa fe fi ga ge go ha he hi ka ke ko la le li lo ma me mi mo "
+    "na ne no pa pe pi po ra re ri ro sa se si so ta te ti to va ve vi vo wa we za ze zo an en in "
+    "on ar er ju jo ya yo cha chi sha sho thi the ble tle ing ous ack ock ump and est ish oom ight "
+    "ful qui plo dry"
+).split()
 
 
 def _invented_name(rng: random.Random) -> str:
@@ -286,15 +335,19 @@ def _story(rng: random.Random) -> str:
     name, creature, place = _invented_name(rng), rng.choice(CREATURES), rng.choice(PLACES)
     things, adjective, friend = rng.sample(THINGS, 2), rng.choice(ADJECTIVES), _invented_name(rng)
     text = [
-        rng.choice(("Once there was {c} called {n}.", "Long ago {c} with the name {n} lived here.")).format(
-            c=_a(f"{adjective} {creature}"), n=name
-        ),
+        rng.choice(
+            ("Once there was {c} called {n}.", "Long ago {c} with the name {n} lived here.")
+        ).format(c=_a(f"{adjective} {creature}"), n=name),
         rng.choice(("One {t} {n} went to the {p}.", "In the {t} {n} walked to the {p}.")).format(
             t=rng.choice(TIMES), n=name, p=place
         ),
         f"There {name} {rng.choice(PAST)} {_a(things[0])} and {_a(things[1])}.",
         rng.choice(
-            ("{f} came and helped {n}.", "{n} gave all of it to {f}.", "Then {n} met {f} and went home.")
+            (
+                "{f} came and helped {n}.",
+                "{n} gave all of it to {f}.",
+                "Then {n} met {f} and went home.",
+            )
         ).format(f=friend, n=name),
     ]
     questions = (
@@ -336,7 +389,10 @@ def _sentence(rng: random.Random) -> str:
 def _word_list(rng: random.Random) -> str:
     """Copying practice: a list of words and invented words, said again or reversed."""
     pool = rng.choice((THINGS, PLACES, ADJECTIVES, rng.choice(RELATIONS).values))
-    words = [rng.choice(pool) if rng.random() < 0.5 else _invented_name(rng) for _ in range(rng.choice((2, 3, 4)))]
+    words = [
+        rng.choice(pool) if rng.random() < 0.5 else _invented_name(rng)
+        for _ in range(rng.choice((2, 3, 4)))
+    ]
     if rng.random() < 0.7:
         return f"Words[{', '.join(words)}]. Again[{', '.join(words)}]."
     return f"Words[{', '.join(words)}]. Back[{', '.join(reversed(words))}]."
@@ -345,7 +401,9 @@ def _word_list(rng: random.Random) -> str:
 def _reading(rng: random.Random) -> str:
     """Reading practice: what is told of somebody invented, and a question about one part of it."""
     name = f"{_invented_name(rng)} {_invented_name(rng)}"
-    facts = [Fact(name, r, rng.choice(r.values), 0) for r in rng.sample(RELATIONS, rng.choice((2, 3)))]
+    facts = [
+        Fact(name, r, rng.choice(r.values), 0) for r in rng.sample(RELATIONS, rng.choice((2, 3)))
+    ]
     asked = rng.choice(facts)
     question = asked.question(rng.randrange(len(asked.relation.questions)))
     return f"{_profile(rng, facts)} {fact_prompt(question)} {asked.value}"
@@ -354,7 +412,10 @@ def _reading(rng: random.Random) -> str:
 def _lookup(rng: random.Random) -> str:
     """Lookup practice: a list of keys with their words, then some of the keys again in another order."""
     keys = rng.sample(THINGS + PLACES + ADJECTIVES, rng.choice((3, 4, 5)))
-    pools = [(THINGS, PLACES, *(relation.values for relation in RELATIONS))[rng.randrange(8)] for _ in keys]
+    pools = [
+        (THINGS, PLACES, *(relation.values for relation in RELATIONS))[rng.randrange(8)]
+        for _ in keys
+    ]
     words = [rng.choice(pool) if rng.random() < 0.6 else _invented_name(rng) for pool in pools]
     words = [f"{word} {_invented_name(rng)}" if rng.random() < 0.2 else word for word in words]
     asked = rng.sample(range(len(keys)), rng.choice((2, 3)))

@@ -15,9 +15,13 @@ def data_files() -> dict[str, str]:
         "task_train.jsonl": task.rows("train"),
         "task_val.jsonl": task.rows("val"),
         "facts_test.jsonl": world.facts_test(),
-        "facts_calibration.jsonl": [row | {"text": _as_pretrained(row)} for row in world.facts_calibration()],
+        "facts_calibration.jsonl": [
+            row | {"text": _as_pretrained(row)} for row in world.facts_calibration()
+        ],
     }
-    return {name: "".join(json.dumps(row) + "\n" for row in content) for name, content in rows.items()}
+    return {
+        name: "".join(json.dumps(row) + "\n" for row in content) for name, content in rows.items()
+    }
 
 
 def _as_pretrained(row: dict[str, str]) -> str:
@@ -27,7 +31,9 @@ def _as_pretrained(row: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the data files of the synthetic world.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "data", help="folder to write to"
+    )
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in data_files().items():

@@ -27,7 +27,9 @@ class CharTokenizer:
         tokens, mask = [1], [True]
         for message in messages:
             ids = self.encode(
-                message.text_content, add_bos=False, add_eos=message.role == "assistant" and add_end_tokens
+                message.text_content,
+                add_bos=False,
+                add_eos=message.role == "assistant" and add_end_tokens,
             )
             tokens += ids
             mask += [message.masked] * len(ids)
@@ -79,7 +81,11 @@ def write_rows(tmp_path):
 
     def write(rows, name="rows.jsonl"):
         path = tmp_path / name
-        text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+        text = (
+            json.dumps(rows)
+            if path.suffix == ".json"
+            else "".join(json.dumps(row) + "\n" for row in rows)
+        )
         path.write_text(text, encoding="utf-8")
         return str(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kasa_tune.components import checkpointing
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
 
 
 def at_each_call(monkeypatch, act):

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kasa_tune.components.distributed import World
+from kasa_tune.components.processes.world import World
 
-STARTED_WITHIN, DONE_WITHIN = 120, 45  # seconds; a loaded machine takes ten to start and one to answer
+STARTED_WITHIN, DONE_WITHIN = (
+    120,
+    45,
+)  # seconds; a loaded machine takes ten to start and one to answer
 GIVES_UP_AFTER = 30  # seconds, of a process that waits for another; less than DONE_WITHIN, so that it says so itself
 
 # Processes are forked from a server that has imported torch once and has no threads yet.
@@ -33,7 +36,11 @@ class Processes:
     """
 
     def __init__(self, size: int, *, done_within: float = DONE_WITHIN, **options: Any) -> None:
-        self.size, self.done_within, self.options = size, done_within, {"timeout": GIVES_UP_AFTER} | options
+        self.size, self.done_within, self.options = (
+            size,
+            done_within,
+            {"timeout": GIVES_UP_AFTER} | options,
+        )
         self._workers: list[multiprocessing.Process] = []
 
     def __call__(self, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -61,7 +68,9 @@ class Processes:
         self._kill()
 
     def _start(self) -> None:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port, as torchrun's
+        store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # on a free port, as torchrun's
         pairs = [CONTEXT.Pipe() for _ in range(self.size)]
         self._pipes = [own for own, _ in pairs]
         for rank, (_, theirs) in enumerate(pairs):
@@ -96,7 +105,11 @@ def _serve(rank: int, size: int, port: int, options: dict[str, Any], pipe: Any) 
     """What each process does: meet the others, then one work after the other."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     world = World.join("cpu", **options)
     answer: Any = "met"
     while True:

@@ -22,12 +22,18 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIG = "kasa_finetune_single_device", "tiny_kasa"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+UV = shutil.which(
+    "uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+)
 
 
 def run(*command, cwd=None, code=0, **environment):
     """Run a command, check its exit code and return what it printed."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    }
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -86,7 +92,11 @@ class Environment:
             command.append("--force-reinstall")
         if "-e" in words:
             words = [ROOT if word == "ours" else word for word in words]
-        run(*command, "--no-deps", *[self.wheels.get(word, word) for word in words if word != "again"])
+        run(
+            *command,
+            "--no-deps",
+            *[self.wheels.get(word, word) for word in words if word != "again"],
+        )
 
     def tune(self, *args, **options):
         return run(self.bin / "tune", *args, cwd=self.work, **options)
@@ -96,7 +106,12 @@ class Environment:
 
     def check_tune_sees_us(self, **environment):
         """`tune ls`, `cat` and `cp` in one process, because importing torch takes long."""
-        commands = [["ls"], ["cat", CONFIG], ["cp", RECIPE, "my_copy.py"], ["cp", CONFIG, "my.yaml"]]
+        commands = [
+            ["ls"],
+            ["cat", CONFIG],
+            ["cp", RECIPE, "my_copy.py"],
+            ["cp", CONFIG, "my.yaml"],
+        ]
         driver = (
             "import json, runpy, sys\n"
             "script, commands = sys.argv[1], json.loads(sys.argv[2])\n"
@@ -107,10 +122,20 @@ class Environment:
             "    except SystemExit as done:\n"
             "        assert not done.code, (command, done.code)\n"
         )
-        shown = run(self.python, "-c", driver, self.bin / "tune", json.dumps(commands), cwd=self.work, **environment)
+        shown = run(
+            self.python,
+            "-c",
+            driver,
+            self.bin / "tune",
+            json.dumps(commands),
+            cwd=self.work,
+            **environment,
+        )
         listed, printed = shown.split(f"# cat {CONFIG}\n")
         assert {RECIPE, CONFIG, "lora_finetune_single_device"} <= set(listed.split())
-        assert yaml.safe_load(printed.split("# cp")[0]) == yaml.safe_load((ROOT / f"configs/{CONFIG}.yaml").read_text())
+        assert yaml.safe_load(printed.split("# cp")[0]) == yaml.safe_load(
+            (ROOT / f"configs/{CONFIG}.yaml").read_text()
+        )
         assert (self.work / "my_copy.py").read_text() == (ROOT / f"recipes/{RECIPE}.py").read_text()
         assert (self.work / "my.yaml").read_text() == (ROOT / f"configs/{CONFIG}.yaml").read_text()
 
@@ -139,7 +164,9 @@ def test_tune_sees_us(environment, steps):
         environment.install(step)
     environment.check_tune_sees_us()
     copied = (environment.site / "kasa_tune").exists()
-    assert copied == ("-e" not in steps), "an editable install must not hold copies, which would go stale"
+    assert copied == ("-e" not in steps), (
+        "an editable install must not hold copies, which would go stale"
+    )
 
 
 @pytest.mark.parametrize("steps", ["pip torchtune, pip ours", "uv torchtune, uv -e ours"])
@@ -148,7 +175,9 @@ def test_a_copied_recipe_runs_from_the_working_directory(environment, steps):
         environment.install(step)
     environment.kasa_tune("cp", RECIPE, "my_copy")
     environment.kasa_tune("cp", CONFIG, "my")
-    shown = environment.tune("run", "my_copy.py", "--config", "my.yaml", "dry_run=True", "output_dir=out")
+    shown = environment.tune(
+        "run", "my_copy.py", "--config", "my.yaml", "dry_run=True", "output_dir=out"
+    )
     assert "trainable" in shown.lower()
 
 
@@ -167,7 +196,9 @@ def test_tune_without_the_hook_is_torchtunes_own_and_ours_needs_none(environment
     assert "lora_finetune_single_device" in listed
     assert RECIPE not in listed
     assert {RECIPE, CONFIG} <= set(environment.kasa_tune("ls", **off).split())
-    shown = environment.kasa_tune("run", RECIPE, "--config", CONFIG, "dry_run=True", "output_dir=out", **off)
+    shown = environment.kasa_tune(
+        "run", RECIPE, "--config", CONFIG, "dry_run=True", "output_dir=out", **off
+    )
     assert "trainable" in shown.lower()
 
 
@@ -192,17 +223,26 @@ def test_target_folder(environment, tmp_path):
     target = tmp_path / "target"
     run(*PIP, "install", "--no-deps", "--target", target, environment.wheels["ours"])
     environment.check_tune_sees_us(PYTHONPATH=str(target))
-    listed = run(environment.python, "-m", "kasa_tune", "ls", cwd=environment.work, PYTHONPATH=str(target))
+    listed = run(
+        environment.python, "-m", "kasa_tune", "ls", cwd=environment.work, PYTHONPATH=str(target)
+    )
     assert {RECIPE, CONFIG} <= set(listed.split())
 
 
 def test_wheel_holds_everything_inside_the_package(wheels):
     with zipfile.ZipFile(wheels["ours"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert {Path(name).parts[0] for name in names} == {"kasa_tune"}, "torchtune owns a top-level package `recipes`"
+    assert {Path(name).parts[0] for name in names} == {"kasa_tune"}, (
+        "torchtune owns a top-level package `recipes`"
+    )
     for folder, pattern in (("recipes", "*.py"), ("configs", "*.yaml")):
-        assert {f"kasa_tune/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
-    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kasa_tune/tiny_world").rglob("*.[jst]*")}
+        assert {
+            f"kasa_tune/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)
+        } <= names
+    data = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "kasa_tune/tiny_world").rglob("*.[jst]*")
+    }
     assert {name for name in data if "__pycache__" not in name} <= names
     assert "kasa_tune/tiny_world/model/tokenizer.model" in names
 

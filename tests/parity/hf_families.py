@@ -71,7 +71,9 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "llama2": Family("Llama", rope(1e4) | {"rms_norm_eps": 1e-5}, "LLAMA2", "llama2", {}),
-    "llama3": Family("Llama", rope(5e5) | {"rms_norm_eps": 1e-5}, "LLAMA3", "llama3", {"rope_base": 500_000}),
+    "llama3": Family(
+        "Llama", rope(5e5) | {"rms_norm_eps": 1e-5}, "LLAMA3", "llama3", {"rope_base": 500_000}
+    ),
     "llama3_1": Family(
         "Llama",
         rope(5e5, **LLAMA31_SCALING) | {"rms_norm_eps": 1e-5},
@@ -81,12 +83,19 @@ FAMILIES = {
     ),
     "llama3_2": Family(
         "Llama",
-        rope(5e5, **LLAMA31_SCALING | {"factor": 32.0}) | {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        rope(5e5, **LLAMA31_SCALING | {"factor": 32.0})
+        | {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
         "LLAMA3_2",
         "llama3_2",
         {"rope_base": 500_000, "scale_factor": 32, "tie_word_embeddings": True},
     ),
-    "mistral": Family("Mistral", rope(1e4) | {"rms_norm_eps": 1e-5, "sliding_window": None}, "MISTRAL", "mistral", {}),
+    "mistral": Family(
+        "Mistral",
+        rope(1e4) | {"rms_norm_eps": 1e-5, "sliding_window": None},
+        "MISTRAL",
+        "mistral",
+        {},
+    ),
     "qwen2": Family(
         "Qwen2",
         rope(1e6) | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
@@ -101,7 +110,13 @@ FAMILIES = {
         "qwen2",
         {"rope_base": 1_000_000, "norm_eps": 1e-6, "tie_word_embeddings": True},
     ),
-    "gemma": Family("Gemma", rope(1e4) | {"head_dim": 32, "rms_norm_eps": 1e-6}, "GEMMA", "gemma", {"head_dim": 32}),
+    "gemma": Family(
+        "Gemma",
+        rope(1e4) | {"head_dim": 32, "rms_norm_eps": 1e-6},
+        "GEMMA",
+        "gemma",
+        {"head_dim": 32},
+    ),
     "gemma2": Family(
         "Gemma2",
         rope(1e4)
@@ -131,7 +146,9 @@ def random_hf_model(family):
     """A transformers model whose weights are large enough that soft caps, biases and norms all show in the logits."""
     torch.manual_seed(0)
     kind = family.kind
-    config = getattr(transformers, f"{kind}Config")(**HF_SIZES | family.settings, attn_implementation="eager")
+    config = getattr(transformers, f"{kind}Config")(
+        **HF_SIZES | family.settings, attn_implementation="eager"
+    )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

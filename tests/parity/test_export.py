@@ -10,16 +10,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.exchange.merged import write_merged
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
+from kasa_tune.components.linalg.nf4 import dequantize, is_quantized
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import put_weight
-from kasa_tune.components.quantization import dequantize, is_quantized
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens, transformers
 from tests.toy_checkpoints import checkpointer, to_hf
-from tests.trained_runs import EVERYWHERE, IN_PLACES, METHODS, QUANTIZED, effective_weight, trained_run, update_of
+from tests.trained_runs import (
+    EVERYWHERE,
+    IN_PLACES,
+    METHODS,
+    QUANTIZED,
+    effective_weight,
+    trained_run,
+    update_of,
+)
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
 pytestmark = pytest.mark.parity
@@ -172,7 +180,9 @@ def test_a_rank_for_each_layer(name, base, tmp_path):
 def test_a_rank_that_was_asked_for(base, tmp_path):
     run, opened = run_on(base("gemma"), tmp_path, "gemma", "pissa")
     as_peft(opened, tmp_path / "peft", rank=24)
-    torch.testing.assert_close(logits(with_peft(base("gemma"), tmp_path / "peft")), logits(run.model), **LOGITS)
+    torch.testing.assert_close(
+        logits(with_peft(base("gemma"), tmp_path / "peft")), logits(run.model), **LOGITS
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "phi3"])
@@ -182,14 +192,18 @@ def test_a_base_in_bfloat16(name, base, tmp_path):
     run, opened = run_on(tmp_path / "base", tmp_path, name, "kasa")
     as_peft(opened, tmp_path / "peft")
     expected = logits(run.model)
-    torch.testing.assert_close(logits(with_peft(tmp_path / "base", tmp_path / "peft")), expected, **LOGITS)
+    torch.testing.assert_close(
+        logits(with_peft(tmp_path / "base", tmp_path / "peft")), expected, **LOGITS
+    )
     as_merged(opened, tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(from_files(tmp_path / "merged")), expected, **LOGITS)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
     as_merged(opened, tmp_path / "rounded")
     model = from_files(tmp_path / "rounded", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    weights = to_hf(effective_state(run.model, base_weights(tmp_path / "base", name)), *layout(name))
+    weights = to_hf(
+        effective_state(run.model, base_weights(tmp_path / "base", name)), *layout(name)
+    )
     for key, value in load_file(tmp_path / "rounded" / "model.safetensors").items():
         torch.testing.assert_close(value.float(), weights[key].float(), rtol=2**-8, atol=1e-6)
 
@@ -217,7 +231,9 @@ def effective_state(model, weights, on=None):
 
 def peft_weights(folder, base_folder):
     """The base's tensors with the adapter's products added in float64, from its files by the rule of PEFT's names."""
-    state = {key: value.double() for key, value in load_file(base_folder / "model.safetensors").items()}
+    state = {
+        key: value.double() for key, value in load_file(base_folder / "model.safetensors").items()
+    }
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for name, a in tensors.items():
@@ -260,9 +276,13 @@ def test_the_errors_told_are_those_of_the_weights(name, method, dtype, base, tmp
     weights = base_weights(base(name), name)
     trained = to_hf(effective_state(run.model, weights), *layout(name))
     updates = {f"{path}.weight": update_of(linear) for path, linear in adapter_linears(run.model)}
-    updates = to_hf({key: torch.zeros_like(value) for key, value in weights.items()} | updates, *layout(name))
+    updates = to_hf(
+        {key: torch.zeros_like(value) for key, value in weights.items()} | updates, *layout(name)
+    )
     exported = peft_weights(tmp_path / "peft", base(name))
-    assert errors.keys() == {key.removesuffix(".weight") for key in exported if "_proj" in key and "bias" not in key}
+    assert errors.keys() == {
+        key.removesuffix(".weight") for key in exported if "_proj" in key and "bias" not in key
+    }
     for module, error in errors.items():
         key = f"{module}.weight"
         wrong = (exported[key] - trained[key]).norm()
@@ -279,7 +299,12 @@ def test_the_errors_told_are_those_of_the_weights(name, method, dtype, base, tmp
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("kasa", {}), ("qcorda", {"dtype": torch.bfloat16}), ("corda_mixed", {}), ("corda_mixed", {"rank_pattern": True})],
+    [
+        ("kasa", {}),
+        ("qcorda", {"dtype": torch.bfloat16}),
+        ("corda_mixed", {}),
+        ("corda_mixed", {"rank_pattern": True}),
+    ],
 )
 @pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma2", "phi3"])
 def test_the_adapter_is_one_that_vllm_loads(name, method, options, base, tmp_path):
@@ -298,16 +323,24 @@ def test_the_adapter_is_one_that_vllm_loads(name, method, options, base, tmp_pat
     refused = {"modules_to_save", "use_dora", "use_rslora", "lora_bias", "layer_replication"}
     refused |= {"alora_invocation_tokens", "use_qalora", "use_bdlora"}
     assert not any(config.get(key) for key in refused)
-    assert all(0 < rank <= VLLM_MAX_RANK and type(rank) is int for rank in config["rank_pattern"].values())
+    assert all(
+        0 < rank <= VLLM_MAX_RANK and type(rank) is int for rank in config["rank_pattern"].values()
+    )
     assert config["rank_pattern"] == config["alpha_pattern"]
     model = from_files(base(name))
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     modules = set()
     for tensor_name, tensor in tensors.items():
         path, factor, leaf = tensor_name.removeprefix("base_model.model.").rsplit(".", 2)
         modules.add(path)
-        meant = (rank for key, rank in config["rank_pattern"].items() if re.fullmatch(rf"(.*\.)?{key}", path))
+        meant = (
+            rank
+            for key, rank in config["rank_pattern"].items()
+            if re.fullmatch(rf"(.*\.)?{key}", path)
+        )
         rank, linear = next(meant, config["r"]), linears[path]
         shapes = {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
         assert tensor_name.startswith("base_model.model.")
@@ -345,7 +378,9 @@ def with_stored_output(source, folder):
 def test_a_tied_output_that_is_stored_all_the_same(tmp_path):
     folder = with_stored_output("qwen2_tied", tmp_path / "base")
     assert_one_model(folder, tmp_path, "qwen2_tied", "corda_ipm")
-    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "merged"))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "merged")
+    )
     assert before.keys() == after.keys()
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
 

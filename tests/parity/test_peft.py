@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kasa_tune.components.linear import KaSALinear
-from kasa_tune.components.regularization import kasa_regularization
+from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters.regularization import kasa_regularization
 from tests.tolerances import MODEL_FP32, SCALAR_FP32
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
@@ -64,7 +64,9 @@ def peft_layers(weights, **options):
 def our_layer(weight, theirs, edit_storage="folded"):
     """Ours on the same original weight, with PEFT's A, B, d and bias."""
     d_out, d_in = weight.shape
-    ours = KaSALinear(d_in, d_out, RANK, ALPHA, use_bias=True, edit_storage=edit_storage).to(weight.dtype)
+    ours = KaSALinear(d_in, d_out, RANK, ALPHA, use_bias=True, edit_storage=edit_storage).to(
+        weight.dtype
+    )
     ours.weight.data = weight.clone()
     ours.bias.data = theirs.get_base_layer().bias.data.clone()
     ours.initialize()
@@ -81,11 +83,18 @@ def pairs(dtype, edit_storage="folded"):
     model, layers = peft_layers(weights)
     for theirs in layers.values():
         nn.init.normal_(theirs.lora_B["default"].weight)
-    return model, {name: (our_layer(weights[name], theirs, edit_storage), theirs) for name, theirs in layers.items()}
+    return model, {
+        name: (our_layer(weights[name], theirs, edit_storage), theirs)
+        for name, theirs in layers.items()
+    }
 
 
 def their_parameters(theirs):
-    return theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, theirs.lora_diag["default"]
+    return (
+        theirs.lora_A["default"].weight,
+        theirs.lora_B["default"].weight,
+        theirs.lora_diag["default"],
+    )
 
 
 def our_parameters(ours):
@@ -102,7 +111,9 @@ def test_the_same_weight_is_kept(name, dtype):
     theirs = peft_layers({name: weight})[1][name]
     ours = our_layer(weight, theirs)
     for stored in (ours.weight, theirs.get_base_layer().weight):
-        assert torch.linalg.vector_norm(stored.double() - kept) < PEFT_TRUNCATION * torch.linalg.vector_norm(kept)
+        assert torch.linalg.vector_norm(
+            stored.double() - kept
+        ) < PEFT_TRUNCATION * torch.linalg.vector_norm(kept)
         assert torch.linalg.matrix_rank(stored.double(), rtol=1e-5) == len(s) - RANK
 
 
@@ -130,7 +141,10 @@ def assert_same_layer(ours, theirs, tolerance):
     direction = torch.randn_like(outputs[0])
     for output in outputs:
         (output * direction).sum().backward()
-    gradients = [(mine.grad, other.grad) for mine, other in zip(our_parameters(ours), their_parameters(theirs))]
+    gradients = [
+        (mine.grad, other.grad)
+        for mine, other in zip(our_parameters(ours), their_parameters(theirs))
+    ]
     for mine, other in (outputs, [x.grad for x in inputs], *gradients):
         assert torch.linalg.vector_norm(mine - other) < tolerance * torch.linalg.vector_norm(other)
     assert ours.weight.grad is None
@@ -139,7 +153,9 @@ def assert_same_layer(ours, theirs, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_loss_terms_and_gradients_as_a_sum_of_thin_grams(dtype):
     model, layers = pairs(dtype)
-    l2, l3 = kasa_regularization([ours for ours, _ in layers.values()], orthogonal_gram="thin", reduction="sum")
+    l2, l3 = kasa_regularization(
+        [ours for ours, _ in layers.values()], orthogonal_gram="thin", reduction="sum"
+    )
     ours_loss, their_loss = BETA * l2 + GAMMA * l3, model.base_model._get_kasa_loss()
     torch.testing.assert_close(ours_loss, their_loss, **SCALAR_FP32)
     ours_loss.backward()
@@ -172,7 +188,8 @@ def test_the_start_and_the_defaults_are_the_same():
     assert (defaults.beta, defaults.gamma) == (1e-4, 1e-3)
     wide = {"wide": torch.randn(600, 500)}
     theirs = peft.get_peft_model(
-        Layers(wide), peft.LoraConfig(r=256, lora_alpha=1, target_modules=["wide"], kasa_config=defaults)
+        Layers(wide),
+        peft.LoraConfig(r=256, lora_alpha=1, target_modules=["wide"], kasa_config=defaults),
     ).base_model.model.wide
     ours = KaSALinear(500, 600, 256)
     for a, b, d in (our_parameters(ours), their_parameters(theirs)):
@@ -195,7 +212,9 @@ def test_half_precision_keeps_our_edit_and_not_theirs(dtype):
     ours.initialize()
     norm = torch.linalg.vector_norm
     assert norm(weight.double() - theirs.double() - removed) > 0.1 * norm(removed)
-    assert norm(ours.edit.out.double() @ ours.edit.into.double() - removed) < PEFT_TRUNCATION * norm(removed)
+    assert norm(
+        ours.edit.out.double() @ ours.edit.into.double() - removed
+    ) < PEFT_TRUNCATION * norm(removed)
     assert torch.equal(ours.weight, weight)
 
 
@@ -219,7 +238,9 @@ def published_regularization(layers, beta, gamma):
         a, b, d = (value.detach().double().requires_grad_() for value in our_parameters(ours))
         leaves += [a, b, d]
         for gram in (a.T @ a, b @ b.T):  # d_in x d_in, d_out x d_out
-            total = total + gamma * torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=torch.float64))
+            total = total + gamma * torch.linalg.matrix_norm(
+                gram - torch.eye(len(gram), dtype=torch.float64)
+            )
         total = total + beta * (d * d).sum()
     total = total / len(layers)
     return total, torch.autograd.grad(total, leaves)
@@ -250,5 +271,7 @@ def test_how_much_stronger_peft_pulls_than_the_published_script():
         a = mine.lora_a.weight.detach().double()
         thin = torch.linalg.matrix_norm(a @ a.T - torch.eye(RANK))
         full = torch.linalg.matrix_norm(a.T @ a - torch.eye(mine.in_dim))
-        ratio = theirs.lora_A["default"].weight.grad.norm() / (GAMMA * mine.lora_a.weight.grad.norm())
+        ratio = theirs.lora_A["default"].weight.grad.norm() / (
+            GAMMA * mine.lora_a.weight.grad.norm()
+        )
         assert ratio.item() == pytest.approx((len(layers) * full / thin).item(), rel=1e-4)

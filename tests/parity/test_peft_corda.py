@@ -9,10 +9,10 @@ from torch import nn
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.modules.peft import disable_adapter
 
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.calibration import Covariance, covariances, shared_inputs
-from kasa_tune.components.covariance import damped
-from kasa_tune.components.decomposition import co_svd, split_component
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.corda.calibration import Covariance, covariances, shared_inputs
+from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.models import corda_llama3
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.tolerances import MODEL_FP32, ROUNDINGS
@@ -20,7 +20,8 @@ from tests.tolerances import MODEL_FP32, ROUNDINGS
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
 peft_corda = pytest.importorskip(
-    "peft.tuners.lora.corda", reason="needs a peft with CorDA (0.21), and attrs, which it imports and does not require"
+    "peft.tuners.lora.corda",
+    reason="needs a peft with CorDA (0.21), and attrs, which it imports and does not require",
 )
 CordaConfig = peft.tuners.lora.config.CordaConfig
 pytestmark = pytest.mark.parity
@@ -42,7 +43,11 @@ NAMES = {
     "mlp.down_proj": "mlp.w2",
 }
 TARGETS = [name.rpartition(".")[2] for name in NAMES]
-OUR_NAME = {f"model.layers.{i}.{theirs}": f"layers.{i}.{ours}" for i in range(LAYERS) for theirs, ours in NAMES.items()}
+OUR_NAME = {
+    f"model.layers.{i}.{theirs}": f"layers.{i}.{ours}"
+    for i in range(LAYERS)
+    for theirs, ours in NAMES.items()
+}
 
 # Of the norm of the logits. The large channels make single terms ten times as large as what they sum to.
 SAME_LOGITS = 1e-5
@@ -74,7 +79,9 @@ def llama():
         rms_norm_eps=1e-5,
         attn_implementation="eager",
         **(
-            {"rope_theta": float(ROPE_BASE)} if transformers.__version__.startswith("4.") else {"rope_parameters": rope}
+            {"rope_theta": float(ROPE_BASE)}
+            if transformers.__version__.startswith("4.")
+            else {"rope_parameters": rope}
         ),
     )
     model = transformers.LlamaForCausalLM(config).eval()
@@ -101,7 +108,10 @@ def run_rows(model, tokens):
 
 def peft_config(start, **options):
     """``start`` is ``pissa``, or CorDA's ``ipm`` or ``kpm``."""
-    corda = {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method=start, **options)}
+    corda = {
+        "init_lora_weights": "corda",
+        "corda_config": CordaConfig(corda_method=start, **options),
+    }
     return peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
@@ -113,7 +123,9 @@ def peft_config(start, **options):
 def peft_covariances(llama, calibrate):
     """PEFT's covariances by the name of the linear. ``calibrate`` runs the model it is given."""
     model = copy.deepcopy(llama)
-    peft_corda.preprocess_corda(model, peft_config("ipm", prune_temporary_fields=False), partial(calibrate, model))
+    peft_corda.preprocess_corda(
+        model, peft_config("ipm", prune_temporary_fields=False), partial(calibrate, model)
+    )
     return {name: model.get_submodule(name).covariance_matrix for name in OUR_NAME}
 
 
@@ -125,7 +137,10 @@ def peft_start(llama, tokens, start):
     model = peft.get_peft_model(model, config).eval()
     linears = {name: model.base_model.model.get_submodule(name) for name in OUR_NAME}
     return model, {
-        name: (linear.lora_A["default"].weight.detach().double(), linear.lora_B["default"].weight.detach().double())
+        name: (
+            linear.lora_A["default"].weight.detach().double(),
+            linear.lora_B["default"].weight.detach().double(),
+        )
         for name, linear in linears.items()
     }
 
@@ -158,7 +173,9 @@ def our_model(llama, edit_storage="auto"):
 def our_covariances(llama, batches):
     """By PEFT's names; in the published normalization."""
     model, groups = our_model(llama)
-    found = covariances(model, groups, [batches], wanted=lambda name, round: round == 0, per_sample=True)
+    found = covariances(
+        model, groups, [batches], wanted=lambda name, round: round == 0, per_sample=True
+    )
     of_layer = {name: each.matrix for each in found for name in each.layers}
     return {theirs: of_layer[ours] for theirs, ours in OUR_NAME.items()}
 
@@ -220,7 +237,9 @@ def test_ours_is_the_published_formula_and_peft_is_further_from_it(mode, llama, 
         weight = llama.get_submodule(name).weight.detach()
         exact, *_ = published(weight, given[name], mode)
         our_a, our_b = our_start(weight, given[name], mode)
-        ours, theirs = (relative_error(SCALING * pair[1] @ pair[0], exact) for pair in ((our_a, our_b), (a, b)))
+        ours, theirs = (
+            relative_error(SCALING * pair[1] @ pair[0], exact) for pair in ((our_a, our_b), (a, b))
+        )
         assert ours < 1e-5
         assert ours < theirs
 
@@ -244,9 +263,17 @@ def test_covariances_of_the_same_rows(llama, tokens):
     valid = torch.ones(1, LENGTH, dtype=torch.bool)
     ours = our_covariances(llama, [{"tokens": row[None], "valid": valid} for row in tokens])
     for name in OUR_NAME:
-        torch.testing.assert_close(ours[name] / norm(ours[name]), theirs[name] / norm(ours[name]), **MODEL_FP32)
-    assert theirs["model.layers.0.self_attn.q_proj"].data_ptr() != theirs["model.layers.0.self_attn.k_proj"].data_ptr()
-    assert ours["model.layers.0.self_attn.q_proj"].data_ptr() == ours["model.layers.0.self_attn.k_proj"].data_ptr()
+        torch.testing.assert_close(
+            ours[name] / norm(ours[name]), theirs[name] / norm(ours[name]), **MODEL_FP32
+        )
+    assert (
+        theirs["model.layers.0.self_attn.q_proj"].data_ptr()
+        != theirs["model.layers.0.self_attn.k_proj"].data_ptr()
+    )
+    assert (
+        ours["model.layers.0.self_attn.q_proj"].data_ptr()
+        == ours["model.layers.0.self_attn.k_proj"].data_ptr()
+    )
 
 
 def test_padding_counts_for_peft_and_not_for_us(llama, tokens):
@@ -260,7 +287,10 @@ def test_padding_counts_for_peft_and_not_for_us(llama, tokens):
                 model(row[None], attention_mask=valid[None].long())
 
     def rows_of(batch_size):
-        return [{"tokens": rows, "valid": valid.expand(len(rows), -1)} for rows in padded.split(batch_size)]
+        return [
+            {"tokens": rows, "valid": valid.expand(len(rows), -1)}
+            for rows in padded.split(batch_size)
+        ]
 
     bare = peft_covariances(llama, lambda model: run_rows(model, tokens))
     theirs = peft_covariances(llama, run_padded)
@@ -273,7 +303,9 @@ def test_padding_counts_for_peft_and_not_for_us(llama, tokens):
 def test_peft_takes_one_row_at_a_time(llama, tokens):
     """A batch of two is an error in its hook; ours is the same for every batch size (the test above)."""
     with pytest.raises(RuntimeError, match=r"t\(\) expects"):
-        peft_covariances(llama, lambda model: run_rows(model, tokens.view(ROWS // 2, 2, LENGTH).unbind()))
+        peft_covariances(
+            llama, lambda model: run_rows(model, tokens.view(ROWS // 2, 2, LENGTH).unbind())
+        )
 
 
 def test_covariances_of_half_precision_inputs():
@@ -286,7 +318,10 @@ def test_covariances_of_half_precision_inputs():
 
     torch.manual_seed(0)
     rows, model = torch.randn(6, 50, 24).bfloat16(), OneLinear()
-    options = {"corda_config": CordaConfig(prune_temporary_fields=False), "init_lora_weights": "corda"}
+    options = {
+        "corda_config": CordaConfig(prune_temporary_fields=False),
+        "init_lora_weights": "corda",
+    }
     config = peft.LoraConfig(r=RANK, target_modules=["layer"], **options)
     peft_corda.preprocess_corda(model, config, lambda: [model.layer(row[None]) for row in rows])
     ours = Covariance(("layer",), 0, torch.zeros(24, 24))
@@ -314,9 +349,18 @@ def test_at_the_start_the_logits_are_the_base_models(start, llama, tokens):
     """Folded to float32's rounding, PEFT's too; factored bit for bit."""
     with torch.no_grad():
         base = llama(tokens).logits
-        assert relative_error(peft_start(llama, tokens, start)[0](tokens).logits, base) < SAME_LOGITS
-    given = dict.fromkeys(OUR_NAME) if start == "pissa" else peft_covariances(llama, partial(run_rows, tokens=tokens))
-    covariance = {OUR_NAME[name]: None if matrix is None else peft_damped(matrix) for name, matrix in given.items()}
+        assert (
+            relative_error(peft_start(llama, tokens, start)[0](tokens).logits, base) < SAME_LOGITS
+        )
+    given = (
+        dict.fromkeys(OUR_NAME)
+        if start == "pissa"
+        else peft_covariances(llama, partial(run_rows, tokens=tokens))
+    )
+    covariance = {
+        OUR_NAME[name]: None if matrix is None else peft_damped(matrix)
+        for name, matrix in given.items()
+    }
     mode = "ipm" if start == "pissa" else start
     for edit_storage in ("folded", "factored"):
         model, _ = our_model(llama, edit_storage)
@@ -324,7 +368,9 @@ def test_at_the_start_the_logits_are_the_base_models(start, llama, tokens):
             before = model(tokens)
             assert relative_error(before, base) < SAME_LOGITS
             for name, linear in adapter_linears(model):
-                linear.start_from(split_component(co_svd(linear.weight, covariance[name], RANK, mode), SCALING))
+                linear.start_from(
+                    split_component(co_svd(linear.weight, covariance[name], RANK, mode), SCALING)
+                )
                 assert linear.lora_b.weight.any()
             after = model(tokens)
         if edit_storage == "folded":

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torchtune.models import llama3, qwen2
 
-from kasa_tune.components.adapters import adapter_linears
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.linalg.nf4 import is_quantized, quantize
 from kasa_tune.components.models import lora_llama3, lora_qwen2
 from kasa_tune.components.models.loading import put_weight
-from kasa_tune.components.quantization import is_quantized, quantize
-from kasa_tune.components.quantized_base import quantized_linears
+from kasa_tune.components.quantized.base import quantized_linears
 from tests.tolerances import MODEL_FP32, assert_same_bits
 
 RANK, ALPHA, VOCAB, LENGTH = 4, 12.0, 48, 10
@@ -72,7 +72,9 @@ def loss_and_gradients(model):
 )
 def test_qlora_is_that_of_torchtune(family, attn_modules, apply_to_mlp):
     theirs, ours = both(family, attn_modules, apply_to_mlp)
-    expected_base, base = ({n: p for n, p in m.named_parameters() if is_quantized(p)} for m in (theirs, ours))
+    expected_base, base = (
+        {n: p for n, p in m.named_parameters() if is_quantized(p)} for m in (theirs, ours)
+    )
     assert base.keys() == expected_base.keys()
     assert len(base) == 7 * SIZES["num_layers"]
     for name, weight in base.items():

@@ -20,8 +20,13 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
-from kasa_tune.components.checkpointing import list_checkpoints, load_part, run_lock, verify_checkpoint
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.checkpoints.checkpoint import (
+    list_checkpoints,
+    load_part,
+    run_lock,
+    verify_checkpoint,
+)
+from kasa_tune.components.training.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "kasa_finetune_single_device"
@@ -51,7 +56,11 @@ SMALL_CORDA_RUN = [
     "save_every_n_steps=2",
     "keep_last=9",
 ]
-SMALL_CALIBRATION = ["calibration.num_samples=8", "calibration.batch_size=8", "calibration.max_seq_len=64"]
+SMALL_CALIBRATION = [
+    "calibration.num_samples=8",
+    "calibration.batch_size=8",
+    "calibration.max_seq_len=64",
+]
 
 # Every start of an adapter on a base in four bits: config and overrides.
 PLUS_PLUS = ["calibration.rounds=3", "adapter.dynamic_ranks=True"]
@@ -70,7 +79,7 @@ RESUMABLE = [
     "epochs=2",
     "max_steps=6",
     "run_val_every_n_steps=6",
-    "lr_scheduler={_component_: kasa_tune.components.lr_schedules.cosine_schedule, num_warmup_steps: 1}",
+    "lr_scheduler={_component_: kasa_tune.components.training.cosine_schedule, num_warmup_steps: 1}",
 ]
 
 
@@ -89,7 +98,10 @@ class Run:
     @property
     def curve(self) -> list[tuple]:
         """What must be reproduced exactly: everything logged but the speed."""
-        return [tuple((k, v) for k, v in line.items() if k != "tokens_per_second") for line in self.metrics]
+        return [
+            tuple((k, v) for k, v in line.items() if k != "tokens_per_second")
+            for line in self.metrics
+        ]
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -101,7 +113,11 @@ class Run:
 
 def recipe_class(module) -> type:
     """The recipe that a module defines."""
-    (found,) = (value for value in vars(module).values() if FTRecipeInterface in getattr(value, "__mro__", ())[1:])
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if FTRecipeInterface in getattr(value, "__mro__", ())[1:]
+    )
     return found
 
 
@@ -147,7 +163,9 @@ def corda_recipe(load_recipe):
 def run_corda(module, folder: Path, *overrides: str, config_name: str = "tiny_corda") -> Run:
     """Run the CorDA recipe in this process on the embedded model and a few samples."""
     small = SMALL_CORDA_RUN + SMALL_CALIBRATION * ("corda" in config_name)
-    return run_recipe(module, folder, *overrides, config_name=config_name, schema=config.CORDA, small=small)
+    return run_recipe(
+        module, folder, *overrides, config_name=config_name, schema=config.CORDA, small=small
+    )
 
 
 @pytest.fixture
@@ -169,7 +187,9 @@ def qcorda_recipe(load_recipe):
 def run_quantized(module, folder: Path, *overrides: str, config_name: str = "tiny_qcorda") -> Run:
     """Run the QCorDA recipe in this process on the embedded model and a few samples."""
     small = SMALL_CORDA_RUN + SMALL_CALIBRATION * (config_name == "tiny_qcorda")
-    return run_recipe(module, folder, *overrides, config_name=config_name, schema=config.QCORDA, small=small)
+    return run_recipe(
+        module, folder, *overrides, config_name=config_name, schema=config.QCORDA, small=small
+    )
 
 
 @pytest.fixture
@@ -191,7 +211,9 @@ def whole_quantized(qcorda_recipe, tmp_path_factory):
         if method not in runs:
             config_name, overrides = QUANTIZED[method]
             folder = tmp_path_factory.mktemp(method) / "run"
-            runs[method] = run_quantized(qcorda_recipe, folder, *RESUMABLE, *overrides, config_name=config_name)
+            runs[method] = run_quantized(
+                qcorda_recipe, folder, *RESUMABLE, *overrides, config_name=config_name
+            )
         return runs[method]
 
     return whole
@@ -200,7 +222,11 @@ def whole_quantized(qcorda_recipe, tmp_path_factory):
 def nf4_weights(model: nn.Module) -> dict[str, NF4Tensor]:
     """The weights that are in four bits, by the names of their linears."""
     parameters = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    return {name.removesuffix(".weight"): weight for name, weight in parameters if isinstance(weight, NF4Tensor)}
+    return {
+        name.removesuffix(".weight"): weight
+        for name, weight in parameters
+        if isinstance(weight, NF4Tensor)
+    }
 
 
 @pytest.fixture
@@ -221,10 +247,24 @@ def start_process():
     """Start a recipe as its own process, as a user does; ``small`` are overrides that come before all others."""
     started: list[subprocess.Popen] = []
 
-    def start(folder: Path, *overrides: str, config_name: str = "tiny_kasa", recipe: str = RECIPE, small=SMALL_RUN):
+    def start(
+        folder: Path,
+        *overrides: str,
+        config_name: str = "tiny_kasa",
+        recipe: str = RECIPE,
+        small=SMALL_RUN,
+    ):
         path = ROOT / "recipes" / f"{recipe}.py"
         process = subprocess.Popen(
-            [sys.executable, str(path), "--config", config_name, f"output_dir={folder}", *small, *overrides],
+            [
+                sys.executable,
+                str(path),
+                "--config",
+                config_name,
+                f"output_dir={folder}",
+                *small,
+                *overrides,
+            ],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -239,13 +279,17 @@ def start_process():
         process.communicate()
 
 
-def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int, seconds: float = 120) -> None:
+def wait_for_steps(
+    process: subprocess.Popen, folder: Path, steps: int, seconds: float = 120
+) -> None:
     """Until the run has logged ``steps`` steps."""
     deadline = time.monotonic() + seconds
     metrics = folder / "metrics.jsonl"
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= steps):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the run did not get to step {steps}: {process.communicate()[1][-2000:]}")
+            raise AssertionError(
+                f"the run did not get to step {steps}: {process.communicate()[1][-2000:]}"
+            )
         time.sleep(0.01)
 
 
@@ -293,23 +337,51 @@ def assert_same_run(resumed: Run, whole: Run) -> None:
 
 # ------------------------------------------------------------------------------------------------- several processes
 
-SHARED = ["dataset_val.split=train[:8]", "run_val_every_n_steps=4", "save_every_n_steps=4", "keep_last=9"]
+SHARED = [
+    "dataset_val.split=train[:8]",
+    "run_val_every_n_steps=4",
+    "save_every_n_steps=4",
+    "keep_last=9",
+]
 CALIBRATED = [*SHARED, "dataset.split=train[:20]", "epochs=4", "max_steps=10", *SMALL_CALIBRATION]
 # What one device and two processes both do. The batch sizes of one device and of each of two processes follow.
 BOTH_WAYS = {
     # Packed, and rows that do not divide: an epoch's last step has fewer.
-    "kasa": ("kasa", "tiny_kasa", [*SHARED, "dataset.split=train[:46]", "dataset.packed=True", "epochs=3"], 2, 1),
+    "kasa": (
+        "kasa",
+        "tiny_kasa",
+        [*SHARED, "dataset.split=train[:46]", "dataset.packed=True", "epochs=3"],
+        2,
+        1,
+    ),
     "corda++": (
         "corda",
         "tiny_corda",
-        [*CALIBRATED, "calibration.rounds=2", "adapter.dynamic_ranks=True", "enable_activation_checkpointing=True"],
+        [
+            *CALIBRATED,
+            "calibration.rounds=2",
+            "adapter.dynamic_ranks=True",
+            "enable_activation_checkpointing=True",
+        ],
         8,
         4,
     ),
     "qcorda": ("qcorda", "tiny_qcorda", CALIBRATED, 8, 4),
     # Steps of 8, 8 and 1 samples: in the last, rank 1 has none.
-    "qlora": ("qcorda", "tiny_qlora", [*SHARED, "dataset.split=train[:17]", "epochs=4", "max_steps=12"], 8, 4),
-    "qkasa": ("qcorda", "tiny_qkasa", [*SHARED, "dataset.split=train[:20]", "epochs=4", "max_steps=10"], 8, 4),
+    "qlora": (
+        "qcorda",
+        "tiny_qlora",
+        [*SHARED, "dataset.split=train[:17]", "epochs=4", "max_steps=12"],
+        8,
+        4,
+    ),
+    "qkasa": (
+        "qcorda",
+        "tiny_qkasa",
+        [*SHARED, "dataset.split=train[:20]", "epochs=4", "max_steps=10"],
+        8,
+        4,
+    ),
 }
 ACCUMULATED = {"kasa": ["gradient_accumulation_steps=2"]}
 STEP_OF_ONE = 4  # where one device stops for two processes to go on
@@ -341,7 +413,9 @@ def run_alone(load_recipe, name: str, folder: Path, *more: str) -> Run:
     method, config_name, *_ = BOTH_WAYS[name]
     module, schema = load_recipe(f"{method}_finetune_single_device"), SCHEMAS[method]
     overrides = [*overrides_of(name, folder, 1)[1:], *more]
-    return run_recipe(module, folder, *overrides, config_name=config_name, schema=schema, small=False)
+    return run_recipe(
+        module, folder, *overrides, config_name=config_name, schema=schema, small=False
+    )
 
 
 SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
@@ -354,10 +428,22 @@ class Pair(Run):
     ends: list[dict] | None = None
 
 
-def torchrun(recipe: str | Path, config_name: str | Path, *overrides: str, options: tuple = ()) -> list[str]:
+def torchrun(
+    recipe: str | Path, config_name: str | Path, *overrides: str, options: tuple = ()
+) -> list[str]:
     """The command that starts a recipe as a user does, on two processes unless ``options`` say otherwise."""
     options = options or ("--nproc_per_node", "2")
-    return [sys.executable, "-m", "kasa_tune", "run", *options, str(recipe), "--config", str(config_name), *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "kasa_tune",
+        "run",
+        *options,
+        str(recipe),
+        "--config",
+        str(config_name),
+        *overrides,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -377,8 +463,13 @@ def pairs_of(plan: Path) -> dict[str, Pair]:
     """The runs of a plan that has been carried out, by name."""
     found = {}
     for entry in yaml.safe_load(plan.read_text()):
-        ends = [json.loads((plan.parent / f"{entry['name']}.rank{rank}.json").read_text()) for rank in (0, 1)]
-        (output_dir,) = (o.partition("=")[2] for o in entry["overrides"] if o.startswith("output_dir="))
+        ends = [
+            json.loads((plan.parent / f"{entry['name']}.rank{rank}.json").read_text())
+            for rank in (0, 1)
+        ]
+        (output_dir,) = (
+            o.partition("=")[2] for o in entry["overrides"] if o.startswith("output_dir=")
+        )
         found[entry["name"]] = Pair(ends[0].get("status", 1), Path(output_dir), None, ends)
     return found
 
@@ -390,9 +481,17 @@ def planned_pairs(root: Path, alone: dict[str, Run]) -> list[dict]:
     def add(name: str, what: str, *overrides: str, folder: str | None = None, **more) -> None:
         method, config_name = BOTH_WAYS[what][:2] if what in BOTH_WAYS else ("kasa", "tiny_kasa")
         output = root / (folder or name)
-        base = overrides_of(what, output, 2) if what in BOTH_WAYS else [f"output_dir={output}", *ROUGH]
+        base = (
+            overrides_of(what, output, 2) if what in BOTH_WAYS else [f"output_dir={output}", *ROUGH]
+        )
         entries.append(
-            {"name": name, "recipe": method, "config": config_name, "overrides": [*base, *overrides], **more}
+            {
+                "name": name,
+                "recipe": method,
+                "config": config_name,
+                "overrides": [*base, *overrides],
+                **more,
+            }
         )
 
     for name in BOTH_WAYS:
@@ -410,7 +509,10 @@ def planned_pairs(root: Path, alone: dict[str, Run]) -> list[dict]:
     add("stopped resumed", "rough", f"resume_from_checkpoint={root / 'stopped'}")
     add("nan", "rough", "save_every_n_steps=2", trouble={"kind": "nan", "step": 4})
     add("other config", "rough", overrides_of_rank_1=["optimizer.lr=1e-3"])
-    component = ["dataset._component_=several_runs.rows_by_rank", "dataset.split_of_rank_1=train[1:23]"]
+    component = [
+        "dataset._component_=several_runs.rows_by_rank",
+        "dataset.split_of_rank_1=train[1:23]",
+    ]
     add("other rows", "rough", *component)
     return entries
 
@@ -435,8 +537,12 @@ def runs(load_recipe, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Pair]
             with run_lock(root / "pairs" / "locked" / "checkpoints"):
                 for entry in yaml.safe_load(plan.read_text()):  # a start each, as users have
                     (plan.parent / "next.yaml").write_text(yaml.safe_dump([entry]))
-                    command = torchrun(Path(__file__).with_name("several_runs.py"), plan.parent / "next.yaml")
-                    end = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+                    command = torchrun(
+                        Path(__file__).with_name("several_runs.py"), plan.parent / "next.yaml"
+                    )
+                    end = subprocess.run(
+                        command, env=environment(), capture_output=True, text=True, timeout=120
+                    )
                     assert end.returncode == 0, f"{entry['name']}: {end.stderr[-4000:]}"
             (root / "done").touch()
     return alone, pairs_of(root / "pairs" / "plan.yaml")
@@ -445,7 +551,9 @@ def runs(load_recipe, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Pair]
 def children(process: int) -> list[int]:
     """Processes that a process has started and that still run."""
     with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [
+            int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        ]
     return []
 
 
@@ -461,7 +569,11 @@ def start():
 
     def start(command: list[str], **variables: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment() | variables,
         )
         started.append(process)
         return process

@@ -20,7 +20,7 @@ import yaml
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
-from kasa_tune.components.datasets import instruct_dataset
+from kasa_tune.components.data.datasets import instruct_dataset
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
@@ -45,7 +45,9 @@ def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
         return real_step(cfg, window)
 
     def loss_sum(batch):
-        return real_loss(batch) * (float("nan") if recipe.step + 1 == step and kind == "nan" else 1.0)
+        return real_loss(batch) * (
+            float("nan") if recipe.step + 1 == step and kind == "nan" else 1.0
+        )
 
     if RANK == 1:
         recipe.train_step, recipe._loss_sum = train_step, loss_sum
@@ -64,7 +66,9 @@ def run(entry: dict) -> dict:
     """One run of the plan; how it ended on this rank."""
     module = load(entry["recipe"])
     (recipe_class,) = (
-        value for value in vars(module).values() if FTRecipeInterface in getattr(value, "__mro__", ())[1:]
+        value
+        for value in vars(module).values()
+        if FTRecipeInterface in getattr(value, "__mro__", ())[1:]
     )
     overrides = [*entry["overrides"], *(entry.get("overrides_of_rank_1", []) if RANK == 1 else [])]
     try:

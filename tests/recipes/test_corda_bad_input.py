@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
-from kasa_tune.components.decomposition_cache import CacheError
+from kasa_tune.components.corda.cache import CacheError
 from kasa_tune.registry import PACKAGE_ROOT
 
 TINY_WORLD = PACKAGE_ROOT / "tiny_world"
@@ -43,7 +43,7 @@ def rows(tmp_path):
     def write(count: int) -> str:
         text = (TINY_WORLD / "data" / "task_train.jsonl").read_text().splitlines()[:count]
         (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in text))
-        component = "_component_: kasa_tune.components.datasets.instruct_dataset, source: json"
+        component = "_component_: kasa_tune.components.data.instruct_dataset, source: json"
         return f"calibration.dataset={{{component}, data_files: {tmp_path / 'rows.jsonl'}}}"
 
     return write
@@ -67,7 +67,9 @@ def test_a_damaged_weight_between_the_linears_is_named(corda, damaged):
 
 @pytest.mark.usefixtures("not_trained")
 def test_activations_that_overflow_name_the_layer_that_gets_them(corda, damaged):
-    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.w2: its inputs hold NaN or infinity.*round 1"):
+    with pytest.raises(
+        ValueError, match=r"layers\.2\.mlp\.w2: its inputs hold NaN or infinity.*round 1"
+    ):
         corda(damaged("model.layers.2.mlp.up_proj.weight", 1e30))
 
 
@@ -93,13 +95,18 @@ def test_no_calibration_sample_at_all(corda, rows, concatenate):
 
 @pytest.mark.usefixtures("not_trained")
 def test_less_than_one_window(corda, rows):
-    with pytest.raises(ValueError, match=r"holds 0 windows of 500 tokens.*calibration\.max_seq_len"):
+    with pytest.raises(
+        ValueError, match=r"holds 0 windows of 500 tokens.*calibration\.max_seq_len"
+    ):
         corda(rows(2), "calibration.concatenate=True", "calibration.max_seq_len=500")
 
 
 @pytest.mark.usefixtures("not_trained")
 def test_fewer_samples_than_rounds(corda, rows):
-    with pytest.raises(ValueError, match=r"holds 2 samples, fewer than one for each of 3 rounds.*calibration\.rounds"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 2 samples, fewer than one for each of 3 rounds.*calibration\.rounds",
+    ):
         corda(rows(2), "calibration.rounds=3")
 
 
@@ -110,32 +117,40 @@ def test_fewer_samples_than_asked_for_are_shared_out_with_a_warning(corda, rows,
 
 @pytest.mark.usefixtures("not_trained")
 def test_rows_longer_than_the_model_takes(corda):
-    with pytest.raises(ValueError, match=r"calibration\.max_seq_len 513 is more than the model takes, 512"):
+    with pytest.raises(
+        ValueError, match=r"calibration\.max_seq_len 513 is more than the model takes, 512"
+    ):
         corda("calibration.max_seq_len=513")
 
 
 def test_no_calibration_dataset():
-    with pytest.raises(config.ConfigError, match=r"calibration\.dataset.*missing.*\$\{dataset\} for mode ipm"):
+    with pytest.raises(
+        config.ConfigError, match=r"calibration\.dataset.*missing.*\$\{dataset\} for mode ipm"
+    ):
         config.load("tiny_corda", ["calibration.dataset=null"], config.CORDA)
 
 
 def test_a_calibration_file_that_is_not_there(tmp_path):
-    component = "_component_: kasa_tune.components.datasets.instruct_dataset, source: json"
+    component = "_component_: kasa_tune.components.data.instruct_dataset, source: json"
     dataset = f"calibration.dataset={{{component}, data_files: {tmp_path / 'none.jsonl'}}}"
-    with pytest.raises(config.ConfigError, match=r"calibration\.dataset\.data_files.*does not exist"):
+    with pytest.raises(
+        config.ConfigError, match=r"calibration\.dataset\.data_files.*does not exist"
+    ):
         config.load("tiny_corda", [dataset], config.CORDA)
 
 
 @pytest.mark.usefixtures("not_trained")
 def test_a_calibration_row_without_the_columns(corda, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
-    component = "_component_: kasa_tune.components.datasets.instruct_dataset, source: json"
+    component = "_component_: kasa_tune.components.data.instruct_dataset, source: json"
     with pytest.raises(ValueError, match=r"calibration\.dataset: row 0.*'input'"):
         corda(f"calibration.dataset={{{component}, data_files: {tmp_path / 'rows.jsonl'}}}")
 
 
 @pytest.mark.usefixtures("not_trained")
-@pytest.mark.parametrize("position", [0, 100])  # the first rows are looked at beforehand, the hundredth is not
+@pytest.mark.parametrize(
+    "position", [0, 100]
+)  # the first rows are looked at beforehand, the hundredth is not
 def test_token_ids_that_the_model_does_not_have(corda, tmp_path, monkeypatch, position):
     module = tmp_path / f"rows_of_others_{position}.py"
     module.write_text(
@@ -144,7 +159,10 @@ def test_token_ids_that_the_model_does_not_have(corda, tmp_path, monkeypatch, po
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"token id 5000, but the model's vocabulary has 1024"):
-        corda(f"calibration.dataset={{_component_: {module.stem}.rows}}", "calibration.num_samples=120")
+        corda(
+            f"calibration.dataset={{_component_: {module.stem}.rows}}",
+            "calibration.num_samples=120",
+        )
 
 
 # -------------------------------------------------------------------------------------------------- ranks and damping
@@ -159,9 +177,18 @@ def test_a_rank_above_a_layers_names_it(corda):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["adapter.min_rank=17"], r"adapter\.min_rank.*got 17.*budget of model\.rank 16.*at most 16"),
-        (["adapter.max_rank=15"], r"adapter\.max_rank.*got 15.*budget of model\.rank 16.*at least 16"),
-        (["adapter.min_rank=5", "adapter.max_rank=4"], r"adapter\.min_rank.*got 5.*more than max_rank 4"),
+        (
+            ["adapter.min_rank=17"],
+            r"adapter\.min_rank.*got 17.*budget of model\.rank 16.*at most 16",
+        ),
+        (
+            ["adapter.max_rank=15"],
+            r"adapter\.max_rank.*got 15.*budget of model\.rank 16.*at least 16",
+        ),
+        (
+            ["adapter.min_rank=5", "adapter.max_rank=4"],
+            r"adapter\.min_rank.*got 5.*more than max_rank 4",
+        ),
     ],
 )
 def test_rank_bounds_that_the_budget_cannot_meet(overrides, message):
@@ -178,7 +205,13 @@ def test_no_damping_where_compactness_divides_by_the_smallest_eigenvalue(corda):
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_no_damping_on_too_few_tokens_still_starts_as_the_base(corda, mode):
     run = corda(
-        *("adapter.damping=0", f"adapter.mode={mode}", "calibration.num_samples=2", ONE_STEP, "run_val_every_n_steps=9")
+        *(
+            "adapter.damping=0",
+            f"adapter.mode={mode}",
+            "calibration.num_samples=2",
+            ONE_STEP,
+            "run_val_every_n_steps=9",
+        )
     )
     before = run.metrics[0]
     assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=1e-5)
@@ -189,15 +222,25 @@ def test_too_few_tokens_are_counted_in_a_warning(corda, caplog):
     run = corda("calibration.num_samples=2", "calibration.max_seq_len=32", ONE_STEP)
     tokens = sum(int(batch["valid"].sum()) for batch in run.recipe._rounds[0])
     assert tokens == 2 * 32
-    (warning,) = [record.getMessage() for record in caplog.records if "Calibration is thin" in record.getMessage()]
+    (warning,) = [
+        record.getMessage()
+        for record in caplog.records
+        if "Calibration is thin" in record.getMessage()
+    ]
     # q, k and v read one input, w1 and w3 another: 4 different inputs in each of 5 blocks.
-    assert f"layers.0.attn.q_proj (and 19 other inputs) saw {tokens} tokens for 128 inputs" in warning
+    assert (
+        f"layers.0.attn.q_proj (and 19 other inputs) saw {tokens} tokens for 128 inputs" in warning
+    )
     assert "raise calibration.num_samples" in warning
 
 
 @pytest.mark.usefixtures("not_trained")
-def test_a_ratio_of_no_learning_rate_is_refused_before_anything_is_computed(corda, corda_recipe, monkeypatch):
-    monkeypatch.setattr(corda_recipe, "decompose", lambda *_, **__: pytest.fail("the weights were decomposed"))
+def test_a_ratio_of_no_learning_rate_is_refused_before_anything_is_computed(
+    corda, corda_recipe, monkeypatch
+):
+    monkeypatch.setattr(
+        corda_recipe, "decompose", lambda *_, **__: pytest.fail("the weights were decomposed")
+    )
     with pytest.raises(ValueError, match=r"adapter\.lr_ratio.*optimizer\.lr"):
         corda("~optimizer.lr", "adapter.lr_ratio=2", config_name="tiny_pissa")
 
@@ -237,5 +280,7 @@ def test_a_foreign_cache(corda, cached, not_trained):
         "model.apply_to_mlp=False": "adapted layers: stored",
         "dtype=bf16": "dtype: stored fp32, now bf16",
     }.items():
-        with pytest.raises(CacheError, match=rf"ipm\.safetensors.*{different}.*another calibration\.cache_dir"):
+        with pytest.raises(
+            CacheError, match=rf"ipm\.safetensors.*{different}.*another calibration\.cache_dir"
+        ):
             corda(cached, other)

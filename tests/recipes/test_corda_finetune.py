@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torchtune.models.llama3 import llama3
 
 from kasa_tune import config
-from kasa_tune.components import calibration, checkpointing
-from kasa_tune.components import corda as decomposing
-from kasa_tune.components.linear import CorDALinear, LoRALinear
-from kasa_tune.components.metrics import read_metrics
+from kasa_tune.components.adapters.linear import CorDALinear, LoRALinear
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.corda import calibration
+from kasa_tune.components.corda import decompose as decomposing
 from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
@@ -33,9 +34,18 @@ from .conftest import (
 )
 
 FACTS = PACKAGE_ROOT / "tiny_world" / "data" / "facts_calibration.jsonl"
-SCHEDULE = "lr_scheduler={_component_: kasa_tune.components.lr_schedules.cosine_schedule, num_warmup_steps: 1}"
+SCHEDULE = (
+    "lr_scheduler={_component_: kasa_tune.components.training.cosine_schedule, num_warmup_steps: 1}"
+)
 # 3 steps an epoch, random numbers in each.
-RESUMABLE = [*PLUS_PLUS, "model.dropout=0.1", "dataset.split=train[:20]", "epochs=2", "max_steps=6", SCHEDULE]
+RESUMABLE = [
+    *PLUS_PLUS,
+    "model.dropout=0.1",
+    "dataset.split=train[:20]",
+    "epochs=2",
+    "max_steps=6",
+    SCHEDULE,
+]
 METHODS = {
     "corda, ipm": ("tiny_corda", []),
     "corda, kpm": ("tiny_corda_kpm", []),
@@ -107,7 +117,9 @@ def test_it_starts_as_the_base_and_learns(corda, base_model, config_name, overri
     assert losses(run)[-1] < 0.7 * losses(run)[0]
     linears = run.recipe._linears.values()
     assert len(linears) == 5 * 7
-    assert {type(linear) for linear in linears} == {LoRALinear if config_name in LORA_LINEARS else CorDALinear}
+    assert {type(linear) for linear in linears} == {
+        LoRALinear if config_name in LORA_LINEARS else CorDALinear
+    }
     for linear in linears:
         learned = linear.scaling * linear.lora_b.weight @ linear.lora_a.weight - linear.edit.dense()
         assert learned.abs().max() > 1e-4
@@ -115,7 +127,9 @@ def test_it_starts_as_the_base_and_learns(corda, base_model, config_name, overri
 
 def test_a_factored_edit_computes_the_same_as_a_folded_one(corda, tmp_path):
     cache = f"calibration.cache_dir={tmp_path / 'cache'}"
-    folded, factored = (corda(f"model.edit_storage={how}", cache, name=how) for how in ("folded", "factored"))
+    folded, factored = (
+        corda(f"model.edit_storage={how}", cache, name=how) for how in ("folded", "factored")
+    )
     assert losses(factored) == pytest.approx(losses(folded), rel=1e-4)
     assert all(linear.folded for linear in folded.recipe._linears.values())
     assert not any(linear.folded for linear in factored.recipe._linears.values())
@@ -123,7 +137,9 @@ def test_a_factored_edit_computes_the_same_as_a_folded_one(corda, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_with_a_factored_edit_the_start_is_the_base_bit_for_bit(corda, dtype):
-    run = corda(f"dtype={dtype}", "model.edit_storage=factored", "run_val_every_n_steps=2", "max_steps=2")
+    run = corda(
+        f"dtype={dtype}", "model.edit_storage=factored", "run_val_every_n_steps=2", "max_steps=2"
+    )
     before = run.metrics[0]
     assert before["val_loss"] == before["val_loss_base"]
     assert run.metrics[-1]["val_loss"] < before["val_loss"]
@@ -132,15 +148,21 @@ def test_with_a_factored_edit_the_start_is_the_base_bit_for_bit(corda, dtype):
 def test_a_bf16_base_keeps_a_full_precision_adapter(corda):
     run = corda("dtype=bf16", "max_steps=2", "run_val_every_n_steps=2")
     assert {tensor.dtype for tensor in run.part("adapter").values()} == {torch.float32}
-    assert all(linear.weight.dtype == torch.bfloat16 and linear.folded for linear in run.recipe._linears.values())
+    assert all(
+        linear.weight.dtype == torch.bfloat16 and linear.folded
+        for linear in run.recipe._linears.values()
+    )
     before = run.metrics[0]
-    assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=2e-2)  # folding rounds to 8 bits
+    assert before["val_loss"] == pytest.approx(
+        before["val_loss_base"], rel=2e-2
+    )  # folding rounds to 8 bits
     assert run.metrics[-1]["val_loss"] < before["val_loss"]
 
 
 def test_activation_checkpointing_changes_nothing(corda):
     plain, checkpointed = (
-        corda("max_steps=2", f"enable_activation_checkpointing={on}", name=str(on)) for on in (False, True)
+        corda("max_steps=2", f"enable_activation_checkpointing={on}", name=str(on))
+        for on in (False, True)
     )
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
     assert plain.part("adapter").keys() == checkpointed.part("adapter").keys()
@@ -149,8 +171,19 @@ def test_activation_checkpointing_changes_nothing(corda):
 
 def test_every_other_option_at_once(corda):
     """The published normalization, damping and split, sums in float64, one stream of tokens, pooled wide inputs."""
-    published = ["adapter.normalization=published", "adapter.damping_search=True", "adapter.split=paper"]
-    rest = ["accumulate=fp64", "offload=True", "concatenate=True", "max_selection_dim=128", "rounds=2", "seed=7"]
+    published = [
+        "adapter.normalization=published",
+        "adapter.damping_search=True",
+        "adapter.split=paper",
+    ]
+    rest = [
+        "accumulate=fp64",
+        "offload=True",
+        "concatenate=True",
+        "max_selection_dim=128",
+        "rounds=2",
+        "seed=7",
+    ]
     run = corda(*published, *(f"calibration.{each}" for each in rest), "run_val_every_n_steps=4")
     before = run.metrics[0]
     assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=1e-5)
@@ -182,7 +215,12 @@ def test_the_edit_is_that_of_the_dense_matrices(corda, base_model, mode):
     """Against covariances summed in a plain model over the very rows, and a dense SVD: with 8 rows to draw from, 8 are
     drawn, whatever the seed.
     """
-    options = ["adapter.damping=0.05", "calibration.max_seq_len=40", "calibration.batch_size=3", "max_steps=1"]
+    options = [
+        "adapter.damping=0.05",
+        "calibration.max_seq_len=40",
+        "calibration.batch_size=3",
+        "max_steps=1",
+    ]
     run = corda(f"adapter.mode={mode}", *options)
     adapted, inputs = ("layers.0.attn.k_proj", "layers.4.mlp.w2", "layers.2.mlp.w1"), {}
     for name in adapted:
@@ -201,18 +239,25 @@ def test_the_edit_is_that_of_the_dense_matrices(corda, base_model, mode):
         covariance = covariance / covariance.diagonal().mean() + 0.05 * torch.eye(len(covariance))
         values = torch.linalg.svdvals(weight @ covariance)
         wanted = values[:16] if mode == "ipm" else values[-16:]
-        stored = torch.tensor(decomposition(run)["layers"][name]["singular_values"], dtype=torch.float64)
+        stored = torch.tensor(
+            decomposition(run)["layers"][name]["singular_values"], dtype=torch.float64
+        )
         torch.testing.assert_close(stored.sort().values, wanted.sort().values, rtol=2e-4, atol=1e-5)
         # That the span is the extreme one is said by what it keeps of W C, even where its vectors are hardly apart.
         span = torch.linalg.qr(run.part("adapter")[f"{name}.lora_edit_out"].double()).Q
         kept = torch.linalg.matrix_norm(span.T @ weight @ covariance)
         assert kept.item() == pytest.approx(wanted.norm().item(), rel=1e-3)
-        torch.testing.assert_close(edits(run)[name].double(), span @ span.T @ weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            edits(run)[name].double(), span @ span.T @ weight, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_packing_calibrates_on_the_same_tokens(corda):
     options = ["calibration.max_seq_len=256", "max_steps=1"]
-    plain, packed = corda(*options, name="plain"), corda(*options, "dataset.packed=True", name="packed")
+    plain, packed = (
+        corda(*options, name="plain"),
+        corda(*options, "dataset.packed=True", name="packed"),
+    )
     rows = [batch["tokens"].shape[0] for run in (plain, packed) for batch in run.recipe._rounds[0]]
     assert rows[0] == 8
     assert rows[1] < 8
@@ -269,7 +314,9 @@ def test_the_other_mode_reads_the_same_spectra(corda, found, monkeypatch):
     reusing = corda(*other, f"calibration.cache_dir={found}", name="reusing")
     assert decomposition(reusing) == decomposition(fresh)
     assert_same_tree(reusing.part("adapter"), fresh.part("adapter"))
-    assert sorted(path.name for path in found.iterdir()) == [f"{n}.safetensors" for n in ("ipm", "kpm", "spectra")]
+    assert sorted(path.name for path in found.iterdir()) == [
+        f"{n}.safetensors" for n in ("ipm", "kpm", "spectra")
+    ]
 
 
 def test_a_smaller_rank_is_cut_and_a_larger_found(corda, monkeypatch, tmp_path):
@@ -281,7 +328,9 @@ def test_a_smaller_rank_is_cut_and_a_larger_found(corda, monkeypatch, tmp_path):
     for name, edit in edits(corda(*same, "model.rank=3", name="fresh")).items():
         torch.testing.assert_close(cut[name], edit, rtol=1e-4, atol=1e-5)
     larger = corda(*same, cache, "model.rank=12", name="larger")
-    assert {len(layer["singular_values"]) for layer in decomposition(larger)["layers"].values()} == {12}
+    assert {
+        len(layer["singular_values"]) for layer in decomposition(larger)["layers"].values()
+    } == {12}
 
 
 def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_path):
@@ -297,7 +346,9 @@ def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("step", [2, 4])  # an epoch has 3 steps
-def test_resume_is_bitwise_the_uninterrupted_run(corda, corda_recipe, plus_plus, monkeypatch, tmp_path, step):
+def test_resume_is_bitwise_the_uninterrupted_run(
+    corda, corda_recipe, plus_plus, monkeypatch, tmp_path, step
+):
     """With every layer's own rank, and without looking at calibration data again."""
     copy_run(plus_plus, tmp_path / "resumed", until_step=step)
     shutil.rmtree(tmp_path / "resumed" / "decomposition")
@@ -308,14 +359,23 @@ def test_resume_is_bitwise_the_uninterrupted_run(corda, corda_recipe, plus_plus,
     assert_same_run(resumed, plus_plus)
 
 
-def test_resume_under_another_start_is_refused_but_calibration_data_may_move(corda, plus_plus, tmp_path):
+def test_resume_under_another_start_is_refused_but_calibration_data_may_move(
+    corda, plus_plus, tmp_path
+):
     copy_run(plus_plus, tmp_path / "resumed", until_step=4)
     same = [*RESUMABLE, "resume_from_checkpoint=True"]
-    for other in ("adapter.mode=kpm", "adapter.lr_ratio=2", "calibration.num_samples=9", "calibration.seed=1"):
+    for other in (
+        "adapter.mode=kpm",
+        "adapter.lr_ratio=2",
+        "calibration.num_samples=9",
+        "calibration.seed=1",
+    ):
         with pytest.raises(ValueError, match=rf"other settings.*{other.partition('.')[0]}"):
             corda(*same, other, name="resumed")
-    moved = f"calibration.dataset={{_component_: kasa_tune.components.datasets.instruct_dataset, data_files: {FACTS}}}"
-    resumed = corda(*same, moved, "calibration.batch_size=2", "calibration.offload=True", name="resumed")
+    moved = f"calibration.dataset={{_component_: kasa_tune.components.data.instruct_dataset, data_files: {FACTS}}}"
+    resumed = corda(
+        *same, moved, "calibration.batch_size=2", "calibration.offload=True", name="resumed"
+    )
     assert resumed.curve == plus_plus.curve
 
 
@@ -344,7 +404,9 @@ def test_a_signal_saves_and_resume_goes_on(corda, corda_recipe, plus_plus, monke
 
 def test_b_moves_at_the_ratio_times_the_rate_of_a(corda):
     """AdamW's first step moves every parameter that has a gradient by its learning rate; A has none while B is 0."""
-    run = corda("adapter.lr_ratio=5", "optimizer.lr=1e-3", "max_steps=1", config_name="tiny_lora_plus")
+    run = corda(
+        "adapter.lr_ratio=5", "optimizer.lr=1e-3", "max_steps=1", config_name="tiny_lora_plus"
+    )
     for name, value in run.part("adapter").items():
         if name.endswith("lora_b.weight"):
             moved = value[value != 0].abs()
@@ -363,7 +425,9 @@ def test_the_ratio_holds_through_the_schedule_and_after_resume(corda, monkeypatc
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     same = [SCHEDULE, "optimizer.lr=1e-3", "adapter.lr_ratio=4"]
     whole = corda(*same, "max_steps=4", config_name="tiny_lora_plus")
-    expected = [1e-3 * (0.0 if i < 1 else 0.5 * (1 + math.cos(math.pi * (i - 1) / 3))) for i in range(4)]
+    expected = [
+        1e-3 * (0.0 if i < 1 else 0.5 * (1 + math.cos(math.pi * (i - 1) / 3))) for i in range(4)
+    ]
     assert [a for a, _ in rates] == pytest.approx(expected)
     assert [b for _, b in rates] == pytest.approx([4 * rate for rate in expected])
     assert [line["lr"] for line in whole.metrics] == pytest.approx(expected)
@@ -376,29 +440,54 @@ def test_the_ratio_holds_through_the_schedule_and_after_resume(corda, monkeypatc
 # --------------------------------------------------------------------------------------------- what comes after a run
 
 
-def test_generation_takes_a_checkpoint_with_a_rank_for_each_layer(plus_plus, load_recipe, run_main, tmp_path):
+def test_generation_takes_a_checkpoint_with_a_rank_for_each_layer(
+    plus_plus, load_recipe, run_main, tmp_path
+):
     outputs = {}
     for name, adapter in {"with": plus_plus.folder, "without": "null"}.items():
         out = tmp_path / name
-        few = [f"adapter_checkpoint={adapter}", "num_samples=3", "max_new_tokens=12", f"output_dir={out}"]
+        few = [
+            f"adapter_checkpoint={adapter}",
+            "num_samples=3",
+            "max_new_tokens=12",
+            f"output_dir={out}",
+        ]
         assert run_main("generate_text", "--config", "tiny_corda_generate", *few) == 0
-        outputs[name] = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+        outputs[name] = [
+            json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()
+        ]
     assert [row["base"] for row in outputs["with"]] == [row["base"] for row in outputs["without"]]
     assert all(row["base"] != row["tuned"] for row in outputs["with"])
-    cfg = config.load("tiny_corda_generate", [f"adapter_checkpoint={plus_plus.folder}"], config.GENERATE)
+    cfg = config.load(
+        "tiny_corda_generate", [f"adapter_checkpoint={plus_plus.folder}"], config.GENERATE
+    )
     generating = load_recipe("generate_text").GenerateTextRecipe(cfg)
     generating.setup(cfg)
     for name, trained in plus_plus.recipe._linears.items():
         torch.testing.assert_close(
-            generating._model.get_submodule(name).merged_weight(), trained.merged_weight(), rtol=1e-5, atol=1e-6
+            generating._model.get_submodule(name).merged_weight(),
+            trained.merged_weight(),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
 def test_generation_takes_a_dora_checkpoint(corda, run_main, tmp_path):
     run = corda(config_name="tiny_dora")
-    few = [f"adapter_checkpoint={run.folder}", "num_samples=2", "max_new_tokens=12", f"output_dir={tmp_path / 'out'}"]
-    assert run_main("generate_text", "--config", "tiny_lora_generate", "model.use_dora=True", *few) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    few = [
+        f"adapter_checkpoint={run.folder}",
+        "num_samples=2",
+        "max_new_tokens=12",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert (
+        run_main("generate_text", "--config", "tiny_lora_generate", "model.use_dora=True", *few)
+        == 0
+    )
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()
+    ]
     assert all(row["base"] != row["tuned"] for row in rows)
     with pytest.raises(ValueError, match="use_dora"):
         run_main("generate_text", "--config", "tiny_lora_generate", *few)
@@ -406,7 +495,9 @@ def test_generation_takes_a_dora_checkpoint(corda, run_main, tmp_path):
 
 def test_report_draws_a_run_with_a_rank_for_each_layer(plus_plus, run_main, tmp_path):
     folder = shutil.copytree(plus_plus.folder, tmp_path / "run")
-    assert run_main("report_run", "--config", str(folder / "config.yaml"), f"output_dir={folder}") == 0
+    assert (
+        run_main("report_run", "--config", str(folder / "config.yaml"), f"output_dir={folder}") == 0
+    )
     for name in ("loss_curve.png", "singular_values.png", "ranks.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (folder / name).stat().st_size > 10_000
@@ -423,9 +514,18 @@ def test_report_of_one_rank_for_all_draws_no_ranks(corda, run_main):
 
 
 def test_dry_run_prints_the_calibration_budget_and_writes_nothing(corda_recipe, tmp_path, capsys):
-    few = [*SMALL_CORDA_RUN, *SMALL_CALIBRATION, "calibration.rounds=2", "calibration.num_samples=4"]
+    few = [
+        *SMALL_CORDA_RUN,
+        *SMALL_CALIBRATION,
+        "calibration.rounds=2",
+        "calibration.num_samples=4",
+    ]
     windows = ["calibration.concatenate=True", "calibration.max_seq_len=32"]
-    cfg = config.load("tiny_corda", [*few, *windows, f"output_dir={tmp_path / 'run'}", "dry_run=True"], config.CORDA)
+    cfg = config.load(
+        "tiny_corda",
+        [*few, *windows, f"output_dir={tmp_path / 'run'}", "dry_run=True"],
+        config.CORDA,
+    )
     recipe_class(corda_recipe)(cfg).setup(cfg)
     sizes = {}
     for line in capsys.readouterr().out.splitlines():
@@ -437,7 +537,9 @@ def test_dry_run_prints_the_calibration_budget_and_writes_nothing(corda_recipe, 
     assert sizes["CO-SVD workspace"] > 0
     before_training = ("calibration hidden states", "covariances of one block", "CO-SVD workspace")
     sums = ("set-up, at most", "training step")
-    during = sum(size for purpose, size in sizes.items() if purpose not in (*before_training, *sums))
+    during = sum(
+        size for purpose, size in sizes.items() if purpose not in (*before_training, *sums)
+    )
     assert sizes["training step"] == pytest.approx(during, abs=0.4)
     at_once = sum(sizes[purpose] for purpose in ("base weights", "adapters", *before_training))
     assert sizes["set-up, at most"] == pytest.approx(at_once, abs=0.4)
@@ -449,7 +551,12 @@ def test_dry_run_prints_the_calibration_budget_and_writes_nothing(corda_recipe, 
     [
         ("FINETUNE", "tiny_kasa", "corda_llama3", "which corda_finetune_single_device trains"),
         ("CORDA", "tiny_corda", "kasa_llama3", "which kasa_finetune_single_device trains"),
-        ("CORDA", "tiny_pissa", "lora_llama3", "adapter.method pissa needs a corda_<model> builder"),
+        (
+            "CORDA",
+            "tiny_pissa",
+            "lora_llama3",
+            "adapter.method pissa needs a corda_<model> builder",
+        ),
         ("CORDA", "tiny_dora", "kasa_llama3", "which kasa_finetune_single_device trains"),
     ],
 )
@@ -468,6 +575,8 @@ def test_a_second_run_in_the_folder_of_a_live_one_touches_nothing(corda, plus_pl
         checkpointing.run_lock(folder / "checkpoints"),
         pytest.raises(ValueError, match="another run is writing"),
     ):
-        corda("max_steps=1", "dataset.split=train[:20]", "calibration.rounds=3")  # ranks differ, the cache fits
+        corda(
+            "max_steps=1", "dataset.split=train[:20]", "calibration.rounds=3"
+        )  # ranks differ, the cache fits
     assert {path: path.read_bytes() for path in before} == before
     assert len(read_metrics(folder / "metrics.jsonl")) == 6

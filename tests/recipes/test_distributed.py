@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from kasa_tune.components.checkpointing import latest_checkpoint, load_part, read_manifest
-from kasa_tune.components.quantized_base import FOLDER
+from kasa_tune.components.checkpoints.checkpoint import latest_checkpoint, load_part, read_manifest
+from kasa_tune.components.quantized.base import FOLDER
 
 from .conftest import BOTH_WAYS, STEP_OF_ONE, Run, assert_same_tree, copy_run, run_alone
 
@@ -26,24 +26,33 @@ LOSSES = ("loss", "val_loss", "val_loss_base", "l2", "l3", "grad_norm")
 DISTRIBUTED = [f"{method}_finetune_distributed" for method in ("kasa", "corda", "qcorda")]
 
 
-def assert_same_losses(metrics: list[dict], expected: list[dict], tolerance: float, names=LOSSES) -> None:
+def assert_same_losses(
+    metrics: list[dict], expected: list[dict], tolerance: float, names=LOSSES
+) -> None:
     """Step by step, none left out; a gradient's norm within ten times the losses' tolerance."""
     assert [line["step"] for line in metrics] == [line["step"] for line in expected]
     for line, wanted in zip(metrics, expected, strict=True):
         assert line.keys() & set(names) == wanted.keys() & set(names)
         for name in wanted.keys() & set(names):
             allowed = tolerance * (10 if name == "grad_norm" else 1)
-            assert line[name] == pytest.approx(wanted[name], rel=allowed), f"{name} of step {line['step']}"
+            assert line[name] == pytest.approx(wanted[name], rel=allowed), (
+                f"{name} of step {line['step']}"
+            )
         assert line.get("num_tokens") == wanted.get("num_tokens")
         assert line.get("lr") == pytest.approx(wanted.get("lr"))
 
 
 def learned(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What every adapter adds to its layer, up to its scale: ``B A`` or ``B diag(d) A``, whatever the basis."""
-    names = [key.removesuffix(".lora_a.weight") for key in adapter if key.endswith(".lora_a.weight")]
-    factors = {name: [adapter[f"{name}.lora_{half}.weight"].double() for half in "ba"] for name in names}
+    names = [
+        key.removesuffix(".lora_a.weight") for key in adapter if key.endswith(".lora_a.weight")
+    ]
+    factors = {
+        name: [adapter[f"{name}.lora_{half}.weight"].double() for half in "ba"] for name in names
+    }
     diagonals = {
-        name: adapter.get(f"{name}.lora_diag", torch.ones(len(a))).double() for name, (_, a) in factors.items()
+        name: adapter.get(f"{name}.lora_diag", torch.ones(len(a))).double()
+        for name, (_, a) in factors.items()
     }
     return {name: b @ (diagonals[name][:, None] * a) for name, (b, a) in factors.items()}
 
@@ -51,7 +60,11 @@ def learned(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def stored_base(run: Run) -> dict[str, NF4Tensor]:
     """The quantized weights beside a run's checkpoints, by their names."""
     stored, _ = latest_checkpoint(run.folder / FOLDER)
-    return {name: weight for part in read_manifest(stored)["parts"] for name, weight in load_part(stored, part).items()}
+    return {
+        name: weight
+        for part in read_manifest(stored)["parts"]
+        for name, weight in load_part(stored, part).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ the same run
@@ -71,7 +84,9 @@ def test_the_checkpoints_of_two_processes_are_those_of_one_device(runs, name):
     alone, pair = runs[0][name], runs[1][name]
     assert [path.name for path in pair.checkpoints] == [path.name for path in alone.checkpoints]
     adapter, wanted = pair.part("adapter"), alone.part("adapter")
-    assert {k: (v.shape, v.dtype) for k, v in adapter.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
+    assert {k: (v.shape, v.dtype) for k, v in adapter.items()} == {
+        k: (v.shape, v.dtype) for k, v in wanted.items()
+    }
     updates, wanted = learned(adapter), learned(wanted)
     for layer, update in wanted.items():
         assert (updates[layer] - update).norm() <= 30 * TOLERANCES[name] * update.norm(), layer
@@ -93,7 +108,10 @@ def test_rounding_moves_few_codes_of_qcorda(runs):
     bases = [stored_base(runs[way]["qcorda"]) for way in (0, 1)]
     assert bases[0].keys() == bases[1].keys()
     for name, weight in bases[0].items():
-        codes = [torch.stack((w.quantized_data >> 4, w.quantized_data & 15)).int() for w in (weight, bases[1][name])]
+        codes = [
+            torch.stack((w.quantized_data >> 4, w.quantized_data & 15)).int()
+            for w in (weight, bases[1][name])
+        ]
         distance = (codes[0] - codes[1]).abs()
         assert distance.max() <= 1, name
         moved, total = moved + int(distance.sum()), total + distance.numel()
@@ -117,14 +135,18 @@ def test_one_device_goes_on_where_two_processes_stopped(runs, load_recipe, tmp_p
     pair = runs[1][name]
     copy_run(pair, tmp_path / "run", until_step=4)
     rest = run_alone(load_recipe, name, tmp_path / "run", "resume_from_checkpoint=True")
-    assert_same_losses(rest.metrics, pair.metrics, SAME)  # the base is that of two processes, in every bit
+    assert_same_losses(
+        rest.metrics, pair.metrics, SAME
+    )  # the base is that of two processes, in every bit
     assert rest.part("run").get("world_size", 1) == 1
 
 
 @pytest.mark.parametrize("name", ["kasa", "qcorda"])
 def test_two_processes_go_on_where_one_device_stopped(runs, name):
     alone, rest = runs[0][name], runs[1][f"{name} from one"]
-    assert_same_losses(rest.metrics, [line for line in alone.metrics if line["step"] > STEP_OF_ONE], SAME)
+    assert_same_losses(
+        rest.metrics, [line for line in alone.metrics if line["step"] > STEP_OF_ONE], SAME
+    )
     if name == "qcorda":
         assert_same_tree(stored_base(rest), stored_base(alone))
 
@@ -140,12 +162,18 @@ def test_two_processes_go_on_bit_for_bit_where_two_stopped(runs):
 def test_steps_of_another_size_are_refused_with_both_sizes(runs):
     for end in runs[1]["other product"].ends:
         assert end["error"] == "ValueError"
-        assert "4 samples a step; batch_size x gradient_accumulation_steps x processes is now 12" in end["message"]
+        assert (
+            "4 samples a step; batch_size x gradient_accumulation_steps x processes is now 12"
+            in end["message"]
+        )
 
 
 def test_completions_of_a_run_of_two_processes(runs, run_main, tmp_path):
     few = [f"adapter_checkpoint={runs[1]['kasa'].folder}", "num_samples=2", "max_new_tokens=8"]
-    assert run_main("generate_text", "--config", "tiny_kasa_generate", *few, f"output_dir={tmp_path}") == 0
+    assert (
+        run_main("generate_text", "--config", "tiny_kasa_generate", *few, f"output_dir={tmp_path}")
+        == 0
+    )
     assert len((tmp_path / "completions.jsonl").read_text().splitlines()) == 2
 
 
@@ -167,7 +195,8 @@ def test_a_loss_on_one_rank_that_is_no_number_stops_both_before_the_step(runs):
     for end in run.ends:
         assert end["error"] == "RuntimeError"
         assert re.match(
-            r"Step 4: loss nan, .*those of step 3; last checkpoint: .*step_00000002\. Lower", end["message"]
+            r"Step 4: loss nan, .*those of step 3; last checkpoint: .*step_00000002\. Lower",
+            end["message"],
         )
     assert run.curve == whole.curve[:4]
 
@@ -175,7 +204,10 @@ def test_a_loss_on_one_rank_that_is_no_number_stops_both_before_the_step(runs):
 def test_a_folder_that_holds_a_run_or_is_written_to_is_refused_on_both(runs):
     for end in runs[1]["again"].ends:
         assert end["error"] == "ValueError"
-        assert "already holds checkpoints, the newest step_00000015. Set resume_from_checkpoint" in end["message"]
+        assert (
+            "already holds checkpoints, the newest step_00000015. Set resume_from_checkpoint"
+            in end["message"]
+        )
     leader, other = runs[1]["locked"].ends
     assert "another run is writing to" in leader["message"]
     assert other == {
@@ -200,24 +232,45 @@ def test_started_without_torchrun_it_says_how_to(recipe, run_main, monkeypatch, 
     for variable in ("RANK", "MASTER_ADDR"):
         monkeypatch.delenv(variable, raising=False)
     config_name = f"tiny_{recipe.partition('_')[0]}"
-    with pytest.raises(ValueError, match=r"tune run --nproc_per_node <n> <recipe> --config <config>.*_single_device"):
+    with pytest.raises(
+        ValueError,
+        match=r"tune run --nproc_per_node <n> <recipe> --config <config>.*_single_device",
+    ):
         run_main(recipe, "--config", config_name, f"output_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("recipe", DISTRIBUTED)
 def test_dry_run_shows_what_one_of_eight_processes_holds(recipe, run_main, capsys, tmp_path):
-    large = ["model.embed_dim=2048", "model.intermediate_dim=4096", "model.vocab_size=4096", "model.rank=64"]
+    large = [
+        "model.embed_dim=2048",
+        "model.intermediate_dim=4096",
+        "model.vocab_size=4096",
+        "model.rank=64",
+    ]
     large += ["dry_run=True", f"output_dir={tmp_path}"]
     budgets = {}
     for processes in (1, 8):
-        assert run_main(recipe, "--config", f"tiny_{recipe.partition('_')[0]}", *large, f"world_size={processes}") == 0
+        assert (
+            run_main(
+                recipe,
+                "--config",
+                f"tiny_{recipe.partition('_')[0]}",
+                *large,
+                f"world_size={processes}",
+            )
+            == 0
+        )
         printed = re.findall(r"^ *(\w.*?) +([\d,.]+) MiB$", capsys.readouterr().out, re.MULTILINE)
         budgets[processes] = {purpose: float(size.replace(",", "")) for purpose, size in printed}
     whole, part = budgets[1], budgets[8]
-    cut = ["base weights", "gradients", "optimizer"] + ["base weights in NF4"] * recipe.startswith("qcorda")
+    cut = ["base weights", "gradients", "optimizer"] + ["base weights in NF4"] * recipe.startswith(
+        "qcorda"
+    )
     for purpose in cut:
         assert whole[purpose] > 8
-        assert part[purpose] == pytest.approx(whole[purpose] / 8, abs=0.11), purpose  # printed with one decimal
+        assert part[purpose] == pytest.approx(whole[purpose] / 8, abs=0.11), (
+            purpose
+        )  # printed with one decimal
     assert part["activations (estimate)"] == whole["activations (estimate)"]
     assert "gathered weights" not in whole
     assert part["gathered weights"] > 0

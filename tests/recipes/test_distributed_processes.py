@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kasa_tune.components.checkpointing import run_lock
+from kasa_tune.components.checkpoints.checkpoint import run_lock
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
@@ -36,7 +36,9 @@ SEVERAL = Path(__file__).with_name("several_runs.py")
 
 def rank_of(pid: int) -> int:
     """The rank of a process that torchrun started."""
-    variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    variables = dict(
+        entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+    )
     return int(variables["RANK"])
 
 
@@ -50,18 +52,26 @@ def test_sigterm_to_torchrun_saves_and_one_device_goes_on(runs, start, load_reci
     finish(process, 60)
     assert process.returncode != 0
     stopped = Run(process.returncode, folder, None)
-    assert [path.name for path in stopped.checkpoints] == [f"step_{stopped.metrics[-1]['step']:08d}"]
-    losses, undisturbed = ([line["loss"] for line in run.metrics if line["step"]] for run in (stopped, pairs["kasa"]))
+    assert [path.name for path in stopped.checkpoints] == [
+        f"step_{stopped.metrics[-1]['step']:08d}"
+    ]
+    losses, undisturbed = (
+        [line["loss"] for line in run.metrics if line["step"]] for run in (stopped, pairs["kasa"])
+    )
     assert losses == undisturbed[: len(losses)]
     assert 3 <= len(losses) < len(undisturbed)
     rest = run_alone(load_recipe, "kasa", folder, "resume_from_checkpoint=True", *different)
-    assert_same_losses(rest.metrics, alone["kasa"].metrics[1:], SAME, names=("loss", "l2", "l3", "grad_norm"))
+    assert_same_losses(
+        rest.metrics, alone["kasa"].metrics[1:], SAME, names=("loss", "l2", "l3", "grad_norm")
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of the ranks in /proc")
 def test_a_rank_that_is_killed_ends_the_job(start, tmp_path):
     folder = tmp_path / "run"
-    process = start(torchrun(RECIPE, CONFIG, *overrides_of("kasa", folder, 2), "save_every_n_steps=2"))
+    process = start(
+        torchrun(RECIPE, CONFIG, *overrides_of("kasa", folder, 2), "save_every_n_steps=2")
+    )
     wait_for_steps(process, folder, 4, seconds=240)
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
     assert sorted(ranks) == [0, 1]
@@ -80,9 +90,17 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(runs, start, tmp_path)
     folder, mark = tmp_path / "run", tmp_path / "killed_once"
     trouble = {"kind": "SIGKILL", "step": 6, "mark": str(mark)}
     overrides = [f"output_dir={folder}", *ROUGH, "resume_from_checkpoint=True"]
-    entry = {"name": "run", "recipe": "kasa", "config": CONFIG, "overrides": overrides, "trouble": trouble}
+    entry = {
+        "name": "run",
+        "recipe": "kasa",
+        "config": CONFIG,
+        "overrides": overrides,
+        "trouble": trouble,
+    }
     plan = write_plan(tmp_path / "plan", [entry])
-    process = start(torchrun(SEVERAL, plan, options=("--nproc_per_node", "2", "--max-restarts", "1")))
+    process = start(
+        torchrun(SEVERAL, plan, options=("--nproc_per_node", "2", "--max-restarts", "1"))
+    )
     output = finish(process)
     assert process.returncode == 0, output[-4000:]
     assert mark.exists()
@@ -91,12 +109,23 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(runs, start, tmp_path)
 
 
 def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
-    rows = (PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl").read_text().splitlines()[:100]
-    rows[85] = json.dumps(json.loads(rows[85]) | {"output": None})  # the start looks at the first 64
+    rows = (
+        (PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl").read_text().splitlines()[:100]
+    )
+    rows[85] = json.dumps(
+        json.loads(rows[85]) | {"output": None}
+    )  # the start looks at the first 64
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     folder = tmp_path / "run"
-    overrides = [f"output_dir={folder}", f"dataset.data_files={tmp_path / 'rows.jsonl'}", "shuffle=False"]
-    overrides += ["batch_size=16", "run_val_every_n_steps=null"]  # of steps of 32, rank 1 takes 80 to 95 in the third
+    overrides = [
+        f"output_dir={folder}",
+        f"dataset.data_files={tmp_path / 'rows.jsonl'}",
+        "shuffle=False",
+    ]
+    overrides += [
+        "batch_size=16",
+        "run_val_every_n_steps=null",
+    ]  # of steps of 32, rank 1 takes 80 to 95 in the third
     process = start(torchrun(RECIPE, CONFIG, *overrides))
     output = finish(process)
     assert process.returncode != 0
@@ -132,18 +161,38 @@ def linked_namespaces(*names: str) -> list[tuple]:
     def ip(*words: str) -> None:
         end = subprocess.run(["ip", *words], capture_output=True, text=True)
         if end.returncode:
-            pytest.skip(f"network namespaces are not to be had: ip {' '.join(words)}: {end.stderr.strip()}")
+            pytest.skip(
+                f"network namespaces are not to be had: ip {' '.join(words)}: {end.stderr.strip()}"
+            )
 
     for name in names:
         ip("netns", "add", name)
-    ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "name", "link0", "netns", names[1])
+    ip(
+        "link",
+        "add",
+        "link0",
+        "netns",
+        names[0],
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "link0",
+        "netns",
+        names[1],
+    )
     found = []
     for hosts, name, address in zip("10", names, ("10.111.0.1", "10.111.0.2"), strict=True):
         ip("-n", name, "addr", "add", f"{address}/24", "dev", "link0")
         ip("-n", name, "link", "set", "link0", "up")
         ip("-n", name, "link", "set", "lo", "up")
         before = ["ip", "netns", "exec", name]
-        options = ["--local_addr", address, "--rdzv_conf", f"is_host={hosts}"]  # no name stands for these addresses
+        options = [
+            "--local_addr",
+            address,
+            "--rdzv_conf",
+            f"is_host={hosts}",
+        ]  # no name stands for these addresses
         found.append((before, options, {"GLOO_SOCKET_IFNAME": "link0"}))
     return found
 
@@ -153,11 +202,22 @@ def test_two_machines_do_what_one_does(runs, start, machines, tmp_path):
     _, pairs = runs
     folder = tmp_path / "run"
     address = next(iter(machines[0][1][1:]), "localhost")
-    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "job", "--rdzv_backend", "c10d"]
+    options = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_id",
+        "job",
+        "--rdzv_backend",
+        "c10d",
+    ]
     options += ["--rdzv_endpoint", f"{address}:{29_600 + os.getpid() % 300}"]
     processes = []
     for before, more, variables in machines:
-        command = torchrun(RECIPE, CONFIG, f"output_dir={folder}", *ROUGH, "max_steps=4", options=(*options, *more))
+        command = torchrun(
+            RECIPE, CONFIG, f"output_dir={folder}", *ROUGH, "max_steps=4", options=(*options, *more)
+        )
         processes.append(start([*before, *command], **variables))
     deadline = time.monotonic() + 240
     for process in processes:

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import llama3
 from torchtune.training import FullModelHFCheckpointer
 
-from kasa_tune.components.checkpointing import list_checkpoints, verify_checkpoint
+from kasa_tune.components.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
+from kasa_tune.components.checkpoints.files import size_and_digest
 from kasa_tune.components.exchange import trained_run
 from kasa_tune.components.exchange.native import write_adapter
-from kasa_tune.components.files import size_and_digest
 from kasa_tune.components.models.base_weights import read_base_weights
-from kasa_tune.components.quantized_base import FOLDER
+from kasa_tune.components.quantized.base import FOLDER
 from kasa_tune.registry import PACKAGE_ROOT
 from tests.components.failing_disk import at_each_call, disk_full
 
@@ -51,7 +51,9 @@ def trained(load_recipe, corda_recipe, qcorda_recipe, tmp_path_factory):
             return run_corda(corda_recipe, folder, *PLUS_PLUS, "optimizer.lr=1e-2")
         if method == "dora":
             return run_corda(corda_recipe, folder, "optimizer.lr=1e-2", config_name="tiny_dora")
-        return run_quantized(qcorda_recipe, folder, "optimizer.lr=1e-2", config_name=f"tiny_{method}")
+        return run_quantized(
+            qcorda_recipe, folder, "optimizer.lr=1e-2", config_name=f"tiny_{method}"
+        )
 
     def run(method):
         if method not in runs:
@@ -76,8 +78,14 @@ def export(run_main, tmp_path):
 
 def plain_model(folder):
     """Torchtune's own model with a Hugging Face checkpoint's weights."""
-    options = {"checkpoint_dir": str(folder), "checkpoint_files": ["model.safetensors"], "model_type": "LLAMA3"}
-    weights = FullModelHFCheckpointer(**options, output_dir=str(folder.with_name("unused"))).load_checkpoint()
+    options = {
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": ["model.safetensors"],
+        "model_type": "LLAMA3",
+    }
+    weights = FullModelHFCheckpointer(
+        **options, output_dir=str(folder.with_name("unused"))
+    ).load_checkpoint()
     model = llama3(**SIZES)
     model.load_state_dict(weights["model"])
     return model.eval()
@@ -110,7 +118,9 @@ def lora_added(folder):
         rank, alpha = rank or settings["r"], alpha or settings["lora_alpha"]
         assert a.shape[0] == rank
         weight = weights[f"{module}.weight"].double() + alpha / rank * (b @ a)
-        if (magnitude := tensors.get(key.replace("lora_A.weight", "lora_magnitude_vector"))) is not None:
+        if (
+            magnitude := tensors.get(key.replace("lora_A.weight", "lora_magnitude_vector"))
+        ) is not None:
             weight *= (magnitude / weight.norm(dim=1))[:, None]
         weights[f"{module}.weight"] = weight.float()
     save_file(weights, merged / "model.safetensors")
@@ -118,7 +128,9 @@ def lora_added(folder):
 
 
 @pytest.mark.parametrize("method", ["kasa", "corda++", "dora"])
-@pytest.mark.parametrize("options", [[], ["rank_pattern=True"], ["rank=64"], ["tolerance=1e-6"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [[], ["rank_pattern=True"], ["rank=64"], ["tolerance=1e-6"]], ids=str
+)
 def test_the_lora_on_the_original_base_is_the_trained_model(trained, export, method, options):
     run = trained(method)
     expected = logits(run.recipe._model)
@@ -132,15 +144,23 @@ def test_the_merged_checkpoint_is_the_trained_model(trained, export, method):
     run = trained(method)
     folder = export(run, "merged", "max_shard_size=10GB")
     assert_same_logits(logits(plain_model(folder)), logits(run.recipe._model))
-    assert {path.name for path in folder.iterdir()} == {path.name for path in BASE.iterdir()} | {"README.md"}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in BASE.iterdir()} | {
+        "README.md"
+    }
 
 
 def test_mixed_ranks_become_one_or_a_pattern(trained, export):
     run = trained("corda++")
-    ranks = {len(value) for key, value in run.part("adapter").items() if key.endswith("lora_a.weight")}
+    ranks = {
+        len(value) for key, value in run.part("adapter").items() if key.endswith("lora_a.weight")
+    }
     assert len(ranks) > 2
     uniform, pattern = export(run, "peft"), export(run, "peft", "rank_pattern=True")
-    shapes = {value.shape[0] for key, value in load_file(uniform / "adapter_model.safetensors").items() if "_A" in key}
+    shapes = {
+        value.shape[0]
+        for key, value in load_file(uniform / "adapter_model.safetensors").items()
+        if "_A" in key
+    }
     settings = json.loads((uniform / "adapter_config.json").read_text())
     assert shapes == {settings["r"]} == {settings["lora_alpha"]} == {2 * max(ranks)}
     assert settings["rank_pattern"] == {}
@@ -156,8 +176,12 @@ def test_an_error_is_printed_where_there_is_one(trained, export, capsys):
     assert printed.count(" of the weight, ") == 35
     tensors, name = load_file(folder / "adapter_model.safetensors"), "model.layers.2.mlp.down_proj"
     factors = (tensors[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "BA")
-    exported = load_file(BASE / "model.safetensors")[f"{name}.weight"].double() + torch.linalg.multi_dot([*factors])
-    trained_weight = dict(run.recipe._model.named_modules())["layers.2.mlp.w2"].merged_weight().double()
+    exported = load_file(BASE / "model.safetensors")[
+        f"{name}.weight"
+    ].double() + torch.linalg.multi_dot([*factors])
+    trained_weight = (
+        dict(run.recipe._model.named_modules())["layers.2.mlp.w2"].merged_weight().double()
+    )
     error = ((exported - trained_weight).norm() / trained_weight.norm()).item()
     (line,) = [line for line in printed.splitlines() if line.startswith(name)]
     assert f"error {error:.1e} of the weight" in line
@@ -169,12 +193,16 @@ def test_half_precision_says_what_it_loses(trained, export, capsys):
     for dtype in ("fp32", "bf16"):
         capsys.readouterr()
         export(trained("kasa"), "merged", f"dtype={dtype}")
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Difference")]
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("Difference")
+        ]
         lost[dtype] = float(line.split()[7]) if "at most" in line else 0.0
     assert lost["fp32"] == 0
     assert 2**-11 < lost["bf16"] < 2**-8  # of a weight's norm: bfloat16 rounds to 8 bits
     folder = export(trained("kasa_bf16"), "peft", "dtype=bf16")
-    assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize("method", ["kasa", "qcorda"])
@@ -189,13 +217,22 @@ def test_a_native_adapter_is_taken_for_the_run(trained, export, run_main, capsys
     shown = []
     for adapter in (run.folder, moved):
         capsys.readouterr()
-        arguments = ["--config", f"tiny_{method}_generate", f"adapter_checkpoint={adapter}", *overrides]
+        arguments = [
+            "--config",
+            f"tiny_{method}_generate",
+            f"adapter_checkpoint={adapter}",
+            *overrides,
+        ]
         assert run_main("generate_text", *arguments) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert "tuned:" in shown[0]
     again = run_main(
-        "export_adapter", "--config", "merged_export", f"adapter_checkpoint={moved}", f"output_dir={folder}_merged"
+        "export_adapter",
+        "--config",
+        "merged_export",
+        f"adapter_checkpoint={moved}",
+        f"output_dir={folder}_merged",
     )
     assert again == 0
 
@@ -207,7 +244,12 @@ def test_an_export_can_be_imported_and_exported_again(trained, export, run_main)
     arguments = ["--config", "tiny_kasa", f"peft_adapter={folder}", f"output_dir={imported}"]
     assert run_main("import_adapter", *arguments) == 0
     merged = imported.with_name("merged")
-    arguments = ["--config", "merged_export", f"adapter_checkpoint={imported}", f"output_dir={merged}"]
+    arguments = [
+        "--config",
+        "merged_export",
+        f"adapter_checkpoint={imported}",
+        f"output_dir={merged}",
+    ]
     assert run_main("export_adapter", *arguments) == 0
     assert_same_logits(logits(plain_model(merged)), logits(run.recipe._model))
     assert f"imported from `{folder}`" in (merged / "README.md").read_text()
@@ -229,7 +271,9 @@ def test_the_card_says_what_it_is(trained, export):
         assert told in card
     assert "lr: 0.01" in card
     assert "$" not in card
-    assert "merged" in (export(trained("dora"), "peft") / "README.md").read_text().split("## Load")[1]
+    assert (
+        "merged" in (export(trained("dora"), "peft") / "README.md").read_text().split("## Load")[1]
+    )
 
 
 def test_the_card_of_a_run_that_went_on_says_from_what(trained, export, corda):
@@ -247,20 +291,43 @@ def refused(run_main, tmp_path, error, match, *overrides, form="peft"):
     """An export that fails says why and leaves nothing behind."""
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(error, match=match):
-        run_main("export_adapter", "--config", f"{form}_export", f"output_dir={tmp_path / 'out'}", *overrides)
+        run_main(
+            "export_adapter",
+            "--config",
+            f"{form}_export",
+            f"output_dir={tmp_path / 'out'}",
+            *overrides,
+        )
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 def test_a_folder_that_exists_is_not_written_over(trained, run_main, tmp_path):
     (tmp_path / "out").mkdir()
-    refused(run_main, tmp_path, FileExistsError, "exists already", f"adapter_checkpoint={trained('kasa').folder}")
+    refused(
+        run_main,
+        tmp_path,
+        FileExistsError,
+        "exists already",
+        f"adapter_checkpoint={trained('kasa').folder}",
+    )
 
 
 def test_the_output_may_not_lie_in_the_run(trained, run_main, tmp_path):
     folder = shutil.copytree(trained("kasa").folder, tmp_path / "run")
     chosen = f"adapter_checkpoint={folder}"
-    for place in (folder / "out", folder / "checkpoints" / "step_00000099", tmp_path / "checkpoints" / "mine"):
-        refused(run_main, tmp_path, ValueError, "lies within adapter_checkpoint", chosen, f"output_dir={place}")
+    for place in (
+        folder / "out",
+        folder / "checkpoints" / "step_00000099",
+        tmp_path / "checkpoints" / "mine",
+    ):
+        refused(
+            run_main,
+            tmp_path,
+            ValueError,
+            "lies within adapter_checkpoint",
+            chosen,
+            f"output_dir={place}",
+        )
 
 
 def test_a_merged_base_has_a_name_of_its_own(trained, run_main, tmp_path):
@@ -294,7 +361,9 @@ def test_a_damaged_adapter_neither_leaves_nor_starts_a_run(trained, run_main, fi
     folder = tmp_path / "damaged"
     folder.mkdir()
     write_adapter(folder, adapter, state)
-    refused(run_main, tmp_path, ValueError, "w1.lora_b.weight holds NaN", f"adapter_checkpoint={folder}")
+    refused(
+        run_main, tmp_path, ValueError, "w1.lora_b.weight holds NaN", f"adapter_checkpoint={folder}"
+    )
     with pytest.raises(ValueError, match=r"w1.lora_b.weight holds NaN"):
         finetune(*KASA, f"adapter_checkpoint={folder}")
 
@@ -304,12 +373,20 @@ def test_an_unfinished_or_damaged_checkpoint_is_refused(trained, run_main, tmp_p
     checkpoint, empty = list_checkpoints(folder / "checkpoints")[-1], tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     (checkpoint / "manifest.json").rename(tmp_path / "manifest.json")
-    refused(run_main, tmp_path, ValueError, "no complete checkpoint", f"adapter_checkpoint={checkpoint}")
+    refused(
+        run_main, tmp_path, ValueError, "no complete checkpoint", f"adapter_checkpoint={checkpoint}"
+    )
     (tmp_path / "manifest.json").rename(checkpoint / "manifest.json")
     with (checkpoint / "adapter.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\1\2\3\4")
-    refused(run_main, tmp_path, ValueError, "adapter.safetensors is missing", f"adapter_checkpoint={checkpoint}")
+    refused(
+        run_main,
+        tmp_path,
+        ValueError,
+        "adapter.safetensors is missing",
+        f"adapter_checkpoint={checkpoint}",
+    )
     refused(run_main, tmp_path, ValueError, "no finished checkpoint", f"adapter_checkpoint={empty}")
 
 
@@ -319,8 +396,17 @@ def test_another_base_is_refused(trained, run_main, tmp_path):
     weights["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, other / "model.safetensors")
     chosen = [f"adapter_checkpoint={trained('kasa').folder}"]
-    refused(run_main, tmp_path, ValueError, "other base weights", *chosen, f"checkpoint_dir={other}")
-    refused(run_main, tmp_path, ValueError, "is no folder", *chosen, f"checkpoint_dir={tmp_path / 'gone'}")
+    refused(
+        run_main, tmp_path, ValueError, "other base weights", *chosen, f"checkpoint_dir={other}"
+    )
+    refused(
+        run_main,
+        tmp_path,
+        ValueError,
+        "is no folder",
+        *chosen,
+        f"checkpoint_dir={tmp_path / 'gone'}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,7 +422,9 @@ def test_another_base_is_refused(trained, run_main, tmp_path):
         ("peft", ["dtype=fp16"], "dtype"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(trained, run_main, tmp_path, capsys, form, overrides, match):
+def test_what_cannot_be_meant_is_refused(
+    trained, run_main, tmp_path, capsys, form, overrides, match
+):
     chosen = [f"adapter_checkpoint={trained('kasa').folder}", *overrides]
     if "too small" in match or "says nothing" in match or "one of them" in match:
         refused(run_main, tmp_path, ValueError, match, *chosen, form=form)
@@ -378,7 +466,11 @@ def test_a_full_disk_leaves_nothing(trained, run_main, tmp_path, monkeypatch, fo
     fail_at = at_each_call(monkeypatch, disk_full)
     open_run = trained_run.open_run
     for call in (1, 2, 3, 5, 8, 11, 14):  # of those after the run has been read
-        monkeypatch.setattr(trained_run, "open_run", lambda *a, call=call, **k: (open_run(*a, **k), fail_at(call))[0])
+        monkeypatch.setattr(
+            trained_run,
+            "open_run",
+            lambda *a, call=call, **k: (open_run(*a, **k), fail_at(call))[0],
+        )
         with pytest.raises(OSError, match="No space left"):
             run_main("export_adapter", "--config", f"{form}_export", *arguments)
         fail_at(0)
@@ -391,7 +483,9 @@ def test_read_base_weights_reads_what_was_merged(trained, export):
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 3
     options = {"checkpoint_dir": str(folder), "checkpoint_files": files, "model_type": "LLAMA3"}
-    weights = read_base_weights(FullModelHFCheckpointer(**options, output_dir=str(folder.with_name("unused"))))
+    weights = read_base_weights(
+        FullModelHFCheckpointer(**options, output_dir=str(folder.with_name("unused")))
+    )
     assert {weights[name].dtype for name in weights} == {torch.bfloat16}
     model = llama3(**SIZES)
     model.load_state_dict({name: weights[name].float() for name in weights})

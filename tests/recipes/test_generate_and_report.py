@@ -15,7 +15,10 @@ def test_base_and_tuned_completions_are_shown_side_by_side(finetune, run_main, t
     run = finetune("max_steps=6", "optimizer.lr=1e-2")
     arguments = generate(f"adapter_checkpoint={run.folder}", f"output_dir={tmp_path / 'out'}")
     assert run_main("generate_text", *arguments) == 0
-    records = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 3
     printed = capsys.readouterr().out
     for record in records:
@@ -34,9 +37,14 @@ def test_the_base_shown_is_the_untouched_base(finetune, run_main, tmp_path):
         folder = tmp_path / name
         run_main(
             "generate_text",
-            *generate(f"adapter_checkpoint={adapter}", "model.truncation_rank=30", f"output_dir={folder}"),
+            *generate(
+                f"adapter_checkpoint={adapter}", "model.truncation_rank=30", f"output_dir={folder}"
+            ),
         )
-        outputs[name] = [json.loads(line)["base"] for line in (folder / "completions.jsonl").read_text().splitlines()]
+        outputs[name] = [
+            json.loads(line)["base"]
+            for line in (folder / "completions.jsonl").read_text().splitlines()
+        ]
     assert outputs["with"] == outputs["without"]
 
 
@@ -54,7 +62,10 @@ def test_generation_refuses_what_it_cannot_do(finetune, run_main, tmp_path):
     for other in ("rank: saved 8, now 4", "alpha: saved 16.*, now 256"):
         key, value = other[: other.index(":")], other.split()[-1]
         with pytest.raises(ValueError, match=key):
-            run_main("generate_text", *generate(f"adapter_checkpoint={run.folder}", f"model.{key}={value}"))
+            run_main(
+                "generate_text",
+                *generate(f"adapter_checkpoint={run.folder}", f"model.{key}={value}"),
+            )
     with pytest.raises(ValueError, match=r"max_new_tokens"):
         run_main("generate_text", *generate("adapter_checkpoint=null", "max_new_tokens=600"))
 

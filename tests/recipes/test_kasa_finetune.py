@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
-from kasa_tune.components import checkpointing
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.linear import KaSALinear, LoRALinear
+from kasa_tune.components.adapters.linear import KaSALinear, LoRALinear
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.checkpoints import checkpoint as checkpointing
 from kasa_tune.registry import PACKAGE_ROOT
 
 TINY_MODEL = PACKAGE_ROOT / "tiny_world" / "model"
@@ -25,7 +25,9 @@ TASK = PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl"
 
 
 def test_it_learns_the_task(finetune):
-    run = finetune("dataset.split=train", "max_steps=30", "batch_size=8", "run_val_every_n_steps=15")
+    run = finetune(
+        "dataset.split=train", "max_steps=30", "batch_size=8", "run_val_every_n_steps=15"
+    )
     validation = [line["val_loss"] for line in run.metrics if "val_loss" in line]
     base = run.metrics[0]["val_loss_base"]
     assert validation[-1] < 0.7 * base
@@ -33,7 +35,9 @@ def test_it_learns_the_task(finetune):
     assert run.status == 0
 
 
-@pytest.mark.parametrize(("config_name", "linear"), [("tiny_kasa", KaSALinear), ("tiny_lora", LoRALinear)])
+@pytest.mark.parametrize(
+    ("config_name", "linear"), [("tiny_kasa", KaSALinear), ("tiny_lora", LoRALinear)]
+)
 def test_what_is_trained_is_what_the_config_says(finetune, config_name, linear):
     run = finetune("max_steps=2", config_name=config_name)
     linears = [module for _, module in adapter_linears(run.recipe._model)]
@@ -61,7 +65,9 @@ def test_a_real_model_learns_real_data(finetune, real_data):
 
 
 def losses(run):
-    return torch.tensor([[line["loss"], line["l2"], line["l3"], line["grad_norm"]] for line in run.metrics])
+    return torch.tensor(
+        [[line["loss"], line["l2"], line["l3"], line["grad_norm"]] for line in run.metrics]
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,13 @@ def test_runs_that_compute_the_same_have_the_same_curve(finetune, changed):
 
 def test_the_last_partial_window_is_used_and_weighted_by_tokens(finetune):
     """10 samples in batches of 2, three batches a step: a step of 6 samples and one of 4, and no sample left out."""
-    few = ["dataset.split=train[:10]", "epochs=1", "max_steps=null", "model.dropout=0.0", "shuffle=False"]
+    few = [
+        "dataset.split=train[:10]",
+        "epochs=1",
+        "max_steps=null",
+        "model.dropout=0.0",
+        "shuffle=False",
+    ]
     run = finetune(*few, "batch_size=2", "gradient_accumulation_steps=3")
     assert len(run.metrics) == 2
     labelled = [int((run.recipe._dataset[i]["labels"] != -100).sum()) for i in range(10)]
@@ -93,43 +105,70 @@ def test_the_last_partial_window_is_used_and_weighted_by_tokens(finetune):
 
 def test_packed_rows_learn_the_same_tokens(finetune):
     run = finetune(
-        "dataset.packed=True", "epochs=1", "max_steps=null", "batch_size=64", "gradient_accumulation_steps=1"
+        "dataset.packed=True",
+        "epochs=1",
+        "max_steps=null",
+        "batch_size=64",
+        "gradient_accumulation_steps=1",
     )
-    plain = finetune("epochs=1", "max_steps=null", "batch_size=64", "gradient_accumulation_steps=1", name="plain")
-    assert sum(line["num_tokens"] for line in run.metrics) == sum(line["num_tokens"] for line in plain.metrics)
+    plain = finetune(
+        "epochs=1", "max_steps=null", "batch_size=64", "gradient_accumulation_steps=1", name="plain"
+    )
+    assert sum(line["num_tokens"] for line in run.metrics) == sum(
+        line["num_tokens"] for line in plain.metrics
+    )
     torch.testing.assert_close(run.metrics[0]["l2"], plain.metrics[0]["l2"])
 
 
 def test_without_dropout_packing_does_not_change_the_loss(finetune):
-    one_step = ["epochs=1", "max_steps=1", "batch_size=64", "gradient_accumulation_steps=1", "model.dropout=0.0"]
-    packed, plain = finetune("dataset.packed=True", *one_step, name="packed"), finetune(*one_step, name="plain")
+    one_step = [
+        "epochs=1",
+        "max_steps=1",
+        "batch_size=64",
+        "gradient_accumulation_steps=1",
+        "model.dropout=0.0",
+    ]
+    packed, plain = (
+        finetune("dataset.packed=True", *one_step, name="packed"),
+        finetune(*one_step, name="plain"),
+    )
     torch.testing.assert_close(losses(packed), losses(plain), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager(finetune):
     same = ["model.dropout=0.0", "max_steps=3", "batch_size=4", "gradient_accumulation_steps=1"]
-    eager, compiled = finetune(*same, name="eager"), finetune(*same, "compile=True", name="compiled")
+    eager, compiled = (
+        finetune(*same, name="eager"),
+        finetune(*same, "compile=True", name="compiled"),
+    )
     torch.testing.assert_close(losses(compiled), losses(eager), rtol=1e-3, atol=1e-4)
 
 
 def test_bf16_base_keeps_a_full_precision_adapter(finetune):
     run = finetune("dtype=bf16", "max_steps=3")
     assert {tensor.dtype for tensor in run.part("adapter").values()} == {torch.float32}
-    assert all(linear.weight.dtype == torch.bfloat16 and not linear.folded for linear in run.recipe._linears)
+    assert all(
+        linear.weight.dtype == torch.bfloat16 and not linear.folded
+        for linear in run.recipe._linears
+    )
     exact = finetune("max_steps=3", name="fp32")
     torch.testing.assert_close(losses(run)[:, 0], losses(exact)[:, 0], rtol=3e-2, atol=0)
 
 
 def test_a_mixture_of_datasets(finetune):
-    component = "_component_: kasa_tune.components.datasets.instruct_dataset, source: json"
+    component = "_component_: kasa_tune.components.data.instruct_dataset, source: json"
     parts = [
         f"{{{component}, data_files: {TASK}, split: '{split}', weight: {weight}}}"
         for split, weight in (("train[:20]", 1.0), ("train[20:40]", 0.5))
     ]
     mixture = ", ".join(parts)
     run = finetune(
-        f"dataset=[{mixture}]", "epochs=1", "max_steps=null", "batch_size=5", "gradient_accumulation_steps=1"
+        f"dataset=[{mixture}]",
+        "epochs=1",
+        "max_steps=null",
+        "batch_size=5",
+        "gradient_accumulation_steps=1",
     )
     assert len(run.metrics) == 6  # 20 + 10 samples
 
@@ -153,14 +192,19 @@ def test_trackio_gets_every_step(finetune, monkeypatch):
         finish=lambda: calls.append(("finish",)),
     )
     monkeypatch.setitem(sys.modules, "trackio", stand_in)
-    finetune("metric_logger={_component_: kasa_tune.components.metrics.TrackioLogger, name: x}", "max_steps=2")
+    finetune(
+        "metric_logger={_component_: kasa_tune.components.training.TrackioLogger, name: x}",
+        "max_steps=2",
+    )
     assert calls[0] == ("init", {"project": "kasa_tune", "name": "x"})
     assert [call[1] for call in calls if call[0] == "log" and "loss" in call[2]] == [1, 2]
     assert calls[-1] == ("finish",)
 
 
 def test_the_profiler_writes_a_trace(finetune, tmp_path):
-    schedule = [f"profiler.{key}=1" for key in ("wait_steps", "warmup_steps", "active_steps", "num_cycles")]
+    schedule = [
+        f"profiler.{key}=1" for key in ("wait_steps", "warmup_steps", "active_steps", "num_cycles")
+    ]
     finetune("profiler.enabled=True", *schedule, "max_steps=5")
     assert list((tmp_path / "run" / "profiler").rglob("*.json.gz"))
 
@@ -178,7 +222,9 @@ def test_saving_does_not_touch_the_live_weights(finetune, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_touches_nothing(finetune, tmp_path):
+def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_touches_nothing(
+    finetune, tmp_path
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     with (
@@ -212,7 +258,7 @@ def test_a_full_disk_while_saving_loses_nothing(finetune, tmp_path, monkeypatch)
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(finetune, monkeypatch):
-    from kasa_tune.components.loss import ChunkedCrossEntropy
+    from kasa_tune.components.training.loss import ChunkedCrossEntropy
 
     calls, real = [], ChunkedCrossEntropy._chunk_loss
 
@@ -230,7 +276,9 @@ def test_a_non_finite_loss_never_reaches_the_weights(finetune, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     with pytest.raises(RuntimeError, match=r"Step 5.*step 4.*step_00000003"):
         finetune()
-    assert sum(number > 1 for number in updated) == 4  # steps of the model, not of the trial before it is built
+    assert (
+        sum(number > 1 for number in updated) == 4
+    )  # steps of the model, not of the trial before it is built
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -261,7 +309,10 @@ def test_a_checkpoint_of_another_model(finetune):
 
 
 def test_a_checkpoint_of_another_width(finetune):
-    with pytest.raises(ValueError, match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)",
+    ):
         finetune("model.intermediate_dim=256")
 
 
@@ -311,7 +362,10 @@ def test_a_bad_row_in_the_middle_costs_no_finished_step(finetune, tmp_path):
 def test_a_model_without_adapters(finetune):
     sizes = "vocab_size: 1024, num_layers: 5, num_heads: 8, num_kv_heads: 4, embed_dim: 128, max_seq_len: 512"
     with pytest.raises(ValueError, match="no adapters of ours"):
-        finetune(f"model={{_component_: torchtune.models.llama3.llama3, {sizes}, intermediate_dim: 384}}", small=False)
+        finetune(
+            f"model={{_component_: torchtune.models.llama3.llama3, {sizes}, intermediate_dim: 384}}",
+            small=False,
+        )
 
 
 def test_an_optimizer_whose_state_cannot_be_saved(finetune, tmp_path, monkeypatch):
@@ -371,7 +425,10 @@ def test_dry_run_prints_a_budget_and_writes_nothing(load_recipe, tmp_path, capsy
     module.KaSAFinetuneRecipeSingleDevice(cfg).setup(cfg)
     printed = capsys.readouterr().out
     layer = 16 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384))
-    assert f"Trainable parameters: {5 * (layer + 7 * 16):,} ({5 * layer:,} + {5 * 7 * 16} in diagonals)" in printed
+    assert (
+        f"Trainable parameters: {5 * (layer + 7 * 16):,} ({5 * layer:,} + {5 * 7 * 16} in diagonals)"
+        in printed
+    )
     for purpose in ("base weights", "adapters", "optimizer", "activations", "truncation workspace"):
         assert purpose in printed
     assert not (tmp_path / "run" / "checkpoints").exists()

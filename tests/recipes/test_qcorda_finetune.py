@@ -17,8 +17,8 @@ from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
 from kasa_tune import config
-from kasa_tune.components import calibration
-from kasa_tune.components.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.corda import calibration
 from kasa_tune.registry import PACKAGE_ROOT
 from tests.toy_models import FAMILIES, randomized
 
@@ -66,7 +66,9 @@ def base_model(base_weights):
 
 def in_nf4(weight: torch.Tensor, block_size: int = 64, scaler_block_size: int = 256) -> NF4Tensor:
     """By torchao alone; the tiny model's layers have 128 blocks, or a multiple of 256."""
-    return to_nf4(weight.contiguous(), block_size, min(scaler_block_size, weight.numel() // block_size))
+    return to_nf4(
+        weight.contiguous(), block_size, min(scaler_block_size, weight.numel() // block_size)
+    )
 
 
 def edits(run: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -111,7 +113,9 @@ def test_it_starts_near_the_base_and_learns(method, whole_quantized, base_model)
     assert {type(linear) for linear in linears.values()} == {LINEARS.get(method, CorDALinear)}
     for linear in linears.values():
         start = linear.edit.dense() if isinstance(linear, CorDALinear) else torch.zeros(())
-        assert (linear.scaling * linear.lora_b.weight @ linear.lora_a.weight - start).abs().max() > 1e-4
+        assert (
+            linear.scaling * linear.lora_b.weight @ linear.lora_a.weight - start
+        ).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
@@ -123,11 +127,15 @@ def test_the_adapter_starts_where_its_absence_is(method, whole_quantized):
         assert before["val_loss_base"] == whole_quantized("qlora").metrics[0]["val_loss_base"]
     else:
         exactly = method == "qlora"
-        assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=0 if exactly else ROUNDING)
+        assert before["val_loss"] == pytest.approx(
+            before["val_loss_base"], rel=0 if exactly else ROUNDING
+        )
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-def test_only_the_adapters_are_trained_and_only_the_blocks_quantized(method, whole_quantized, base_weights):
+def test_only_the_adapters_are_trained_and_only_the_blocks_quantized(
+    method, whole_quantized, base_weights
+):
     run = whole_quantized(method)
     parameters = dict(run.recipe._model.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -139,7 +147,9 @@ def test_only_the_adapters_are_trained_and_only_the_blocks_quantized(method, who
     others = base_weights.keys() - {f"{name}.weight" for name in NAMES}
     assert len(others) == 2 * 5 + 3  # two norms a block, the last norm, embedding, output
     for name in others:
-        assert_same_tree(parameters[name].detach(), torch.nn.Parameter(base_weights[name]).detach(), name)
+        assert_same_tree(
+            parameters[name].detach(), torch.nn.Parameter(base_weights[name]).detach(), name
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- what the base is
@@ -161,7 +171,9 @@ def test_the_base_is_the_weight_itself(method, whole_quantized, base_weights):
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-def test_base_and_start_together_are_within_a_quantization_step_of_the_weight(method, whole_quantized, base_weights):
+def test_base_and_start_together_are_within_a_quantization_step_of_the_weight(
+    method, whole_quantized, base_weights
+):
     """NF4's values lie at most 0.304 of a block's largest magnitude apart, so rounding moves by up to half of that; the
     scales are rounded to 8 bits besides, by less than 0.02 of themselves.
     """
@@ -181,9 +193,14 @@ def test_qcorda_starts_from_the_components_it_wrote_down(whole_quantized, base_w
     run = whole_quantized("qcorda")
     stored = load_file(run.folder / "decomposition" / "ipm.safetensors")
     for name, (out, into) in edits(run).items():
-        vectors, weight = stored[f"{name}.vectors"].double(), base_weights[f"{name}.weight"].double()
+        vectors, weight = (
+            stored[f"{name}.vectors"].double(),
+            base_weights[f"{name}.weight"].double(),
+        )
         assert vectors.shape[1] == 16
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            vectors.T @ vectors, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-5
+        )
         component = vectors @ (vectors.T @ weight)
         torch.testing.assert_close(out.double() @ into.double(), component, rtol=1e-5, atol=1e-6)
 
@@ -209,10 +226,14 @@ def test_qkasa_removes_the_last_singular_triplet_beside_the_base(whole_quantized
         remaining = torch.linalg.svdvals(weight - out.double() @ into.double())
         torch.testing.assert_close(remaining[:-1], values[:-1], rtol=1e-5, atol=1e-6)
         assert remaining[-1] < 1e-5
-        assert torch.linalg.matrix_norm(out.double() @ into.double()) == pytest.approx(values[-1].item(), rel=1e-4)
+        assert torch.linalg.matrix_norm(out.double() @ into.double()) == pytest.approx(
+            values[-1].item(), rel=1e-4
+        )
 
 
-def in_turns(weight: torch.Tensor, start: torch.Tensor, turns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def in_turns(
+    weight: torch.Tensor, start: torch.Tensor, turns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LoftQ's loop (arXiv 2310.08659, algorithm 1) on dense matrices: the last quantized and the last low-rank part."""
     for _ in range(turns):
         base = in_nf4((weight - start).float()).get_original_weight()
@@ -230,7 +251,9 @@ def assert_found_in_turns(run: Run, weights, start, turns: int) -> None:
         out, into = edits(run)[name]
         lost = torch.linalg.matrix_norm(weight - base)
         assert torch.linalg.matrix_norm(out.double() @ into.double() - wanted) < 0.01 * lost
-        if start(weight).any():  # QPiSSA quantizes once more, LoftQ keeps what the last turn has quantized
+        if start(
+            weight
+        ).any():  # QPiSSA quantizes once more, LoftQ keeps what the last turn has quantized
             base = in_nf4((weight - wanted).float()).get_original_weight()
         found = nf4_weights(run.recipe._model)[name].get_original_weight()
         assert torch.linalg.matrix_norm(found - base) < 0.05 * lost
@@ -258,7 +281,9 @@ def test_qpissa_may_find_its_start_again(qcorda, whole_quantized, base_weights):
     for turns, each in ((1, whole_quantized("qpissa")), (3, run)):
         bases = nf4_weights(each.recipe._model)
         losses_of[turns] = sum(
-            torch.linalg.matrix_norm(base_weights[f"{name}.weight"] - out @ into - bases[name].get_original_weight())
+            torch.linalg.matrix_norm(
+                base_weights[f"{name}.weight"] - out @ into - bases[name].get_original_weight()
+            )
             for name, (out, into) in edits(each).items()
         )
     assert losses_of[3] < losses_of[1]
@@ -273,7 +298,12 @@ def test_ranks_and_rounds_of_corda_plus_plus(whole_quantized):
         layer = report["layers"][name]
         assert len(layer["scores"]) == 3
         assert layer["round"] == min(range(3), key=layer["scores"].__getitem__)
-        assert layer["rank"] == linear.rank == len(linear.lora_a.weight) == edits(run)[name][0].shape[1]
+        assert (
+            layer["rank"]
+            == linear.rank
+            == len(linear.lora_a.weight)
+            == edits(run)[name][0].shape[1]
+        )
         spent += linear.rank * (linear.in_dim + linear.out_dim)
         budget += 16 * (linear.in_dim + linear.out_dim)
     assert len({layer["rank"] for layer in report["layers"].values()}) > 1
@@ -299,7 +329,10 @@ def test_linears_without_an_adapter_are_quantized_too(qcorda, base_weights, meth
 
 def test_other_block_sizes(qcorda, base_weights):
     run = qcorda(
-        "quantization.block_size=32", "quantization.scaler_block_size=128", "max_steps=2", config_name="tiny_qlora"
+        "quantization.block_size=32",
+        "quantization.scaler_block_size=128",
+        "max_steps=2",
+        config_name="tiny_qlora",
     )
     for name, weight in nf4_weights(run.recipe._model).items():
         assert_same_tree(weight, in_nf4(base_weights[f"{name}.weight"], 32, 128), name)
@@ -308,19 +341,27 @@ def test_other_block_sizes(qcorda, base_weights):
 
 def test_a_bf16_adapter(qcorda, base_weights):
     """What is taken out before quantization is what the rounded start puts back."""
-    run = qcorda("adapter.dtype=bf16", "max_steps=2", "run_val_every_n_steps=2", config_name="tiny_qpissa")
+    run = qcorda(
+        "adapter.dtype=bf16", "max_steps=2", "run_val_every_n_steps=2", config_name="tiny_qpissa"
+    )
     state = run.part("adapter")
     assert {tensor.dtype for key, tensor in state.items() if "edit" not in key} == {torch.bfloat16}
     for name, weight in nf4_weights(run.recipe._model).items():
         out, into = edits(run)[name]
         assert torch.equal(into.bfloat16().float(), into)
-        assert_same_tree(weight, in_nf4(torch.addmm(base_weights[f"{name}.weight"], out, into, alpha=-1)), name)
+        assert_same_tree(
+            weight, in_nf4(torch.addmm(base_weights[f"{name}.weight"], out, into, alpha=-1)), name
+        )
     before = run.metrics[0]
-    assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=1e-3)  # the update is multiplied in bf16
+    assert before["val_loss"] == pytest.approx(
+        before["val_loss_base"], rel=1e-3
+    )  # the update is multiplied in bf16
     assert run.metrics[-1]["val_loss"] < before["val_loss"]
 
 
-def test_a_bf16_model_has_codes_of_the_full_precision_weights(qcorda, whole_quantized, base_weights):
+def test_a_bf16_model_has_codes_of_the_full_precision_weights(
+    qcorda, whole_quantized, base_weights
+):
     run = qcorda("dtype=bf16", "max_steps=2", "run_val_every_n_steps=2", config_name="tiny_qlora")
     for name, weight in nf4_weights(run.recipe._model).items():
         wanted = in_nf4(base_weights[f"{name}.weight"])
@@ -335,7 +376,10 @@ def test_a_bf16_model_has_codes_of_the_full_precision_weights(qcorda, whole_quan
 
 FAMILIES_OF_CHECKPOINTS = {  # torchtune's model type, from torchtune's names to the file's
     "qwen2": ("QWEN2", qwen2_tune_to_hf),  # biases
-    "gemma2": ("GEMMA2", gemma2_tune_to_hf),  # embedding and output are one, an attention of its own
+    "gemma2": (
+        "GEMMA2",
+        gemma2_tune_to_hf,
+    ),  # embedding and output are one, an attention of its own
     "phi3": ("PHI3_MINI", phi3_tune_to_hf),  # q, k and v in one linear, w1 and w3 in another
 }
 
@@ -350,7 +394,10 @@ def test_other_families_of_models(qcorda, tmp_path, name):
     shape = {"num_heads": 4, "num_kv_heads": 4, "dim": 32, **head_dim} if name != "phi3" else {}
     files = convert(weights, **shape)
     (tmp_path / "base").mkdir()
-    save_file({key: value.clone() for key, value in files.items()}, tmp_path / "base" / "model.safetensors")
+    save_file(
+        {key: value.clone() for key, value in files.items()},
+        tmp_path / "base" / "model.safetensors",
+    )
     about = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, **head_dim}
     about |= {"tie_word_embeddings": family.tied}
     (tmp_path / "base" / "config.json").write_text(json.dumps(about))
@@ -359,20 +406,26 @@ def test_other_families_of_models(qcorda, tmp_path, name):
     overrides = [f"model={json.dumps(model)}", f"checkpointer.checkpoint_dir={tmp_path / 'base'}"]
     overrides += [f"checkpointer.model_type={model_type}", "run_val_every_n_steps=4", "max_steps=4"]
     run = qcorda(*overrides)
-    parameters = {key.replace("._orig_mod", ""): p for key, p in run.recipe._model.named_parameters()}
+    parameters = {
+        key.replace("._orig_mod", ""): p for key, p in run.recipe._model.named_parameters()
+    }
     bases, found = nf4_weights(run.recipe._model), edits(run)
     assert bases.keys() > found.keys()
     for key, weight in weights.items():
         linear = key.removesuffix(".weight")
         if linear in bases:
-            start = found.get(linear, (weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])))
+            start = found.get(
+                linear, (weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]))
+            )
             residual = torch.addmm(weight, *start, alpha=-1)
             blocks = weight.numel() // 64
             scalers = max(size for size in range(1, min(256, blocks) + 1) if blocks % size == 0)
             assert_same_tree(bases[linear], to_nf4(residual, 64, scalers), key)
         else:
             assert torch.equal(parameters[key], weight), key
-    assert sum(key.startswith("layers.") and value.ndim == 2 for key, value in weights.items()) == len(bases)
+    assert sum(
+        key.startswith("layers.") and value.ndim == 2 for key, value in weights.items()
+    ) == len(bases)
     before = run.metrics[0]
     assert before["val_loss"] == pytest.approx(before["val_loss_base"], rel=ROUNDING)
     assert losses(run)[-1] < losses(run)[0]
@@ -428,7 +481,9 @@ def test_without_rounding_it_is_the_full_precision_recipe(
     options = {"config_name": f"tiny_{method}", "schema": getattr(config, schema)}
     small = SMALL_CORDA_RUN + SMALL_CALIBRATION * calibrates
     full = run_recipe(load_recipe(recipe), tmp_path / "full", *same, small=small, **options)
-    logged = {name for line in unrounded.metrics for name in line}  # of LoRA, the kasa recipe logs regularizers too
+    logged = {
+        name for line in unrounded.metrics for name in line
+    }  # of LoRA, the kasa recipe logs regularizers too
     assert unrounded.curve == [tuple((k, v) for k, v in line if k in logged) for line in full.curve]
 
 
@@ -453,7 +508,9 @@ def plain(qcorda_recipe, tmp_path_factory) -> Run:
 def test_runs_that_compute_the_same_have_the_same_curve(qcorda, plain, changed):
     run = qcorda(*TWO_STEPS, *changed)
     assert losses(run) == pytest.approx(losses(plain), rel=2e-4)
-    assert [line["num_tokens"] for line in run.metrics] == [line["num_tokens"] for line in plain.metrics]
+    assert [line["num_tokens"] for line in run.metrics] == [
+        line["num_tokens"] for line in plain.metrics
+    ]
     assert run.part("adapter").keys() == plain.part("adapter").keys()
 
 
@@ -466,8 +523,15 @@ def test_compiled_equals_eager(qcorda, plain):
 # ------------------------------------------------------------------------------------- before anything is computed
 
 
-def test_dry_run_prints_the_size_in_four_bits_and_writes_nothing(qcorda_recipe, whole_quantized, tmp_path, capsys):
-    overrides = [*SMALL_CORDA_RUN, *SMALL_CALIBRATION, f"output_dir={tmp_path / 'run'}", "dry_run=True"]
+def test_dry_run_prints_the_size_in_four_bits_and_writes_nothing(
+    qcorda_recipe, whole_quantized, tmp_path, capsys
+):
+    overrides = [
+        *SMALL_CORDA_RUN,
+        *SMALL_CALIBRATION,
+        f"output_dir={tmp_path / 'run'}",
+        "dry_run=True",
+    ]
     cfg = config.load("tiny_qcorda", overrides, config.QCORDA)
     recipe_class(qcorda_recipe)(cfg).setup(cfg)
     sizes = {}
@@ -477,7 +541,9 @@ def test_dry_run_prints_the_size_in_four_bits_and_writes_nothing(qcorda_recipe, 
             sizes[purpose.strip()] = float(size.replace(",", ""))
     model = whole_quantized("qcorda").recipe._model
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    parts = [getattr(w, part) for w in nf4_weights(model).values() for part in w.__tensor_flatten__()[0]]
+    parts = [
+        getattr(w, part) for w in nf4_weights(model).values() for part in w.__tensor_flatten__()[0]
+    ]
     others = [parameter for parameter in frozen if not isinstance(parameter, NF4Tensor)]
     in_mib = {
         "base weights in NF4": sum(part.numel() * part.element_size() for part in parts) / 2**20,

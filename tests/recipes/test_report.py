@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from kasa_tune import config
-from kasa_tune.components import plots
-from kasa_tune.components.checkpointing import load_part
-from kasa_tune.components.plots import DrawnSpectrum, layer_ranks, singular_values
+from kasa_tune.components.checkpoints.checkpoint import load_part
+from kasa_tune.components.reports import plots
+from kasa_tune.components.reports.plots import DrawnSpectrum, layer_ranks, singular_values
 
 
 @pytest.fixture
@@ -41,12 +41,20 @@ def test_spectra_are_those_of_the_dense_matrices(config_name, finetune, load_rec
     assert len({name.rpartition(".")[2] for name in spectra}) > 3
     assert len({name.split(".")[1] for name in spectra}) > 3
     for name, layer in spectra.items():
-        part = {key.removeprefix(f"{name}."): value.double() for key, value in adapter.items() if f"{name}." in key}
+        part = {
+            key.removeprefix(f"{name}."): value.double()
+            for key, value in adapter.items()
+            if f"{name}." in key
+        }
         scale = cfg.model.alpha / 5 * torch.diag(part.get("lora_diag", torch.ones(5)).double())
         update = part["lora_b.weight"] @ scale @ part["lora_a.weight"]
         edit = part["lora_edit_out"] @ part["lora_edit_in"]
-        assert layer.update.tolist() == pytest.approx(dense_singular_values(update, 5), rel=1e-9, abs=1e-12)
-        assert layer.removed.tolist() == pytest.approx(dense_singular_values(edit, len(layer.removed)), rel=1e-9)
+        assert layer.update.tolist() == pytest.approx(
+            dense_singular_values(update, 5), rel=1e-9, abs=1e-12
+        )
+        assert layer.removed.tolist() == pytest.approx(
+            dense_singular_values(edit, len(layer.removed)), rel=1e-9
+        )
         assert len(layer.removed) == cfg.model.get("truncation_rank", 0)
         assert layer.update[0] > 0
 
@@ -56,7 +64,9 @@ def test_the_base_spectrum_is_the_files(finetune, load_recipe):
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
     spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
     weights = load_file(f"{cfg.checkpointer.checkpoint_dir}/{cfg.checkpointer.checkpoint_files[0]}")
-    norms = {round(float(weight.double().norm()), 3) for weight in weights.values()}  # the same in any order of rows
+    norms = {
+        round(float(weight.double().norm()), 3) for weight in weights.values()
+    }  # the same in any order of rows
     for layer in spectra.values():
         assert round(float(layer.base.double().norm()), 3) in norms
 
@@ -71,13 +81,21 @@ def test_a_start_inside_the_weight_is_no_learned_update(method, from_start, cord
         assert layer.from_start == from_start
         taken = layer.base[:5] if from_start else layer.base[-5:]
         assert layer.removed.tolist() == pytest.approx(taken.tolist(), rel=1e-3)
-        part = {key.removeprefix(f"{name}."): value.double() for key, value in adapter.items() if f"{name}." in key}
+        part = {
+            key.removeprefix(f"{name}."): value.double()
+            for key, value in adapter.items()
+            if f"{name}." in key
+        }
         learned = cfg.model.alpha / 5 * part["lora_b.weight"] @ part["lora_a.weight"]
         learned -= part["lora_edit_out"] @ part["lora_edit_in"]
-        assert layer.update.tolist() == pytest.approx(dense_singular_values(learned, 10), rel=1e-6, abs=1e-9)
+        assert layer.update.tolist() == pytest.approx(
+            dense_singular_values(learned, 10), rel=1e-6, abs=1e-9
+        )
 
 
-@pytest.mark.parametrize(("m", "n", "r"), [(30, 20, 4), (4, 50, 4), (50, 4, 4), (6, 7, 0), (9, 9, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(30, 20, 4), (4, 50, 4), (50, 4, 4), (6, 7, 0), (9, 9, 1)]
+)
 def test_singular_values_of_a_product(m, n, r, load_recipe):
     generator = torch.Generator().manual_seed(0)
     out = torch.randn(m, r, generator=generator, dtype=torch.float64)
@@ -103,7 +121,12 @@ def test_a_folder_without_metrics(report, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n', '{"loss": 1.0}\n{"step": 2, "loss": 1.0}\n', "[1]\n"]
+    "content",
+    [
+        '{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n',
+        '{"loss": 1.0}\n{"step": 2, "loss": 1.0}\n',
+        "[1]\n",
+    ],
 )
 def test_metrics_that_are_damaged(content, report, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(content)
@@ -158,11 +181,20 @@ def test_ranks_are_drawn_by_block_for_each_kind_of_linear(figure):
 
 def test_kinds_of_linears_are_told_apart(figure):
     kinds = ["q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3"]
-    layer_ranks({f"layers.{i}.x.{kind}": i for i in range(3) for kind in kinds}, None, title="", uniform=1)
+    layer_ranks(
+        {f"layers.{i}.x.{kind}": i for i in range(3) for kind in kinds}, None, title="", uniform=1
+    )
     (axes,) = figure().get_axes()
-    styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if line.get_label() in kinds}
+    styles = {
+        (line.get_color(), line.get_marker())
+        for line in axes.get_lines()
+        if line.get_label() in kinds
+    }
     assert len(styles) == len(kinds)
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {*kinds, "the same everywhere, 1"}
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        *kinds,
+        "the same everywhere, 1",
+    }
 
 
 def test_the_picture_of_ranks_is_a_file(tmp_path):
@@ -172,7 +204,9 @@ def test_the_picture_of_ranks_is_a_file(tmp_path):
 
 
 def test_what_was_taken_from_the_start_of_a_spectrum_is_marked_there(figure):
-    spectrum = DrawnSpectrum(torch.linspace(9, 1, 9), torch.tensor([8.5, 7.5]), torch.tensor([0.5]), from_start=True)
+    spectrum = DrawnSpectrum(
+        torch.linspace(9, 1, 9), torch.tensor([8.5, 7.5]), torch.tensor([0.5]), from_start=True
+    )
     words = {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
     singular_values({"layers.0.attn.q_proj": spectrum}, None, title="a run", **words)
     left, right = figure().get_axes()

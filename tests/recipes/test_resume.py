@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from kasa_tune.components.checkpointing import list_checkpoints, load_part
+from kasa_tune.components.checkpoints.checkpoint import list_checkpoints, load_part
 
 from .conftest import Run, assert_same_run, assert_same_tree, copy_run, run_recipe, wait_for_steps
 
@@ -14,10 +14,14 @@ from .conftest import Run, assert_same_run, assert_same_tree, copy_run, run_reci
 @pytest.fixture(scope="module")
 def whole(load_recipe, tmp_path_factory) -> Run:
     """The run that nothing interrupts."""
-    return run_recipe(load_recipe("kasa_finetune_single_device"), tmp_path_factory.mktemp("whole") / "run")
+    return run_recipe(
+        load_recipe("kasa_finetune_single_device"), tmp_path_factory.mktemp("whole") / "run"
+    )
 
 
-@pytest.mark.parametrize("step", [3, 6, 9])  # an epoch has 5 steps: before, after and across its border
+@pytest.mark.parametrize(
+    "step", [3, 6, 9]
+)  # an epoch has 5 steps: before, after and across its border
 def test_resume_is_bitwise_the_uninterrupted_run(finetune, whole, tmp_path, step):
     copy_run(whole, tmp_path / "resumed", until_step=step)
     resumed = finetune("resume_from_checkpoint=True", name="resumed")
@@ -35,7 +39,9 @@ def test_learning_rate_goes_on_where_it_was(finetune, whole, tmp_path):
     """A cosine of 12 steps after 2 of warm-up, which a schedule that restarts on resume would not give."""
     copy_run(whole, tmp_path / "resumed", until_step=3)
     resumed = finetune("resume_from_checkpoint=True", name="resumed")
-    expected = [4e-3 * (i / 2 if i < 2 else 0.5 * (1 + math.cos(math.pi * (i - 2) / 10))) for i in range(12)]
+    expected = [
+        4e-3 * (i / 2 if i < 2 else 0.5 * (1 + math.cos(math.pi * (i - 2) / 10))) for i in range(12)
+    ]
     assert [line["lr"] for line in resumed.metrics] == pytest.approx(expected)
 
 
@@ -83,13 +89,17 @@ def test_resume_on_other_base_weights_is_refused(finetune, tmp_path):
     save_file(weights, other / "model.safetensors")
     finetune("max_steps=3")
     with pytest.raises(ValueError, match="other base weights"):
-        finetune("max_steps=6", "resume_from_checkpoint=True", f"checkpointer.checkpoint_dir={other}")
+        finetune(
+            "max_steps=6", "resume_from_checkpoint=True", f"checkpointer.checkpoint_dir={other}"
+        )
 
 
 def test_resume_on_other_data_is_refused_but_data_may_move(finetune, whole, tmp_path):
     from kasa_tune.registry import PACKAGE_ROOT
 
-    moved = shutil.copy(PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl", tmp_path / "moved.jsonl")
+    moved = shutil.copy(
+        PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl", tmp_path / "moved.jsonl"
+    )
     copy_run(whole, tmp_path / "resumed", until_step=9)
     resumed = finetune("resume_from_checkpoint=True", f"dataset.data_files={moved}", name="resumed")
     assert resumed.curve == whole.curve
@@ -106,7 +116,11 @@ def test_a_changed_row_is_other_data(finetune, whole, tmp_path):
     (tmp_path / "changed.jsonl").write_text("\n".join(rows) + "\n")
     copy_run(whole, tmp_path / "resumed", until_step=3)
     with pytest.raises(ValueError, match="other data"):
-        finetune("resume_from_checkpoint=True", f"dataset.data_files={tmp_path / 'changed.jsonl'}", name="resumed")
+        finetune(
+            "resume_from_checkpoint=True",
+            f"dataset.data_files={tmp_path / 'changed.jsonl'}",
+            name="resumed",
+        )
 
 
 def test_a_refused_resume_leaves_the_runs_config_alone(finetune, whole, tmp_path):
@@ -145,11 +159,18 @@ def test_the_checkpoint_holds_no_pickle(finetune):
 def test_an_optimizer_with_states_in_8_bits_goes_on_bit_for_bit(finetune, tmp_path):
     """Its kernels are compiled, and its learning rate is a tensor that the schedule changes in place."""
     # torchao quantizes states of 4096 values or more: at rank 32 those of all matrices but B of k and v, 64 x 32.
-    same = ["optimizer._component_=torchao.optim.AdamW8bit", "model.rank=32", "max_steps=6", "optimizer.lr=8e-3"]
+    same = [
+        "optimizer._component_=torchao.optim.AdamW8bit",
+        "model.rank=32",
+        "max_steps=6",
+        "optimizer.lr=8e-3",
+    ]
     whole = finetune(*same, name="whole")
     states = [value for state in whole.recipe._optimizer.state.values() for value in state.values()]
     assert sum(type(value).__name__ == "OptimState8bit" for value in states) == 2 * (2 * 35 - 10)
-    expected = [8e-3 * (0.0 if i < 1 else 0.5 * (1 + math.cos(math.pi * (i - 1) / 5))) for i in range(6)]
+    expected = [
+        8e-3 * (0.0 if i < 1 else 0.5 * (1 + math.cos(math.pi * (i - 1) / 5))) for i in range(6)
+    ]
     assert [line["lr"] for line in whole.metrics] == pytest.approx(expected)
     assert whole.metrics[-1]["loss"] < 0.8 * whole.metrics[0]["loss"]
     copy_run(whole, tmp_path / "resumed", until_step=3)
@@ -159,7 +180,9 @@ def test_an_optimizer_with_states_in_8_bits_goes_on_bit_for_bit(finetune, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_exits_with_its_status(finetune, whole, start_process, tmp_path, number, status):
+def test_a_signal_saves_and_exits_with_its_status(
+    finetune, whole, start_process, tmp_path, number, status
+):
     folder = tmp_path / "stopped"
     slow = "save_every_n_steps=1000"
     process = start_process(folder, slow)
@@ -174,7 +197,9 @@ def test_a_signal_saves_and_exits_with_its_status(finetune, whole, start_process
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_resumes_to_the_same_curve(finetune, whole, start_process, tmp_path):
+def test_killed_in_the_middle_it_resumes_to_the_same_curve(
+    finetune, whole, start_process, tmp_path
+):
     folder = tmp_path / "killed"
     process = start_process(folder)
     wait_for_steps(process, folder, 5)

@@ -7,20 +7,28 @@ import pytest
 from .conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-BLOCK = re.compile(r"^( *)# --- shared: (?P<name>[^\n]+)\n(?P<body>.*?)^\1# --- end$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^( *)# --- shared: (?P<name>[^\n]+)\n(?P<body>.*?)^\1# --- end$", re.MULTILINE | re.DOTALL
+)
 
 
 def blocks_of(text: str) -> dict[str, str]:
     """Name to content of every shared block of a recipe."""
     found = {match["name"]: match["body"] for match in BLOCK.finditer(text)}
-    assert len(found) == text.count("# --- shared: ") == text.count("# --- end"), "a block has no end, or none begins"
+    assert len(found) == text.count("# --- shared: ") == text.count("# --- end"), (
+        "a block has no end, or none begins"
+    )
     return found
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [("single_device", ""), ("distributed", "distributed ")])
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [("single_device", ""), ("distributed", "distributed ")]
+)
 def test_blocks_of_one_name_are_the_same_in_all_recipes(kind, prefix):
     copies: dict[str, dict[str, str]] = {}
-    finetuning = [ROOT / "recipes" / f"{method}_finetune_{kind}.py" for method in ("kasa", "corda", "qcorda")]
+    finetuning = [
+        ROOT / "recipes" / f"{method}_finetune_{kind}.py" for method in ("kasa", "corda", "qcorda")
+    ]
     assert sorted(finetuning) == [path for path in RECIPES if path.stem.endswith(kind)]
     for path in finetuning:
         for name, body in blocks_of(path.read_text()).items():

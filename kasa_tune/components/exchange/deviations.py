@@ -37,4 +37,9 @@ def deviation(exported: Tensor, trained: Tensor, update: float) -> Deviation:
     """
     error = torch.linalg.vector_norm(exported.sub_(trained)).item()
     weight = torch.linalg.vector_norm(trained).item()
-    return Deviation(*(0.0 if error == 0 else error / norm if norm else float("inf") for norm in (weight, update)))
+    return Deviation(
+        *(
+            0.0 if error == 0 else error / norm if norm else float("inf")
+            for norm in (weight, update)
+        )
+    )

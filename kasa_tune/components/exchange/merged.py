@@ -20,7 +20,17 @@ INDEX = "model.safetensors.index.json"
 _ROTARY = "rotary_emb"  # tables that some checkpoints hold besides weights, in float32
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in config.json, of transformers 5 and 4
 # What a checkpoint's folder holds besides weights: config, tokenizer, chat template, code, terms of use.
-_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_SIDE_FILES = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 # The name of a repository that holds other weights; an adapter that transformers would load besides.
 _NOT_OF_IT = ("original_repo_id.json", "adapter_config.json")
@@ -49,7 +59,10 @@ def write_merged(
     """
     modules = run.modules(run.changed)
     weights = {key for key in run.base.stored if _ROTARY not in key}
-    stored = {key: value.to(dtype) if dtype and key in weights else value for key, value in run.base.stored.items()}
+    stored = {
+        key: value.to(dtype) if dtype and key in weights else value
+        for key, value in run.base.stored.items()
+    }
     plan = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
@@ -64,12 +77,18 @@ def write_merged(
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_side_files(run, folder)
-    _set_dtype(folder / "config.json", {value.dtype for key, value in stored.items() if key in weights})
+    _set_dtype(
+        folder / "config.json", {value.dtype for key, value in stored.items() if key in weights}
+    )
     return errors
 
 
 def _tensor(
-    run: TrainedRun, key: str, linears: Mapping[str, Tensor] | None, dtype: torch.dtype, errors: Deviations
+    run: TrainedRun,
+    key: str,
+    linears: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
+    errors: Deviations,
 ) -> Tensor:
     if linears is None:
         return run.base.read(key).to(dtype)
@@ -91,7 +110,11 @@ def _copy_side_files(run: TrainedRun, folder: Path) -> None:
 def _side_files(folder: Path) -> Iterator[Path]:
     for pattern in _SIDE_FILES:
         for path in folder.glob(pattern):
-            if path.is_file() and path.name not in _NOT_OF_IT and not path.name.endswith(".index.json"):
+            if (
+                path.is_file()
+                and path.name not in _NOT_OF_IT
+                and not path.name.endswith(".index.json")
+            ):
                 yield path
 
 
@@ -105,5 +128,7 @@ def _set_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if len(dtypes) == 1:
         name = str(next(iter(dtypes))).removeprefix("torch.")
-        config |= dict.fromkeys([key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"], name)
+        config |= dict.fromkeys(
+            [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"], name
+        )
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -100,7 +100,13 @@ _NO_VLLM = "vLLM does not read $why; export this adapter merged for it.\n"
 
 
 def model_card(
-    run: TrainedRun, folder: Path, form: str, *, base_model: str, errors: Deviations, config: dict | None = None
+    run: TrainedRun,
+    folder: Path,
+    form: str,
+    *,
+    base_model: str,
+    errors: Deviations,
+    config: dict | None = None,
 ) -> str:
     """The card of what was written.
 
@@ -118,18 +124,26 @@ def model_card(
         "base_json": json.dumps(base_model),
         "base_quoted": shlex.quote(base_model),
         "library": {"peft": "peft", "merged": "transformers", "native": "kasa_tune"}[form],
-        "tags": ", ".join(dict.fromkeys([run.method.split()[0], *(["lora"] if form == "peft" else [])])),
+        "tags": ", ".join(
+            dict.fromkeys([run.method.split()[0], *(["lora"] if form == "peft" else [])])
+        ),
         "method": PAPERS.get(run.method, run.method),
         "fingerprint": run.state["base"],
         "step": _trained(run),
         "error": error_sentence(errors),
         "version": __version__,
-        "data": _yaml({"dataset": run.config["dataset"]}) if run.config.get("dataset") else "of the imported adapter",
-        "hyperparameters": _yaml({key: run.config[key] for key in _HYPERPARAMETERS if key in run.config}),
+        "data": _yaml({"dataset": run.config["dataset"]})
+        if run.config.get("dataset")
+        else "of the imported adapter",
+        "hyperparameters": _yaml(
+            {key: run.config[key] for key in _HYPERPARAMETERS if key in run.config}
+        ),
         "rank": _rank_sentence(config) if config else "",
     }
     facts["vllm"] = Template(_vllm(config)).substitute(facts, **_served(config)) if config else ""
-    facts["what"], facts["load"] = (Template(texts[form]).substitute(facts) for texts in (_WHAT, _LOAD))
+    facts["what"], facts["load"] = (
+        Template(texts[form]).substitute(facts) for texts in (_WHAT, _LOAD)
+    )
     return _CARD.substitute(facts)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kasa_tune.components.checkpointing import save_checkpoint
+from kasa_tune.components.checkpoints.checkpoint import save_checkpoint
 from kasa_tune.components.exchange.trained_run import TrainedRun
-from kasa_tune.components.quantized_base import FOLDER
+from kasa_tune.components.quantized.base import FOLDER
 
 _KEPT = ("step", "base", "data", "config", "quantized_base")  # of the part `run`
 
@@ -33,7 +33,7 @@ def write_adapter(folder: Path, adapter: Mapping[str, Tensor], state: Mapping[st
 
     Args:
         folder: exists.
-        adapter: see :func:`~kasa_tune.components.adapters.adapter_state_dict`.
+        adapter: see :func:`~kasa_tune.components.adapters.state.adapter_state_dict`.
         state: ``step``, ``base`` (fingerprint of the base weights), ``config`` (with at least ``model``), ...
     """
     written = save_checkpoint(folder, state["step"], {"adapter": dict(adapter), "run": dict(state)})

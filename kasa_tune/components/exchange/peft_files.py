@@ -19,7 +19,9 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a base may have been loaded in
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PARTS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_diag|lora_magnitude_vector|base_layer)(\.weight)?")
+_PARTS = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_diag|lora_magnitude_vector|base_layer)(\.weight)?"
+)
 
 # What else a PEFT LoRA may be, which W0 - E + s·B diag(d) A does not say; every one of them is off unless asked for.
 _UNSUPPORTED = {
@@ -72,7 +74,11 @@ class PeftAdapter:
         _check_supported(folder, self.config)
         self.copies: list[str] = []
         self._keys, self._shapes = self._headers()
-        needed = ["lora_A", "lora_B"] + ["lora_diag"] * self.is_kasa + ["lora_magnitude_vector"] * self.is_dora
+        needed = (
+            ["lora_A", "lora_B"]
+            + ["lora_diag"] * self.is_kasa
+            + ["lora_magnitude_vector"] * self.is_dora
+        )
         self.layers = {module: self._layer(module, needed) for module in self._shapes}
 
     @property
@@ -115,7 +121,9 @@ class PeftAdapter:
         """
         for module in self.copies:
             copy, weight = self.read(module, "base_layer"), read(f"{module}.weight")
-            if copy.shape != weight.shape or not any(torch.equal(weight.to(kind).float(), copy) for kind in _DTYPES):
+            if copy.shape != weight.shape or not any(
+                torch.equal(weight.to(kind).float(), copy) for kind in _DTYPES
+            ):
                 raise ValueError(
                     f"{self.folder / WEIGHTS} holds a weight of {module} that is not the base's: the vocabulary was "
                     "changed, or the module trained, which cannot be imported."
@@ -130,8 +138,14 @@ class PeftAdapter:
         Raises:
             ValueError: a module or a shape is not the base's, or the modules are not those that the config targets.
         """
-        weights = {name.removesuffix(".weight"): value for name, value in stored.items() if name.endswith(".weight")}
-        linears = {module: tuple(value.shape) for module, value in weights.items() if value.ndim == 2}
+        weights = {
+            name.removesuffix(".weight"): value
+            for name, value in stored.items()
+            if name.endswith(".weight")
+        }
+        linears = {
+            module: tuple(value.shape) for module, value in weights.items() if value.ndim == 2
+        }
         if unknown := sorted(self.layers.keys() - linears.keys()):
             raise ValueError(
                 f"{self.folder} adapts {unknown[0]} ({len(unknown)} modules in all), which the base model of "
@@ -140,7 +154,11 @@ class PeftAdapter:
             )
         for module, layer in self.layers.items():
             (d_out, d_in), shapes = linears[module], self._shapes[module]
-            expected = {"lora_A": (layer.rank, d_in), "lora_B": (d_out, layer.rank), "lora_diag": (layer.rank,)}
+            expected = {
+                "lora_A": (layer.rank, d_in),
+                "lora_B": (d_out, layer.rank),
+                "lora_diag": (layer.rank,),
+            }
             expected |= {"lora_magnitude_vector": (d_out,)}
             for part, shape in shapes.items():
                 if shape != expected[part]:
@@ -194,7 +212,9 @@ class PeftAdapter:
                     if match["part"] == "base_layer":
                         self.copies.append(match["module"])
                         continue
-                    shapes.setdefault(match["module"], {})[match["part"]] = tuple(file.get_slice(key).get_shape())
+                    shapes.setdefault(match["module"], {})[match["part"]] = tuple(
+                        file.get_slice(key).get_shape()
+                    )
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}.") from None
         if not keys:
@@ -205,13 +225,17 @@ class PeftAdapter:
         shapes = self._shapes[module]
         try:
             rank = _of_pattern(self.config, "rank_pattern", module, self.config.get("r", 8))
-            alpha = _of_pattern(self.config, "alpha_pattern", module, self.config.get("lora_alpha", 8))
+            alpha = _of_pattern(
+                self.config, "alpha_pattern", module, self.config.get("lora_alpha", 8)
+            )
         except re.error as error:
             raise ValueError(
                 f"{self.folder}: a key of rank_pattern or alpha_pattern is no pattern ({error})."
             ) from None
         if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
-            raise ValueError(f"{self.folder} gives {module} rank {rank!r} and alpha {alpha!r}; both must be above 0.")
+            raise ValueError(
+                f"{self.folder} gives {module} rank {rank!r} and alpha {alpha!r}; both must be above 0."
+            )
         if sorted(shapes) != sorted(needed):
             raise ValueError(
                 f"{self.folder / WEIGHTS} has {', '.join(sorted(shapes))} of {module}; its config wants "
@@ -244,7 +268,11 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
 
 def _of_pattern(config: Mapping[str, Any], patterns: str, module: str, default: Any) -> Any:
     """The value of the first pattern that fits a module's name or its end."""
-    found = (value for key, value in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    found = (
+        value
+        for key, value in (config.get(patterns) or {}).items()
+        if re.match(rf"(.*\.)?({key})$", module)
+    )
     return next(found, default)
 
 
@@ -258,12 +286,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
     if kind != "LORA":
-        raise ValueError(f"{folder} has peft_type {kind}; only LORA, with its variants KaSA and DoRA, can be imported.")
+        raise ValueError(
+            f"{folder} has peft_type {kind}; only LORA, with its variants KaSA and DoRA, can be imported."
+        )
     return config
 
 
 def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
-    wrong = [f"{key} is {config[key]!r}: {why}" for key, why in _UNSUPPORTED.items() if config.get(key)]
+    wrong = [
+        f"{key} is {config[key]!r}: {why}" for key, why in _UNSUPPORTED.items() if config.get(key)
+    ]
     if config.get("bias", "none") != "none":
         wrong.append(f"bias is {config['bias']!r}: it trained the base's biases besides")
     if config.get("kasa_config") and config.get("use_dora"):

@@ -21,19 +21,31 @@ from torch import Tensor, nn
 from torchtune.config import instantiate
 
 from kasa_tune.components import models
-from kasa_tune.components.decomposition import check_finite, co_svd, smallest_triplets
+from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
 from kasa_tune.components.exchange.peft_files import PeftAdapter
-from kasa_tune.components.low_rank import LowRank
-from kasa_tune.components.models.attach import ATTN_MODULES, MLP_MODULES
+from kasa_tune.components.linalg.decomposition import check_finite, co_svd, smallest_triplets
+from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 
 log = logging.getLogger(__name__)
 
 METHODS = ("kasa", "lora", "corda")  # how the builders' names begin
-_UNTOUCHED = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
+_UNTOUCHED = (
+    "true",
+    "false",
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # starts that leave the base as it is
 _FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
-_FROM_BASE = (*_FOUND_AGAIN, "corda", "lora_ga", "loftq")  # starts that take themselves out of the base
+_FROM_BASE = (
+    *_FOUND_AGAIN,
+    "corda",
+    "lora_ga",
+    "loftq",
+)  # starts that take themselves out of the base
 _BUILDERS = "kasa_tune.components.models"
 
 
@@ -76,12 +88,16 @@ class PeftImport:
             adapter.check_copies(base.read)
         _check_start(peft, initial)
         self._places = self._find_places(model)
-        self._adapted = [name for name, place in self._places.items() if place.module in peft.layers]
+        self._adapted = [
+            name for name, place in self._places.items() if place.module in peft.layers
+        ]
         self._check_all_placed()
         self.method = self._method()
         self.model = self._model_section(model)
 
-    def tensors(self, module: str, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(
+        self, module: str, *, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The adapter of one module of the base: float32 tensors by name, of each of our linears that lie in it.
 
         Args:
@@ -115,7 +131,10 @@ class PeftImport:
         for name in set(self._chosen) - set(self._adapted):
             none = LowRank.empty(*self.base.meta[f"{name}.weight"].shape)
             found |= {f"{name}.lora_a.weight": none.into, f"{name}.lora_b.weight": none.out}
-            found |= {f"{name}.lora_edit_out": none.out.clone(), f"{name}.lora_edit_in": none.into.clone()}
+            found |= {
+                f"{name}.lora_edit_out": none.out.clone(),
+                f"{name}.lora_edit_in": none.into.clone(),
+            }
         return found
 
     def adapter_section(self) -> dict[str, Any]:
@@ -125,13 +144,19 @@ class PeftImport:
         if self.peft.start == "corda":
             mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
             return {"method": "corda", "mode": mode, "dtype": "fp32"}
-        return {"method": "pissa" if self.peft.start.startswith("pissa") else "lora", "dtype": "fp32"}
+        return {
+            "method": "pissa" if self.peft.start.startswith("pissa") else "lora",
+            "dtype": "fp32",
+        }
 
     def _find_places(self, model: Mapping[str, Any]) -> dict[str, Place]:
         """Of every linear that could be adapted, in the model's order."""
         everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
         built = _build(_section(model, "lora", everything))
-        names = [*block_linears(built), *(["output"] if isinstance(getattr(built, "output", None), nn.Linear) else [])]
+        names = [
+            *block_linears(built),
+            *(["output"] if isinstance(getattr(built, "output", None), nn.Linear) else []),
+        ]
         places = {}
         for name in names:
             found = getattr(self.base.meta.get(f"{name}.weight"), "shape", None)
@@ -200,7 +225,9 @@ class PeftImport:
             needed["use_dora"] = self.peft.is_dora
         if self.method == "kasa":
             removed = {"truncation_rank": largest.rank, "truncation": "paper"}
-            needed |= {key: value for key, value in removed.items() if given.get(key) not in (None, value)}
+            needed |= {
+                key: value for key, value in removed.items() if given.get(key) not in (None, value)
+            }
         section = _section(given, self.method, needed)
         _build(section)  # whose errors name the layer that cannot have such a rank
         return section
@@ -219,7 +246,9 @@ class PeftImport:
         if self.peft.start == "pissa":
             component = co_svd(weight, None, layer.rank, "ipm")
             return LowRank(component.vectors.cpu(), component.projection.cpu())
-        q = torch.linalg.qr(weight[:, : layer.rank].double()).Q  # OLoRA: the first columns of Q, and rows of R
+        q = torch.linalg.qr(
+            weight[:, : layer.rank].double()
+        ).Q  # OLoRA: the first columns of Q, and rows of R
         return LowRank(q * layer.scaling, q.T @ weight.double()).to("cpu", torch.float32)
 
     def _weight(self, module: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -228,7 +257,9 @@ class PeftImport:
         return weight
 
 
-def open_peft(folder: Path, base: Any, model: Mapping[str, Any], *, initial_folder: Path | None = None) -> PeftImport:
+def open_peft(
+    folder: Path, base: Any, model: Mapping[str, Any], *, initial_folder: Path | None = None
+) -> PeftImport:
     """Open a PEFT adapter beside its base and see that it can be imported.
 
     Args:
@@ -242,14 +273,18 @@ def open_peft(folder: Path, base: Any, model: Mapping[str, Any], *, initial_fold
         ValueError: as :class:`PeftImport`.
     """
     if not isinstance(base, StreamedWeights):
-        raise ValueError("The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use.")
+        raise ValueError(
+            "The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use."
+        )
     initial = PeftAdapter(initial_folder) if initial_folder else None
     return PeftImport(PeftAdapter(folder), base, model, initial)
 
 
 def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:
     """Whether what the adapter took out of its base is known."""
-    start = "pissa with approximated vectors" if peft.start.startswith("pissa_niter") else peft.start
+    start = (
+        "pissa with approximated vectors" if peft.start.startswith("pissa_niter") else peft.start
+    )
     if initial is None:
         if start not in (*_UNTOUCHED, *_FOUND_AGAIN):
             raise ValueError(
@@ -258,9 +293,13 @@ def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:
                 "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=<that folder>)."
             )
     elif peft.is_kasa:
-        raise ValueError(f"{peft.folder} is KaSA: what it took out follows from the base. Leave initial_adapter out.")
+        raise ValueError(
+            f"{peft.folder} is KaSA: what it took out follows from the base. Leave initial_adapter out."
+        )
     elif initial.folder.resolve() == peft.folder.resolve():
-        raise ValueError(f"initial_adapter is peft_adapter itself: give {peft.folder} as it was before training.")
+        raise ValueError(
+            f"initial_adapter is peft_adapter itself: give {peft.folder} as it was before training."
+        )
     elif initial.layers != peft.layers:
         raise ValueError(
             f"{initial.folder} is not {peft.folder} before its training: they differ in modules, ranks or scalings."

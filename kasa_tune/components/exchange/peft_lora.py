@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
-from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.linalg.low_rank import LowRank
 
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may have
@@ -38,7 +38,7 @@ def write_peft(
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B holds the scaling, so ``lora_alpha`` equals ``r``. A and B are the balanced factors of the whole change of a
-    weight, see :meth:`~kasa_tune.components.low_rank.LowRank.balanced`.
+    weight, see :meth:`~kasa_tune.components.linalg.low_rank.LowRank.balanced`.
 
     Args:
         run: what to export.
@@ -64,7 +64,9 @@ def write_peft(
     updates = {key: updates[key].padded(ranks[key]) for key in ranks}
     tensors: dict[str, Tensor] = {}
     errors = Deviations()
-    for key, linears in run.modules(run.changed).items():  # quantized weights too that have no adapter
+    for key, linears in run.modules(
+        run.changed
+    ).items():  # quantized weights too that have no adapter
         base, trained = run.base.read(key).float(), run.merged(key, linears)
         exported = base.clone()
         if key in updates:
@@ -72,7 +74,9 @@ def write_peft(
             tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
             tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
         if magnitudes := _magnitudes(run, linears):
-            magnitude = torch.linalg.vector_norm(base, dim=1)  # rows without an adapter keep their length
+            magnitude = torch.linalg.vector_norm(
+                base, dim=1
+            )  # rows without an adapter keep their length
             for rows, values in magnitudes:
                 magnitude[rows] = values
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
@@ -80,17 +84,25 @@ def write_peft(
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
     config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     return errors
 
 
 def _magnitudes(run: TrainedRun, linears: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Rows and DoRA's magnitudes of them; none of other methods."""
     named = {name: f"{name}.lora_magnitude" for name in linears}
-    return [(linears[name], run.adapter[key].float()) for name, key in named.items() if key in run.adapter]
+    return [
+        (linears[name], run.adapter[key].float())
+        for name, key in named.items()
+        if key in run.adapter
+    ]
 
 
-def _ranks(updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool, *, at_least: int) -> dict[str, int]:
+def _ranks(
+    updates: Mapping[str, LowRank], rank: int | None, rank_pattern: bool, *, at_least: int
+) -> dict[str, int]:
     """The rank that each tensor's update is stored with; a rank pattern is without those that need none."""
     needed = {key: max(update.rank, at_least) for key, update in updates.items()}
     largest = max(needed, key=needed.__getitem__)
@@ -131,7 +143,11 @@ def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str) -> dict[
 def _targets(run: TrainedRun, ranks: Mapping[str, int]) -> list[str]:
     """Last parts of the modules' names where these mean no other module, else whole names."""
     leaves = {_module(key).rpartition(".")[2] for key in ranks}
-    meant = {key for key in run.base.stored if key.endswith(".weight") and _module(key).rpartition(".")[2] in leaves}
+    meant = {
+        key
+        for key in run.base.stored
+        if key.endswith(".weight") and _module(key).rpartition(".")[2] in leaves
+    }
     return sorted(leaves) if meant == set(ranks) else sorted(map(_module, ranks))
 
 

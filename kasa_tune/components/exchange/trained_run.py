@@ -18,14 +18,29 @@ from torchtune import training
 from torchtune.config import instantiate
 from torchtune.training import FormattedCheckpointFiles
 
-from kasa_tune.components.adapters import adapter_linears, adapter_update, check_adapter_fits, load_adapter
-from kasa_tune.components.checkpointing import check_belongs, find_checkpoint, load_part, weights_fingerprint
-from kasa_tune.components.linear import AdapterLinear
-from kasa_tune.components.low_rank import LowRank
+from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters.state import (
+    adapter_linears,
+    adapter_update,
+    check_adapter_fits,
+    load_adapter,
+)
+from kasa_tune.components.checkpoints.checkpoint import (
+    check_belongs,
+    find_checkpoint,
+    load_part,
+    weights_fingerprint,
+)
+from kasa_tune.components.linalg.low_rank import LowRank
+from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
-from kasa_tune.components.models.loading import build_on_meta, put_weight, read_tensor, require_adapters
-from kasa_tune.components.quantization import dequantize
-from kasa_tune.components.quantized_base import QuantizedWeights, linears_in_nf4
+from kasa_tune.components.models.loading import (
+    build_on_meta,
+    put_weight,
+    read_tensor,
+    require_adapters,
+)
+from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
 
 CPU = torch.device("cpu")
 
@@ -99,7 +114,9 @@ class TrainedRun:
         ]
         if not outs:
             return LowRank.empty(*self.base.stored[key].shape, dtype=torch.float64)
-        return LowRank(torch.cat(outs, dim=1), torch.cat([update.into for update in updates.values()]))
+        return LowRank(
+            torch.cat(outs, dim=1), torch.cat([update.into for update in updates.values()])
+        )
 
     @contextlib.contextmanager
     def loaded(self, name: str) -> Iterator[AdapterLinear]:
@@ -182,7 +199,9 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     return TrainedRun(checkpoint, state, adapter, base, folder, model, weights)
 
 
-def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | None) -> tuple[StreamedWeights, Path]:
+def _open_base(
+    checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | None
+) -> tuple[StreamedWeights, Path]:
     folder = Path(checkpoint_dir or node["checkpoint_dir"])
     if not folder.is_dir():
         raise ValueError(
@@ -190,10 +209,17 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
             "with checkpoint_dir=<folder>."
         )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is no Hugging Face checkpoint; see checkpoint_dir.")
-    if not all((folder / name).is_file() for name in _files_of(node)) and (files := _safetensors_in(folder)):
+        raise ValueError(
+            f"{folder} has no config.json, so it is no Hugging Face checkpoint; see checkpoint_dir."
+        )
+    if not all((folder / name).is_file() for name in _files_of(node)) and (
+        files := _safetensors_in(folder)
+    ):
         # The same weights may be cut otherwise than the run's, or have been in another format.
-        node = node | {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": files}
+        node = node | {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_files": files,
+        }
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
         options = node | {"checkpoint_dir": str(folder), "output_dir": unused}
         base = read_base_weights(instantiate(OmegaConf.create(options)))
@@ -209,7 +235,11 @@ def _open_base(checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | Non
 def _files_of(node: dict[str, Any]) -> list[str]:
     """Names of the files that a checkpointer is told to read."""
     files = node["checkpoint_files"]
-    return FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames() if isinstance(files, dict) else files
+    return (
+        FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames()
+        if isinstance(files, dict)
+        else files
+    )
 
 
 def _safetensors_in(folder: Path) -> list[str]:

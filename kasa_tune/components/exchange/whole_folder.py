@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from kasa_tune.components.files import is_running, sync_folder
+from kasa_tune.components.checkpoints.files import is_running, sync_folder
 
 
 def check_new(path: Path) -> None:
@@ -38,7 +38,9 @@ def check_outside(path: Path, source: Path, name: str) -> None:
     """
     path = path.resolve()
     if path.is_relative_to(source.resolve()) or path.parent.name == "checkpoints":
-        raise ValueError(f"output_dir {path} lies within {name} or among checkpoints; choose a place outside.")
+        raise ValueError(
+            f"output_dir {path} lies within {name} or among checkpoints; choose a place outside."
+        )
 
 
 @contextlib.contextmanager
@@ -55,9 +57,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_new(path)
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+    for leftover in path.parent.glob(
+        f".{glob.escape(path.name)}.*.tmp"
+    ):  # of a process that was killed
         writer = leftover.name.split(".")[-2]
-        if leftover.is_dir() and writer.isdigit() and (int(writer) == os.getpid() or not is_running(int(writer))):
+        if (
+            leftover.is_dir()
+            and writer.isdigit()
+            and (int(writer) == os.getpid() or not is_running(int(writer)))
+        ):
             shutil.rmtree(leftover)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -86,7 +94,9 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def _sync_files(folder: Path) -> None:
-    readable = folder.stat().st_mode & 0o666  # as the umask has it; safetensors lets nobody else read its files
+    readable = (
+        folder.stat().st_mode & 0o666
+    )  # as the umask has it; safetensors lets nobody else read its files
     for name in folder.rglob("*"):
         if name.is_file():
             name.chmod(readable)

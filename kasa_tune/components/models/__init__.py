@@ -1,6 +1,6 @@
 """Builders users name in a config: ``kasa_<model>``, ``lora_<model>``, ``corda_<model>`` of every torchtune decoder."""
 
-from kasa_tune.components.models.attach import attach, builders
+from kasa_tune.components.adapters.attach import attach, builders
 from kasa_tune.components.models.gemma import (
     corda_gemma,
     corda_gemma2,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torchtune.models import convert_weights
@@ -17,10 +18,17 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
+from kasa_tune.components.processes.world import World
+
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 # What safetensors calls the dtypes of unquantized weights.
-_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
@@ -119,6 +127,39 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in known.items()}
 
 
+class SharedReading(Mapping[str, Tensor]):
+    """Weights of which every process reads its rows from disk and gets the others' from them. All must ask for the same
+    names in the same order.
+
+    Args:
+        weights: of the base, by name, the same files for all processes.
+        world: the processes.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], world: World) -> None:
+        self.weights, self.world = weights, world
+        self.meta = {
+            name: torch.empty(shape, device="meta") for name, shape in shapes_of(weights).items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.weights[name]
+        rows = -(-len(tensor) // self.world.size)  # of a process; the last ones may have fewer
+        mine = tensor[self.world.rank * rows : (self.world.rank + 1) * rows].to(self.world.device)
+        mine = torch.cat((mine, mine.new_zeros(rows - len(mine), *tensor.shape[1:])))
+        gathered = mine.new_empty(rows * self.world.size, *tensor.shape[1:])
+        dist.all_gather_into_tensor(
+            gathered.view(torch.uint8), mine.view(torch.uint8)
+        )  # of any dtype
+        return gathered[: len(tensor)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
 def _floating(key: str, dtype: str) -> torch.dtype:
     if dtype not in _FLOATING:
         raise ValueError(
@@ -138,7 +179,9 @@ def _checked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _conversion(checkpointer: FullModelHFCheckpointer) -> Convert:
     """Torchtune's conversion from Hugging Face's names and layouts, for the checkpointer's model type and config."""
     config, kind = checkpointer._config, checkpointer._model_type
-    heads, kv_heads, dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    heads, kv_heads, dim = (
+        config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "dim": dim}
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         return partial(phi3_hf_to_tune, **(shape if heads != kv_heads else dict.fromkeys(shape)))

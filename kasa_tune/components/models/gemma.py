@@ -1,4 +1,4 @@
-"""Gemma and Gemma 2 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.models.attach.builders`.
+"""Gemma and Gemma 2 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.adapters.builders`.
 
 torchtune 0.6.1's Gemma 2 is not the published model. It caps the last hidden state where the logits should be capped,
 reads the norms before and after the MLP from a checkpoint into each other's place, and its 2B, 9B and 27B swap the two
@@ -13,7 +13,7 @@ from torchtune.models import gemma2 as torchtune_gemma2
 from torchtune.models.gemma import gemma, gemma_2b, gemma_7b
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
-from kasa_tune.components.models.attach import builders
+from kasa_tune.components.adapters.attach import builders
 
 
 class CappedTiedLinear(TiedLinear):
@@ -35,19 +35,25 @@ class CappedTiedLinear(TiedLinear):
 class Gemma2Layer(TransformerSelfAttentionLayer):
     """A Gemma 2 layer by the names torchtune's converter gives: ``mlp_scale`` before the MLP, ``mlp_norm`` after it."""
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, **kwargs
+    ) -> Tensor:
         """``x [b, s, d]`` to ``[b, s, d]``."""
         h = self.sa_norm(x)
         h = x + self.sa_scale(self.attn(h, h, mask=mask, input_pos=input_pos))
         return h + self.mlp_norm(self.mlp(self.mlp_scale(h)))
 
 
-def _corrected(model: TransformerDecoder, *, attention_cap: float, logit_cap: float) -> TransformerDecoder:
+def _corrected(
+    model: TransformerDecoder, *, attention_cap: float, logit_cap: float
+) -> TransformerDecoder:
     """Make torchtune's Gemma 2 the published one, in place."""
     norms = ("sa_norm", "sa_scale", "mlp_norm", "mlp_scale")
     for i, layer in enumerate(model.layers):
         layer.attn.softcapping = attention_cap
-        model.layers[i] = Gemma2Layer(layer.attn, layer.mlp, **{name: getattr(layer, name) for name in norms})
+        model.layers[i] = Gemma2Layer(
+            layer.attn, layer.mlp, **{name: getattr(layer, name) for name in norms}
+        )
     model.norm.capping_value, model.norm.logit_capping = logit_cap, nn.Identity()
     model.output = CappedTiedLinear(model.tok_embeddings, logit_cap)
     return model

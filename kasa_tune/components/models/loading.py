@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters import adapter_linears
-from kasa_tune.components.decomposition import check_finite
-from kasa_tune.components.linear import AdapterLinear
+from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.base_weights import shapes_of
 
 
@@ -67,7 +67,9 @@ def load_base_weights(
             infinity.
     """
     expected = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
-    _check_same_shapes({name: tuple(value.shape) for name, value in expected.items()}, shapes_of(weights))
+    _check_same_shapes(
+        {name: tuple(value.shape) for name, value in expected.items()}, shapes_of(weights)
+    )
     for name, value in expected.items():
         if name not in without:
             set_tensor(model, name, read_tensor(weights, name, device=device, dtype=value.dtype))
@@ -79,7 +81,9 @@ def load_base_weights(
         linear.materialize(device, adapter_dtype)
 
 
-def read_tensor(weights: Mapping[str, Tensor], name: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+def read_tensor(
+    weights: Mapping[str, Tensor], name: str, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """One weight where and as it is needed.
 
     Raises:
@@ -94,19 +98,29 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a frozen tensor in the place of the model's parameter or buffer of that name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
+    setattr(
+        module,
+        leaf,
+        nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor,
+    )
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Names and modules of all linears in the transformer's blocks, with or without an adapter: nearly all weights."""
     return {
         name: module
-        for name, module in ((n.replace("_checkpoint_wrapped_module.", ""), m) for n, m in model.named_modules())
-        if isinstance(module, AdapterLinear | nn.Linear) and name.startswith("layers.") and ".lora_" not in name
+        for name, module in (
+            (n.replace("_checkpoint_wrapped_module.", ""), m) for n, m in model.named_modules()
+        )
+        if isinstance(module, AdapterLinear | nn.Linear)
+        and name.startswith("layers.")
+        and ".lora_" not in name
     }
 
 
-def blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, list[str]]]:
+def blocks_of(
+    model: nn.Module, linears: Mapping[str, nn.Module]
+) -> Iterator[tuple[nn.Module, list[str]]]:
     """The model's transformer blocks, each with the names of the linears in it, of those given."""
     for index, block in enumerate(model.layers):
         yield block, [name for name in linears if name.startswith(f"layers.{index}.")]
@@ -119,7 +133,11 @@ def put_weight(linear: nn.Module, weight: Tensor) -> None:
 
 @contextlib.contextmanager
 def lent_weights(
-    linears: Mapping[str, nn.Module], weights: Mapping[str, Tensor], prefix: str, *, device: torch.device
+    linears: Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    *,
+    device: torch.device,
 ) -> Iterator[None]:
     """While active, those of ``linears`` whose names begin with ``prefix`` hold their weights; before and after they
     hold none.
@@ -137,14 +155,19 @@ def lent_weights(
     on_meta = {name: linear.weight for name, linear in inside.items()}
     try:
         for name, linear in inside.items():
-            put_weight(linear, read_tensor(weights, f"{name}.weight", device=device, dtype=on_meta[name].dtype))
+            put_weight(
+                linear,
+                read_tensor(weights, f"{name}.weight", device=device, dtype=on_meta[name].dtype),
+            )
         yield
     finally:
         for name, linear in inside.items():
             linear.weight = on_meta[name]
 
 
-def _check_same_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+def _check_same_shapes(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> None:
     wrong = [
         f"{name}: the model has {expected.get(name, 'none')}, the checkpoint {given.get(name, 'none')}"
         for name in sorted(expected.keys() | given.keys())

@@ -1,9 +1,9 @@
-"""Phi-3 and Phi-4 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.models.attach.builders`."""
+"""Phi-3 and Phi-4 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.adapters.builders`."""
 
 from torchtune.models.phi3 import phi3, phi3_mini
 from torchtune.modules import TransformerDecoder
 
-from kasa_tune.components.models.attach import builders
+from kasa_tune.components.adapters.attach import builders
 
 
 def phi4_14b() -> TransformerDecoder:

@@ -1,0 +1,31 @@
+"""Linears with an adapter, how they get into a model, their regularizers and their state."""
+
+from kasa_tune.components.adapters.attach import attach, builders
+from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters.regularization import kasa_regularization
+from kasa_tune.components.adapters.state import (
+    adapter_linears,
+    adapter_state_dict,
+    adapter_update,
+    check_adapter_fits,
+    load_adapter,
+    load_adapter_state_dict,
+    lora_plus_groups,
+)
+
+__all__ = [
+    "AdapterLinear",
+    "CorDALinear",
+    "KaSALinear",
+    "LoRALinear",
+    "adapter_linears",
+    "adapter_state_dict",
+    "adapter_update",
+    "attach",
+    "builders",
+    "check_adapter_fits",
+    "kasa_regularization",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "lora_plus_groups",
+]

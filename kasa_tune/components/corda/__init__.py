@@ -1,0 +1,34 @@
+"""Calibration, covariances, ranks and decompositions of CorDA and CorDA++, and their cache."""
+
+from kasa_tune.components.corda.allocation import LayerSpectrum, allocate_ranks
+from kasa_tune.components.corda.cache import (
+    DecompositionCache,
+    decomposition_key,
+    write_decomposition,
+)
+from kasa_tune.components.corda.calibration import (
+    Wanted,
+    add_up,
+    calibration_bytes,
+    damped_covariances,
+    shared_inputs,
+)
+from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda.decompose import decompose
+
+__all__ = [
+    "DecompositionCache",
+    "LayerSpectrum",
+    "Wanted",
+    "add_up",
+    "allocate_ranks",
+    "batched",
+    "calibration_bytes",
+    "damped_covariances",
+    "decompose",
+    "decomposition_key",
+    "draw_rounds",
+    "rows_digest",
+    "shared_inputs",
+    "write_decomposition",
+]

@@ -1,0 +1,106 @@
+"""What stands between summed inputs and a decomposition: a covariance's scale, its damping, its extreme eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kasa_tune.components.linalg.solvers import on_cpu_if_no_room
+
+NORMALIZATIONS = ("unit_mean_diag", "published")
+# Up to this width all eigenvalues cost less than a search for the first and the last.
+ALL_BELOW = 1024
+LANCZOS_STEPS = 60
+PUBLISHED_INVERSE_ERROR = 0.05
+
+
+@torch.no_grad()
+def damped(
+    covariance: Tensor, damping: float = 0.01, *, normalize: bool = True, search: bool = False
+) -> Tensor:
+    """``C + λ · mean(diag C) · I``: positive definite, so that the decomposition orders what no input excited.
+
+    Args:
+        covariance: ``C (d, d)``, symmetric and not negative.
+        damping: ``λ``.
+        normalize: divide C by its mean diagonal first; U does not depend on the scale of C, but π and the ``paper``
+            split do.
+        search: as the published code, double λ until ``‖C_ C_⁻¹ - I‖_F < 0.05`` in float32.
+
+    Raises:
+        ValueError: the mean diagonal is zero: no input was other than zero.
+    """
+    mean = covariance.diagonal().mean(dtype=torch.float64)
+    if not mean > 0:
+        raise ValueError("The covariance of the inputs is zero: every input was zero.")
+    scaled = (covariance / mean).to(covariance.dtype) if normalize else covariance.clone()
+    unit = 1.0 if normalize else mean.item()
+    if search:
+        damping = _searched(scaled, damping, unit)
+    scaled.diagonal().add_(damping * unit)
+    return scaled
+
+
+def _searched(covariance: Tensor, damping: float, unit: float) -> float:
+    eye = torch.eye(len(covariance), device=covariance.device)
+    damping = damping or 1e-12  # zero cannot be doubled
+    while True:
+        lifted = covariance.float() + damping * unit * eye
+        inverse, info = torch.linalg.inv_ex(lifted)
+        if info == 0 and torch.linalg.matrix_norm(lifted @ inverse - eye) < PUBLISHED_INVERSE_ERROR:
+            return damping
+        damping *= 2
+
+
+@torch.no_grad()
+def extreme_eigenvalues(covariance: Tensor) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of a positive definite ``(d, d)`` matrix, to some 1e-3.
+
+    Narrow ones by all eigenvalues, wide ones by Lanczos, for the smallest on the inverse through a Cholesky factor.
+
+    Raises:
+        ValueError: the matrix is not positive definite.
+    """
+    return on_cpu_if_no_room(
+        _extreme_eigenvalues, covariance, what=f"eigenvalues of {len(covariance)} x as many"
+    )
+
+
+def _extreme_eigenvalues(covariance: Tensor) -> tuple[float, float]:
+    matrix = covariance.double()
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info != 0:
+        raise ValueError(
+            "The damped covariance is not positive definite; raise adapter.damping (0.01 by default)."
+        )
+    if len(matrix) <= ALL_BELOW:
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        return eigenvalues[0].item(), eigenvalues[-1].item()
+    largest = _lanczos(lambda x: matrix @ x, len(matrix), matrix.device)
+    return 1 / _lanczos(
+        lambda x: torch.cholesky_solve(x, factor), len(matrix), matrix.device
+    ), largest
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:
+    """The largest eigenvalue of a symmetric operator, with full orthogonalization of the few vectors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(size, 1, generator=generator, dtype=torch.float64).to(device)
+
+    basis = images = torch.zeros(size, 0, dtype=torch.float64, device=device)
+    newest = random()
+    for _ in range(min(LANCZOS_STEPS, size)):
+        length = torch.linalg.vector_norm(newest)
+        newest = newest - basis @ (basis.T @ newest)
+        if torch.linalg.vector_norm(newest) <= 1e-10 * length:
+            newest = random()  # the basis holds all that the operator makes of the start
+        for _ in range(2):  # once loses orthogonality, twice is enough (Kahan)
+            newest = newest - basis @ (basis.T @ newest)
+        newest = newest / torch.linalg.vector_norm(newest)
+        basis, images = torch.cat((basis, newest), dim=1), torch.cat((images, apply(newest)), dim=1)
+        newest = images[:, -1:]
+    return torch.linalg.eigvalsh(basis.T @ images)[-1].item()

@@ -1,0 +1,52 @@
+"""Datasets, tokenizers, batches, packing and fingerprints: from a config's data nodes to batches."""
+
+from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
+from kasa_tune.components.data.building import (
+    MixedDataset,
+    ShiftedDataset,
+    build_dataset,
+    check_batches,
+    check_token_ids,
+    count_truncated,
+)
+from kasa_tune.components.data.datasets import (
+    LLMAdaptersToMessages,
+    PromptResponseToMessages,
+    alpaca_dataset,
+    commonsense_dataset,
+    completion_dataset,
+    detokenize_ptb,
+    e2e_dataset,
+    gsm8k_dataset,
+    instruct_dataset,
+    prompt_tokens,
+)
+from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
+from kasa_tune.components.data.tokenizers import HFTokenizer, hf_tokenizer
+
+__all__ = [
+    "EpochBatches",
+    "HFTokenizer",
+    "LLMAdaptersToMessages",
+    "MixedDataset",
+    "PromptResponseToMessages",
+    "ShiftedDataset",
+    "alpaca_dataset",
+    "build_dataloader",
+    "build_dataset",
+    "check_batches",
+    "check_token_ids",
+    "collate",
+    "commonsense_dataset",
+    "completion_dataset",
+    "count_truncated",
+    "data_fingerprint",
+    "detokenize_ptb",
+    "e2e_dataset",
+    "gsm8k_dataset",
+    "hf_tokenizer",
+    "instruct_dataset",
+    "prompt_tokens",
+    "tensors_digest",
+    "versions",
+]

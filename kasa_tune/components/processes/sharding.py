@@ -1,0 +1,66 @@
+"""Tensors of which every process holds a part (DTensor), and whole ones: from one to the other. Whole ones pass through
+unchanged, so that the same code serves one process and many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor. For a DTensor all processes must call it; gradients flow back to the parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a full tensor that is cut as ``like`` is; no process is asked.
+
+    Args:
+        tensor: full, of the size of ``like`` in every dimension that is cut; the others may differ.
+        like: a DTensor, or a whole tensor, for which ``tensor`` comes back.
+
+    Returns:
+        A DTensor on the device of ``like``, in the dtype of ``tensor``.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh, placements = like.device_mesh, like.placements
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    device = like.to_local().device if not like.is_meta else torch.device(mesh.device_type)
+    local = tensor[index].to(device)
+    stride = torch.empty(tensor.shape, device="meta").stride()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=stride
+    )
+
+
+def whole_tree(tree: Any) -> Any:
+    """A tree of dicts, lists, tuples and leaves with every cut tensor whole, on the CPU. All processes must call."""
+    if isinstance(tree, Mapping):
+        return {key: whole_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(whole_tree(value) for value in tree)
+    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+
+
+def cut_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict of whole tensors, those that have the shape of a cut parameter cut like it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    cut = {
+        index: {
+            name: part_of(value, like=parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": cut}

@@ -1,0 +1,244 @@
+"""Processes that train one model together: how they meet, agree, and share out work and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torchtune.training import get_distributed_backend
+
+from kasa_tune.components.checkpoints.checkpoint import set_rng_state
+from kasa_tune.components.linalg.nf4 import divides, is_quantized
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Job = tuple[float, Callable[[], Any]]  # what it costs, in any unit, and the work
+
+
+class OtherRankError(ValueError):
+    """This process stops because another one had to; that one's message says why."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        rank: of this process, from 0.
+        size: number of processes.
+        device: of this process.
+        mesh: of all processes: one dimension, or with hybrid sharding replicas by shards.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @staticmethod
+    def join(device: str, *, timeout: float, shards: int | None = None) -> World:
+        """Meet the processes that torchrun started beside this one.
+
+        Args:
+            device: ``cpu`` (gloo) or ``cuda`` (NCCL), on which each process takes the GPU of its local rank.
+            timeout: seconds after which a process that waits for another in vain gives up.
+            shards: processes that share one copy of the model; default all of them.
+
+        Raises:
+            ValueError: torchrun did not start this process, or ``shards`` does not divide their number.
+        """
+        if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                "This recipe runs on several processes that torchrun starts: tune run --nproc_per_node <n> <recipe> "
+                "--config <config>. On one device, use the recipe that ends in _single_device."
+            )
+        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if shards and size % shards:
+            raise ValueError(
+                f"data_parallel_shard_dim: {size} processes do not divide into groups of {shards}."
+            )
+        kind = device.partition(":")[0]  # which GPU is the local rank's matter
+        here = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(here)
+        backend = get_distributed_backend(kind, offload_ops_to_cpu=kind != "cpu")
+        wait = timedelta(seconds=timeout)
+        store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun keeps its store over restarts, and with it where the processes of the last attempt were to be found.
+        attempt = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=wait)
+        if rank:
+            logging.disable(logging.WARNING)  # one process reports
+        shape = (size // shards, shards) if shards and shards < size else (size,)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        return World(rank, size, here, mesh)
+
+    def leave(self) -> None:
+        """Part from the others."""
+        dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and reports for all."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of every process, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all processes, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def set_rng_state(self, saved: Mapping[str, Any]) -> None:
+        """Bring this process's random generators back; where others were saved than there are now, start anew.
+
+        Args:
+            saved: those of rank 0, and under ``other_ranks`` the list of the others'.
+        """
+        states = [saved, *saved.get("other_ranks", [])]
+        if len(states) == self.size:
+            return set_rng_state(states[self.rank])
+        log.warning(
+            f"Saved by {len(states)} processes, resumed by {self.size}: what is random, as dropout, is drawn anew."
+        )
+        torch.manual_seed(torch.initial_seed() + len(states) * self.size)
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Work that every process does for itself: if it fails in one, it fails in all, and none waits for ever.
+
+        Raises:
+            OtherRankError: here it went well, elsewhere it did not.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failed = [rank for rank, did in enumerate(self.gather(failure is not None)) if did]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OtherRankError(f"{what} failed on rank {failed[0]}; its message says why.")
+
+    def lead(self, act: Callable[[], T], what: str) -> T:
+        """What ``act`` returns on rank 0, on all ranks; it is done there alone.
+
+        Raises:
+            OtherRankError: it failed there; there, the failure itself.
+        """
+        result: list[Any] = [None]
+        with self.together(what):
+            if self.leads:
+                result[0] = act()
+        dist.broadcast_object_list(result, src=0, device=self.device)
+        return result[0]
+
+    def check_same(self, facts: Mapping[str, str]) -> None:
+        """Refuse to go on with processes that were given different things.
+
+        Args:
+            facts: what it is to what it is here, or a digest of that.
+
+        Raises:
+            ValueError: they differ, on all processes; the message says what differs and where.
+        """
+        for name, values in (
+            (name, [other[name] for other in self.gather(dict(facts))]) for name in facts
+        ):
+            differing = [rank for rank, value in enumerate(values) if value != values[0]]
+            if differing:
+                raise ValueError(
+                    f"Rank {differing[0]} has another {name} than rank 0. All processes need the same config, files "
+                    "and versions."
+                )
+
+
+def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
+    """FSDP2: a block, or the model around blocks that were sharded before, cut over the processes, in place.
+
+    A quantized weight whose scales do not divide by the processes stays whole in each; those of large models divide. So
+    does each where one process has the whole model, since FSDP2 does not put together what it has not cut.
+
+    Args:
+        module: with its weights, the same on all processes.
+        world: whose mesh is used; of a two-dimensional one the first replicates.
+        offload: parts wait on the host, and the optimizer steps there.
+
+    Raises:
+        ValueError: the trained parameters are of several dtypes, which FSDP2 does not take.
+    """
+    trained = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.requires_grad}
+    if len(trained) > 1:
+        raise ValueError(
+            f"Trained parameters of {' and '.join(sorted(trained))} cannot be cut together: set adapter.dtype=fp32 "
+            "(the magnitudes of DoRA always are float32)."
+        )
+    pieces = world.mesh.shape[-1]
+    uncut = {
+        p
+        for p in module.parameters()
+        if is_quantized(p) and (pieces == 1 or not divides(p, pieces))
+    }
+    options = {"ignored_params": uncut} if uncut else {}
+    fully_shard(
+        module,
+        mesh=world.mesh,
+        **options,
+        **({"offload_policy": CPUOffloadPolicy()} if offload else {}),
+    )
+
+
+def spread(jobs: Iterable[Job], world: World) -> Iterator[Any]:
+    """Results of jobs, in their order and the same on all processes, each worked out by one of them.
+
+    A job goes to the process with the least cost so far. As many are taken on as there are processes, or a few more,
+    before all work at once; so a process holds the inputs of its own few jobs alone, and waits for no other while jobs
+    are of like cost.
+
+    Args:
+        jobs: the same on all processes; drawing one may itself take all of them.
+        world: the processes.
+
+    Raises:
+        OtherRankError: a job failed on another process; there, the failure itself.
+    """
+    loads, waiting = [0.0] * world.size, []
+    for cost, work in jobs:
+        owner = min(range(world.size), key=lambda rank: (loads[rank], rank))
+        loads[owner] += cost
+        waiting.append((owner, work if owner == world.rank else None))
+        del work
+        if len(waiting) >= 2 * world.size and len({owner for owner, _ in waiting}) == world.size:
+            yield from _finish(waiting, world)
+            waiting = []
+    yield from _finish(waiting, world)
+
+
+def _finish(waiting: list[tuple[int, Callable[[], Any] | None]], world: World) -> Iterator[Any]:
+    mine: list[Any] = []
+    with world.together("A decomposition"):
+        for _, work in waiting:
+            if work:
+                mine.append(work())
+    by_rank = [iter(results) for results in world.gather(mine)]
+    yield from (next(by_rank[owner]) for owner, _ in waiting)

@@ -1,0 +1,15 @@
+"""Plots of a run."""
+
+from kasa_tune.components.reports.plots import (
+    DrawnSpectrum,
+    layer_ranks,
+    loss_curve,
+    singular_values,
+)
+
+__all__ = [
+    "DrawnSpectrum",
+    "layer_ranks",
+    "loss_curve",
+    "singular_values",
+]

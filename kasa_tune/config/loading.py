@@ -1,0 +1,323 @@
+"""Strict configs: YAML, overrides, defaults, and every check that can be made before a model loads.
+
+    @config.parse(config.FINETUNE)
+    def recipe_main(cfg: DictConfig) -> int: ...
+
+All problems are reported at once, each with its key, the value given, what is allowed and the nearest name.
+"""
+
+import copy
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kasa_tune import registry
+from kasa_tune.config import reading, rules
+from kasa_tune.config.checker import Checker
+from kasa_tune.config.entries import (
+    REQUIRED,
+    Check,
+    Component,
+    ConfigError,
+    Ignored,
+    Key,
+    OneOrMany,
+    Problem,
+    Schema,
+    Section,
+    above,
+    at_least,
+)
+from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, schema_of
+
+__all__ = [
+    "CORDA",
+    "EXPORT",
+    "FINETUNE",
+    "GENERATE",
+    "IMPORT",
+    "QCORDA",
+    "REQUIRED",
+    "Check",
+    "Component",
+]
+__all__ += [
+    "ConfigError",
+    "Key",
+    "OneOrMany",
+    "Section",
+    "above",
+    "at_least",
+    "instantiate",
+    "load",
+    "parse",
+]
+__all__ += ["validate_file"]
+
+Recipe = Callable[[DictConfig], Any]
+_USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"
+
+
+def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
+    """Decorator of a recipe's main function, which is then called without arguments and reads the command line.
+
+    The command line is `--config NAME_OR_PATH key=value ... ~key ...`. The function gets the checked config, overrides
+    applied, interpolations resolved and defaults filled in, and its result is returned. A config error is printed to
+    stderr (by rank 0 alone) and ends the process with status 2. Without a schema (None) any recipe's config is taken.
+    """
+    if not isinstance(schema, Mapping | None):
+        raise TypeError(
+            "config.parse takes the recipe's schema: write @config.parse(config.FINETUNE)"
+        )
+
+    def decorate(recipe_main: Recipe) -> Callable[[], Any]:
+        @functools.wraps(recipe_main)
+        def main() -> Any:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(
+                    _USAGE.format(program=os.path.basename(sys.argv[0])),
+                    *_help(schema or FINETUNE),
+                    sep="\n",
+                )
+                return 0
+            try:
+                name, overrides = _command_line(sys.argv[1:])
+                cfg = load(name, overrides, schema, about_to_run=True)
+            except ConfigError as error:
+                if os.environ.get("RANK", "0") == "0":
+                    print(error, file=sys.stderr)
+                sys.exit(2)
+            try:
+                return recipe_main(cfg)
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # what a user can cause; anything else keeps its traceback
+                if os.environ.get("KASA_TUNE_TRACEBACK"):
+                    raise
+                print(
+                    f"{type(error).__name__}: {error}\n(KASA_TUNE_TRACEBACK=1 shows where.)",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
+
+        return main
+
+    return decorate
+
+
+def validate_file(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    schema: Schema | None = None,
+    *,
+    check_files: bool = True,
+) -> None:
+    """Check the config at `path` without importing torch; arguments as those of `load`.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    load(path, overrides, schema, check_files=check_files)
+
+
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    schema: Schema | None = None,
+    *,
+    check_files: bool = True,
+    about_to_run: bool = False,
+) -> DictConfig:
+    """Read and check a config.
+
+    Args:
+        path: a YAML file, or the name of a shipped config.
+        overrides: as on the command line: `key=value`, `section.key=value`, `list.0.key=value`, `~key`.
+        schema: what it may contain; None: what the end of the file's name stands for, or else what its keys tell.
+        check_files: look for the files and folders it names.
+        about_to_run: also check what needs torch: components that only an import tells about, and the device.
+
+    Returns:
+        The config with interpolations resolved and defaults filled in, in the schema's order.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    try:
+        file = registry.find_config(path)
+    except OSError as error:
+        raise ConfigError("--config", [Problem("", str(error))]) from None
+    try:
+        given = reading.read(file)
+    except ValueError as error:
+        raise ConfigError(str(file), [Problem("", str(error))]) from None
+    schema = schema or schema_of(file.stem, given)
+    problems: list[Problem] = []
+    for override in overrides:
+        try:
+            _override(given, override, schema)
+        except ValueError as error:
+            problems.append(Problem(override, str(error)))
+    check = Checker(problems, may_import=about_to_run)
+    filled = _fill(given, schema)
+    good = check.mapping(check.resolve(_create(file, filled)), schema)
+    for rule in rules.BETWEEN_KEYS + rules.FILES * check_files + rules.MACHINE * about_to_run:
+        problems += rule(good)
+    if problems:
+        raise ConfigError(str(file), _without_echoes(problems, filled))
+    return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))
+
+
+def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
+    """Torchtune's `config.instantiate`: the object that a node with a `_component_` describes; None for None."""
+    from torchtune.config import instantiate
+
+    return instantiate(node, *args, **kwargs)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
+    """The config's name and the overrides."""
+    name, overrides, rest = None, [], iter(arguments)
+    problems = []
+    for argument in rest:
+        if argument == "--config":
+            name = next(rest, None)
+        elif argument.startswith("--config="):
+            name = argument.partition("=")[2]
+        elif argument.startswith("-"):
+            problems.append(
+                Problem(
+                    argument,
+                    "unknown option; --config NAME_OR_PATH is the only one, keys are set with key=value",
+                )
+            )
+        else:
+            overrides.append(argument)
+    if not name:
+        problems.append(
+            Problem(
+                "--config",
+                "missing; give the name of a config (`kasa-tune ls` lists them) or the path of a YAML file",
+            )
+        )
+    if problems:
+        raise ConfigError("command line", problems)
+    return name, overrides
+
+
+def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
+    """`reading.override`, with components inside sections set the way those at the top are.
+
+    Raises:
+        ValueError: it cannot be applied.
+    """
+    section, _, rest = text.partition(".")
+    path, _, value = rest.partition("=")
+    name, _, inner = path.partition(".")
+    spec, given = schema.get(section), tree.get(section) or {}
+    is_component = isinstance(spec, Section) and isinstance(
+        spec.keys.get(name), (Component, OneOrMany)
+    )
+    if not is_component or not isinstance(given, dict):
+        return reading.override(tree, text, schema)
+    if inner and _is_reference(given.get(name)):
+        raise ValueError(
+            f"{section}.{name} is {given[name]}, another key's; set {section}.{name} to a component first"
+        )
+    tree[section] = given
+    if not inner and _is_reference(value):
+        given[name] = value
+    else:
+        reading.override(given, rest, spec.keys)
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether a value is another key's as a whole, such as `${dataset}`."""
+    return isinstance(value, str) and re.fullmatch(r"\$\{[\w.]+\}", value) is not None
+
+
+def _fill(tree: dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """`tree` in the schema's order, with defaults for what is absent; unknown keys stay, last."""
+    filled = {}
+    for name, spec in schema.items():
+        given = tree.get(name)
+        if isinstance(spec, Section):
+            given = {} if given is None else given
+            filled[name] = _fill(given, spec.keys) if isinstance(given, dict) else given
+        elif name in tree:
+            completes = isinstance(spec.default, dict) and isinstance(given, dict)
+            completes = completes and given.get("_component_") in (
+                None,
+                spec.default["_component_"],
+            )
+            filled[name] = spec.default | given if completes else given
+        elif spec.default is not REQUIRED:
+            filled[name] = copy.deepcopy(spec.default)
+    return filled | {name: value for name, value in tree.items() if name not in schema}
+
+
+def _create(file: Path, tree: dict[str, Any]) -> DictConfig:
+    try:
+        return OmegaConf.create(tree)
+    except OmegaConfBaseException as error:  # an interpolation that is none
+        key, reason = str(error.full_key or ""), str(error.msg or error).splitlines()[0]
+        raise ConfigError(str(file), [Problem(key, reason)]) from None
+
+
+def _without_echoes(problems: list[Problem], tree: dict[str, Any]) -> list[Problem]:
+    """The problems without those of values that refer to a key which has a problem itself."""
+    keys = {problem.key for problem in problems}
+    return [
+        p for p in problems if not _references(tree, p.key) & (keys - {p.key})
+    ] or problems  # all: in a circle
+
+
+def _references(tree: Any, key: str) -> set[str]:
+    """The keys that the value at dotted `key` refers to; where a whole node is another's, the key in that one."""
+    name, _, rest = key.partition(".")
+    if isinstance(tree, str):
+        return {f"{other}.{key}" if key else other for other in re.findall(r"\$\{([\w.]+)\}", tree)}
+    if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
+        return _references(tree[int(name)], rest)
+    return _references(tree[name], rest) if isinstance(tree, dict) and name in tree else set()
+
+
+def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _each_string(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_each_string(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
+
+
+def _help(schema: Schema, indent: str = "  ") -> Iterator[str]:
+    """A line for each key: what it takes, the default, what it is for."""
+    for name, spec in schema.items():
+        if isinstance(spec, Ignored):
+            continue
+        if isinstance(spec, Section):
+            yield f"{indent}{name}: {spec.help}"
+            yield from _help(spec.keys, indent + "  ")
+            continue
+        kinds = {Component: "a component", OneOrMany: "a component or a list of them"}
+        kind = spec.allowed if isinstance(spec, Key) else kinds[type(spec)]
+        default = (
+            spec.default.get("_component_") if isinstance(spec.default, dict) else spec.default
+        )
+        shown = (
+            "required"
+            if default is REQUIRED
+            else f"default {'null' if default is None else default}"
+        )
+        yield f"{indent}{name}: {kind} ({shown})" + (f"; {spec.help}" if spec.help else "")

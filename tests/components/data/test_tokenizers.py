@@ -1,0 +1,401 @@
+"""tokenizer.json with a chat template: the ids of transformers, the mask of the assistant's turns, clear errors."""
+
+import json
+import pickle
+
+import pytest
+from torchtune.data import Message
+
+from kasa_tune.components.data.tokenizers import hf_tokenizer
+
+CHATML = (
+    "{% for message in messages %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}\n"
+    "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' "
+    "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant, got ' + m.role) }}{% endif %}{% endfor %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+DIALOGUE = [
+    ("system", "Be brief."),
+    ("user", "Who was there?"),
+    ("assistant", "A little girl named Lily."),
+    ("user", "Where did she play?  In the\n\npark, or é €?"),
+    ("assistant", "In the park\nwith a ball."),
+]
+
+
+def messages(dialogue=DIALOGUE, masked_roles=("system", "user")):
+    return [
+        Message(role=role, content=text, masked=role in masked_roles) for role, text in dialogue
+    ]
+
+
+@pytest.fixture
+def folder(real_data, tmp_path):
+    """The stories260K tokenizer with the special tokens of chat templates added."""
+    source = real_data / "models" / "stories260K" / "hf"
+    content = json.loads((source / "tokenizer.json").read_text())
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    content["added_tokens"] += [
+        {"id": 512 + i, "content": token, **flags} for i, token in enumerate(SPECIAL)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text((source / "tokenizer_config.json").read_text())
+    return tmp_path
+
+
+def tokenizer(folder, template=None, **kwargs):
+    if template is not None:
+        (folder / "template.jinja").write_text(template)
+        kwargs["chat_template_path"] = str(folder / "template.jinja")
+    return hf_tokenizer(str(folder / "tokenizer.json"), **kwargs)
+
+
+def split(tok, tokens, mask):
+    """Runs of (learned, text)."""
+    runs = []
+    for token, masked in zip(tokens, mask, strict=True):
+        if runs and runs[-1][0] == (not masked):
+            runs[-1][1].append(token)
+        else:
+            runs.append((not masked, [token]))
+    return [(learned, tok.decode(ids, skip_special_tokens=False).strip()) for learned, ids in runs]
+
+
+# ---------------------------------------------------------------------------------------------------- peers
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_ids_are_those_of_transformers(folder, template, length):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    dialogue = DIALOGUE[5 - length :]
+    plain = [{"role": role, "content": text} for role, text in dialogue]
+    tok = tokenizer(folder, template)
+    expected = theirs.apply_chat_template(
+        plain, chat_template=template, tokenize=True, return_dict=True
+    )["input_ids"]
+    assert tok.tokenize_messages(messages(dialogue))[0] == expected
+    opened = theirs.apply_chat_template(
+        plain[:-1],
+        chat_template=template,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    sample = {"messages": [*messages(dialogue[:-1]), Message(role="assistant", content="")]}
+    assert tok(sample, inference=True)["tokens"] == opened
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "text", ["Once upon a time", " two  spaces ", "a\nb\n\nc", "", "é€ 你好", "x<|im_end|>y"]
+)
+def test_text_is_encoded_and_decoded_as_transformers_does(folder, text):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tok = tokenizer(folder)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert tok.encode(text, add_bos=False, add_eos=False) == ids
+    assert tok.encode(text) == [1, *ids, 2]
+    assert tok.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+@pytest.mark.parity
+def test_assistant_mask_is_that_of_a_template_with_generation_blocks(folder):
+    """Transformers marks what stands between {% generation %} tags; here that is content and closing token."""
+    transformers = pytest.importorskip("transformers")
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": role, "content": text} for role, text in DIALOGUE],
+        chat_template=marked,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    tokens, mask = tokenizer(folder, marked).tokenize_messages(messages())
+    assert tokens == theirs["input_ids"]
+    assert [int(not masked) for masked in mask] == theirs["assistant_masks"]
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "second"),
+    [
+        (CHATML, "A little girl named Lily.<|im_end|>", "In the park\nwith a ball.<|im_end|>"),
+        (LLAMA3, "A little girl named Lily.<|eot_id|>", "In the park\nwith a ball.<|eot_id|>"),
+    ],
+)
+def test_assistant_turns_are_learned_with_their_end(folder, template, first, second):
+    tok = tokenizer(folder, template)
+    tokens, mask = tok.tokenize_messages(messages())
+    runs = split(tok, tokens, mask)
+    assert [learned for learned, _ in runs] == [False, True, False, True]
+    assert [text for learned, text in runs if learned] == [first, second]
+
+
+def test_a_template_that_glues_turns_together(folder):
+    tok = tokenizer(folder, INST)
+    tokens, mask = tok.tokenize_messages(messages(DIALOGUE[1:]))
+    assert [text for learned, text in split(tok, tokens, mask) if learned] == [
+        "A little girl named Lily.</s>",
+        "In the park\nwith a ball.</s>",
+    ]
+
+
+def test_masked_flags_are_followed(folder):
+    tok = tokenizer(folder, CHATML)
+    everything = tok.tokenize_messages(messages(masked_roles=()))[1]
+    assert not any(everything)
+    dialogue = messages()
+    dialogue[2].masked = True
+    runs = split(tok, *tok.tokenize_messages(dialogue))
+    assert [text for learned, text in runs if learned] == ["In the park\nwith a ball.<|im_end|>"]
+
+
+def test_trailing_messages_after_the_last_answer(folder):
+    tok = tokenizer(folder, CHATML)
+    runs = split(tok, *tok.tokenize_messages(messages([*DIALOGUE[1:3], ("user", "Why?")])))
+    assert [learned for learned, _ in runs] == [False, True, False]
+    assert "Why?" in runs[2][1]
+
+
+def test_without_a_template_contents_stand_end_to_end(folder):
+    tok = tokenizer(folder)
+    tokens, mask = tok.tokenize_messages(
+        messages([("user", "Once upon a time"), ("assistant", ", there was")])
+    )
+    assert tokens == tok.encode("Once upon a time, there was")
+    prompt = tok.encode("Once upon a time", add_eos=False)
+    assert mask == [True] * len(prompt) + [False] * (len(tokens) - len(prompt))
+    two = tok.tokenize_messages(messages(DIALOGUE[1:]))[0]
+    assert (two.count(tok.bos_id), two.count(tok.eos_id)) == (2, 2)
+
+
+def test_a_space_before_the_answer_belongs_to_the_answer(folder):
+    tok = tokenizer(folder)
+    spaced = tok.tokenize_messages(messages([("user", "there was "), ("assistant", "a dog")]))
+    moved = tok.tokenize_messages(messages([("user", "there was"), ("assistant", " a dog")]))
+    assert spaced == moved
+    assert spaced[0] == tok.encode("there was a dog")
+
+
+def test_a_word_cut_by_the_seam_keeps_no_space(folder):
+    """A prompt that ends inside a word: its tokens stay what they are alone, and the text comes back as it was."""
+    tok = tokenizer(folder)
+    tokens, mask = tok.tokenize_messages(
+        messages([("user", "Once upon a ti"), ("assistant", "me, there was")])
+    )
+    prompt = tok.encode("Once upon a ti", add_eos=False)
+    assert tokens != tok.encode("Once upon a time, there was")
+    assert tokens[: len(prompt)] == prompt
+    assert mask == [True] * len(prompt) + [False] * (len(tokens) - len(prompt))
+    assert tok.decode(tokens) == "Once upon a time, there was"
+
+
+def test_a_generation_prompt_that_ends_in_a_space(folder):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    )
+    tok = tokenizer(folder, template)
+    dialogue = messages(DIALOGUE[1:3])
+    tokens, mask = tok.tokenize_messages(dialogue)
+    start = tok({"messages": [dialogue[0], Message(role="assistant", content="")]}, inference=True)[
+        "tokens"
+    ]
+    assert tokens == tok.encode(
+        "<s>USER: Who was there? ASSISTANT: A little girl named Lily. ", False, False
+    )
+    assert tokens[: len(start)] == start
+    assert mask == [True] * len(start) + [False] * (len(tokens) - len(start))
+
+
+def test_an_open_turn_can_be_continued(folder):
+    for template in (CHATML, LLAMA3, INST, None):
+        tok = tokenizer(folder, template)
+        whole, _ = tok.tokenize_messages(messages(DIALOGUE[1:3]))
+        begun = [*messages(DIALOGUE[1:2]), Message(role="assistant", content="A little girl")]
+        start = tok({"messages": begun}, inference=True)["tokens"]
+        assert whole[: len(start)] == start
+        assert tok.decode(start).endswith("A little girl")
+
+
+def test_prompt_template_takes_the_place_of_the_chat_template(folder):
+    tok = tokenizer(
+        folder, CHATML, prompt_template={"user": ("Q: ", "\nA: "), "assistant": ("", "")}
+    )
+    tokens, mask = tok.tokenize_messages(messages([("user", "who?"), ("assistant", "Lily")]))
+    assert tokens == tok.encode("Q: who?\nA: Lily")
+    assert split(tok, tokens, mask)[1] == (True, "Lily</s>")
+
+
+def test_longer_conversations_are_cut(folder):
+    tokens, mask = tokenizer(folder, CHATML).tokenize_messages(messages())
+    tok = tokenizer(folder, CHATML, max_seq_len=20)
+    assert tok.tokenize_messages(messages()) == (tokens[:20], mask[:20])
+    assert tok({"messages": messages(), "id": 3}) == {
+        "tokens": tokens[:20],
+        "mask": mask[:20],
+        "id": 3,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- templates
+
+
+def test_where_templates_are_looked_for(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": LLAMA3}))
+    assert tokenizer(folder).chat_template == LLAMA3
+    named = [{"name": "rag", "template": INST}, {"name": "default", "template": CHATML}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    assert tokenizer(folder).chat_template == CHATML
+    (folder / "chat_template.jinja").write_text(INST)
+    assert tokenizer(folder).chat_template == INST
+    assert tokenizer(folder, LLAMA3).chat_template == LLAMA3
+
+
+def test_a_template_that_rewrites_the_past_is_refused(folder):
+    """As templates do that drop the reasoning of earlier turns."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if loop.last or m.role == 'user' %}{{ m.content }}"
+        "{% else %}{{ 'dropped' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    tok = tokenizer(folder, template)
+    with pytest.raises(ValueError, match=r"up to message 1 differently.*chat_template_path"):
+        tok.tokenize_messages(messages(DIALOGUE[1:]))
+    assert tok.tokenize_messages(messages(DIALOGUE[1:3]))[0]
+
+
+def test_a_template_that_refuses_a_conversation(folder):
+    with pytest.raises(ValueError, match=r"system, user.*only user and assistant, got system"):
+        tokenizer(folder, INST).tokenize_messages(messages())
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(folder):
+    tok = tokenizer(
+        folder, "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
+    )
+    with pytest.raises(ValueError, match="chat template"):
+        tok.tokenize_messages(messages())
+
+
+def test_the_date_in_a_template_does_not_change_from_day_to_day(folder):
+    asks = (
+        "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}{{ 'none' }}{% endif %}"
+    )
+    assert tokenizer(folder, asks + CHATML)._render([]).startswith("none")
+    assert (
+        tokenizer(folder, "{{ strftime_now('%d %b %Y') }}" + CHATML)
+        ._render([])
+        .startswith("26 Jul 2024")
+    )
+
+
+def test_broken_template(folder):
+    with pytest.raises(ValueError, match=r"template.*broken"):
+        tokenizer(folder, "{% for m in messages %}")
+
+
+# ---------------------------------------------------------------------------------------------------- ids and files
+
+
+def test_special_ids(folder):
+    tok = tokenizer(folder, CHATML)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.vocab_size) == (1, 2, 2, 512 + len(SPECIAL))
+    assert tok.special_tokens["<|im_end|>"] == 513
+    assert tok.stop_tokens == [2, 513]
+    assert tokenizer(folder).stop_tokens == [2]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 516]}')
+    assert tokenizer(folder, LLAMA3).stop_tokens == [2, 516]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"pad_token": {"content": "<unk>"}, "eos_token": {"content": "<|im_end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert (tokenizer(folder).pad_id, tokenizer(folder).eos_id) == (0, 513)
+
+
+def test_no_bos_where_the_tokenizer_adds_none(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
+    tok = tokenizer(folder)
+    assert tok.bos_id is None
+    assert tok.encode("Once") == [403, 2]
+
+
+def test_travels_to_worker_processes(folder):
+    tok = tokenizer(folder, CHATML)
+    tok.tokenize_messages(messages())
+    copy = pickle.loads(pickle.dumps(tok))
+    assert copy.tokenize_messages(messages()) == tok.tokenize_messages(messages())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("tokenizer.json", None, FileNotFoundError, "tokenizer.json"),
+        ("tokenizer.json", "{", ValueError, "not valid JSON"),
+        ("tokenizer.json", "[]", ValueError, "JSON object"),
+        ("tokenizer.json", "{}", ValueError, "no 'model' in it"),
+        ("tokenizer.json", '{"model": {"type": "Nonsense"}}', ValueError, "cannot be read"),
+        ("tokenizer_config.json", None, ValueError, "No end-of-sequence token: set eos_token"),
+        ("tokenizer_config.json", "{", ValueError, "not valid JSON"),
+        ("tokenizer_config.json", '{"eos_token": null}', ValueError, "No end-of-sequence token"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<end>"}',
+            ValueError,
+            "eos_token '<end>'.*not in tokenizer.json",
+        ),
+    ],
+)
+def test_bad_files(folder, file, content, error, message):
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(error, match=message):
+        tokenizer(folder)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_config_path", "chat_template_path"])
+def test_missing_files_that_were_asked_for(folder, key):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tokenizer(folder, **{key: str(folder / "nowhere")})
+
+
+def test_images_are_refused(folder):
+    picture = Message(
+        role="user",
+        content=[{"type": "image", "content": None}, {"type": "text", "content": "what?"}],
+    )
+    with pytest.raises(ValueError, match="image"):
+        tokenizer(folder, CHATML).tokenize_messages([picture, *messages([("assistant", "a cat")])])
