@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torchtune.models.convert_weights import tune_to_hf
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.corda.allocation import allocate_ranks, better, layer_spectra
+from kasa_tune.components.corda.allocation import allocate_ranks, layer_spectra, more_compact
 from kasa_tune.components.corda.calibration import damped_covariances, shared_inputs
 from kasa_tune.components.corda.covariance import damped
 from kasa_tune.components.linalg.decomposition import Component, co_svd, split_component
@@ -349,7 +349,7 @@ def rounds(args: argparse.Namespace) -> dict[str, Any]:
         for names, round, covariance in calibrate(lambda name, round: round >= 0):
             weights = {name: linears[name].weight for name in names}
             for name, newest in layer_spectra(weights, covariance, round).items():
-                spectra[name] = better(spectra.get(name), newest)
+                spectra[name] = more_compact(spectra.get(name), newest)
 
     def allocate() -> dict[str, int]:
         sizes = {name: linear.in_dim + linear.out_dim for name, linear in linears.items()}

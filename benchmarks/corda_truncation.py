@@ -54,8 +54,8 @@ from kasa_tune.components.corda.allocation import (
     POOLED,
     LayerSpectrum,
     allocate_ranks,
-    better,
     layer_spectra,
+    more_compact,
 )
 from kasa_tune.components.corda.calibration import damped_covariances, shared_inputs
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds
@@ -302,7 +302,7 @@ def select(
             weights = {name: subject.linears[name].weight for name in group}
             covariance = calibration.covariances[group[0]][round]
             for name, newest in layer_spectra(weights, covariance, round).items():
-                best[name] = better(best.get(name), newest)
+                best[name] = more_compact(best.get(name), newest)
     return best
 
 

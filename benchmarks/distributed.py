@@ -61,7 +61,7 @@ from kasa_tune.components.linalg.decomposition import co_svd, smallest_triplets
 from kasa_tune.components.linalg.nf4 import quantize, quantized_bytes
 from kasa_tune.components.models.base_weights import SharedReading
 from kasa_tune.components.models.loading import block_linears, build_on_meta
-from kasa_tune.components.processes.world import World, spread
+from kasa_tune.components.processes.world import World, distribute_jobs
 from kasa_tune.components.quantized.base import base_bytes
 from kasa_tune.components.training.loss import return_hidden_states
 from kasa_tune.components.training.memory import (
@@ -153,12 +153,12 @@ class Parts:
 
     def instrument(self, recipe: ModuleType) -> None:
         """Time what a distributed recipe's set-up is made of; none of these calls another."""
-        shared = recipe.spread
+        shared = recipe.distribute_jobs
 
         def spread_timed(jobs: Any, world: World) -> Iterator[Any]:
             return shared(((cost, self.timed("jobs", work)) for cost, work in jobs), world)
 
-        recipe.spread, recipe.shard = spread_timed, self.timed("sharding", recipe.shard)
+        recipe.distribute_jobs, recipe.shard = spread_timed, self.timed("sharding", recipe.shard)
         SharedReading.__getitem__ = self.timed("reading", SharedReading.__getitem__)
         World.gather = self.timed("waiting", World.gather)
         if hasattr(recipe, "add_up"):
@@ -450,7 +450,7 @@ class OneOfMany:
     size: int
     turn: int = 0
 
-    def together(self, what: str) -> contextlib.AbstractContextManager:
+    def all_succeed(self, what: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def gather(self, value: Any) -> list[Any]:
@@ -467,7 +467,7 @@ def deal(jobs: Sequence[Job], size: int) -> list[list[list[Job]]]:
         def note(job: Job, me: OneOfMany = me) -> None:
             turns.setdefault(me.turn, [[] for _ in range(size)])[me.rank].append(job)
 
-        list(spread(((job.cost, partial(note, job)) for job in jobs), me))
+        list(distribute_jobs(((job.cost, partial(note, job)) for job in jobs), me))
     return list(turns.values())
 
 

@@ -155,7 +155,7 @@ def steps_to(losses: list[float], target: float) -> int | None:
     )
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def distribute_jobs(values: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
@@ -176,18 +176,18 @@ def table(results: dict[str, dict[int, dict]], lr: float) -> list[str]:
             if seed in results.get("lora", {})
         ]
         steps = (
-            spread([float(step) for step in reached], 0)
+            distribute_jobs([float(step) for step in reached], 0)
             if reached and None not in reached
             else "not all"
         )
         columns = [
             f"{len(runs)}",
             f"{next(iter(runs.values()))['trained']:,}",
-            spread(list(ends.values())),
+            distribute_jobs(list(ends.values())),
             steps,
-            spread([run["val_loss"] for run in runs.values()]),
-            spread([run["task_token_accuracy"] for run in runs.values()]),
-            spread([run["facts_exact_match"] for run in runs.values()]),
+            distribute_jobs([run["val_loss"] for run in runs.values()]),
+            distribute_jobs([run["task_token_accuracy"] for run in runs.values()]),
+            distribute_jobs([run["facts_exact_match"] for run in runs.values()]),
         ]
         lines.append(f"| {method} | " + " | ".join(columns) + " |")
     return lines

@@ -48,7 +48,7 @@ from kasa_tune.components.adapters.state import (
     lora_plus_groups,
 )
 from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.checkpoints.resuming import resume_point, resume_position, start_point
 from kasa_tune.components.corda.cache import (
     DecompositionCache,
     decomposition_key,
@@ -77,14 +77,18 @@ from kasa_tune.components.models.loading import (
     block_linears,
     blocks_of,
     build_on_meta,
-    lent_weights,
     load_base_weights,
     put_weight,
     read_tensor,
     require_adapters,
+    weights_loaded,
 )
-from kasa_tune.components.processes.sharding import cut_optimizer_state, whole, whole_tree
-from kasa_tune.components.processes.world import OtherRankError, World, shard, spread
+from kasa_tune.components.processes.sharding import (
+    distribute_optimizer_state,
+    full_tensor,
+    full_tensors,
+)
+from kasa_tune.components.processes.world import OtherRankError, World, distribute_jobs, shard
 from kasa_tune.components.training.loggers import SilentLogger
 from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.training.memory import (
@@ -131,7 +135,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             return self._print_budget(cfg)
         settings, world = OmegaConf.to_container(cfg, resolve=True), self._world
         world.check_same({"config": OmegaConf.to_yaml(cfg, resolve=True), "software": versions()})
-        with world.together("Preparing model and data"):
+        with world.all_succeed("Preparing model and data"):
             choice = cfg.resume_from_checkpoint
             self._resume_path = resume_point(
                 self._checkpoints, choice, settings, world_size=world.size
@@ -166,7 +170,9 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             torch.manual_seed(cfg.seed + world.rank)
         if self._resume_path:
             self._restore()
-        self._logger = config.instantiate(cfg.metric_logger) if world.leads else SilentLogger()
+        self._logger = (
+            config.instantiate(cfg.metric_logger) if world.is_rank_zero else SilentLogger()
+        )
         log.info(
             f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
         )
@@ -223,11 +229,11 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(
+        self.step, self.epoch, self.batches_done = resume_position(
             state, self._accumulation, len(self._loader.batch_sampler)
         )
         saved = checkpointing.load_part(self._resume_path, "optimizer")
-        self._optimizer.load_state_dict(cut_optimizer_state(self._optimizer, saved))
+        self._optimizer.load_state_dict(distribute_optimizer_state(self._optimizer, saved))
         if self._lr_scheduler:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
             if state["total_steps"] != self._total_steps:
@@ -239,7 +245,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _open_checkpoint(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
         saved: dict[str, Tensor] = {}
-        with self._world.together("Opening the checkpoint"):
+        with self._world.all_succeed("Opening the checkpoint"):
             base = read_base_weights(config.instantiate(cfg.checkpointer))
             self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
             if self._start_path:
@@ -315,19 +321,19 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         key = decomposition_key(
             self._fingerprints["base"], self._linears, self._calibration_digest, options
         )
-        with self._world.together("Opening the decomposition's cache"):
+        with self._world.all_succeed("Opening the decomposition's cache"):
             cache = DecompositionCache(
-                Path(cfg.calibration.cache_dir), key, writes=self._world.leads
+                Path(cfg.calibration.cache_dir), key, writes=self._world.is_rank_zero
             )
         self._world.check_same({"calibration.cache_dir's content": cache.content()})
         walk, compute = (
             partial(self._covariances, cfg, linears, base),
-            partial(spread, world=self._world),
+            partial(distribute_jobs, world=self._world),
         )
         components, spectra = decompose(
             self._linears, walk, cache, mode=mode, options=options, compute=compute
         )
-        if self._world.leads:
+        if self._world.is_rank_zero:
             write_decomposition(
                 Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode
             )
@@ -346,8 +352,8 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self, cfg: DictConfig, linears: dict, base: SharedReading, wanted: Wanted, title: str
     ) -> Iterator:
         """Layers that share an input, calibration round, covariance over all processes; None where none is needed."""
-        lend = partial(lent_weights, linears, base, device=self._device)
-        bar = partial(tqdm, desc=title, dynamic_ncols=True, disable=not self._world.leads)
+        lend = partial(weights_loaded, linears, base, device=self._device)
+        bar = partial(tqdm, desc=title, dynamic_ncols=True, disable=not self._world.is_rank_zero)
         if cfg.adapter.method != "corda":
             for name in bar(self._linears, unit="layer"):
                 with lend(name):
@@ -406,11 +412,11 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             if cfg.profiler.enabled
             else training.DummyProfiler()
         )
-        shown = {"unit": "step", "dynamic_ncols": True, "disable": not self._world.leads}
+        shown = {"unit": "step", "dynamic_ncols": True, "disable": not self._world.is_rank_zero}
         bar = tqdm(total=self._total_steps, initial=self.step, **shown)
         with contextlib.ExitStack() as held, profiler, checkpointing.StopSignals() as self._stop:
-            with self._world.together("Opening the output folder"):
-                if self._world.leads:
+            with self._world.all_succeed("Opening the output folder"):
+                if self._world.is_rank_zero:
                     held.enter_context(checkpointing.run_lock(self._checkpoints))
             self._open_log(cfg)
             while self.step < self._total_steps:
@@ -495,7 +501,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _apply(self, cfg: DictConfig, losses: dict[str, Tensor]) -> dict[str, float]:
         """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, max_norm))
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self._trained, max_norm))
         values = torch.stack(
             [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
         ).tolist()
@@ -568,7 +574,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         first, *others = self._world.gather(checkpointing.rng_state())
         parts = {
             "adapter": adapter_state_dict(self._model),
-            "optimizer": whole_tree(self._optimizer.state_dict()),
+            "optimizer": full_tensors(self._optimizer.state_dict()),
         }
         parts |= {"rng": first | {"other_ranks": others}, "run": run}
         write = partial(
@@ -578,7 +584,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             parts,
             keep_last=cfg.keep_last,
         )
-        self._world.lead(lambda: write() and None, "Saving")
+        self._world.on_rank_zero(lambda: write() and None, "Saving")
 
     def cleanup(self) -> None:
         """Close the metric logger, part from the other processes."""

@@ -42,7 +42,7 @@ from kasa_tune.components.adapters.state import (
     lora_plus_groups,
 )
 from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.checkpoints.resuming import resume_point, resume_position, start_point
 from kasa_tune.components.corda.cache import (
     DecompositionCache,
     decomposition_key,
@@ -183,7 +183,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(
+        self.step, self.epoch, self.batches_done = resume_position(
             state, self._accumulation, len(self._loader.batch_sampler)
         )
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))

@@ -27,9 +27,9 @@ from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.merged import write_merged
 from kasa_tune.components.exchange.model_card import error_sentence, model_card
 from kasa_tune.components.exchange.native import write_native
+from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
-from kasa_tune.components.exchange.whole_folder import check_new, check_outside, new_folder
 
 # Which keys say something about which format; the others belong to all.
 ONLY_OF = {

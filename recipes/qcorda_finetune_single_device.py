@@ -43,7 +43,7 @@ from kasa_tune.components.adapters.state import (
     lora_plus_groups,
 )
 from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.resuming import place, resume_point, start_point
+from kasa_tune.components.checkpoints.resuming import resume_point, resume_position, start_point
 from kasa_tune.components.corda.cache import (
     DecompositionCache,
     decomposition_key,
@@ -69,10 +69,10 @@ from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import (
     build_on_meta,
-    lent_weights,
     load_base_weights,
     read_tensor,
     require_adapters,
+    weights_loaded,
 )
 from kasa_tune.components.quantized import base as quantized_base
 from kasa_tune.components.quantized.start import quantized_start
@@ -197,7 +197,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _restore(self) -> None:
         """Optimizer, schedule, place in the data and random state of the resume point."""
         state = self._resumed
-        self.step, self.epoch, self.batches_done = place(
+        self.step, self.epoch, self.batches_done = resume_position(
             state, self._accumulation, len(self._loader.batch_sampler)
         )
         self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
@@ -318,7 +318,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             "offload": cfg.calibration.offload,
         }
         options |= {"progress": partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)}
-        loaded = partial(lent_weights, self._quantized, base, device=self._device)
+        loaded = partial(weights_loaded, self._quantized, base, device=self._device)
         return damped_covariances(
             self._model, self._groups, self._rounds, wanted=wanted, loaded=loaded, **options
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kasa_tune.components.adapters.linear import KaSALinear
-from kasa_tune.components.processes.sharding import whole
+from kasa_tune.components.processes.sharding import full_tensor
 
 ORTHOGONAL_GRAMS = ("thin", "full")
 REDUCTIONS = ("mean", "sum")
@@ -42,9 +42,9 @@ def kasa_regularization(
     layers = [linear for linear in linears if isinstance(linear, KaSALinear)]
     if not layers:
         return torch.zeros(()), torch.zeros(())
-    diagonals = torch.cat([whole(layer.lora_diag).float() for layer in layers])
-    thin_factors = [whole(layer.lora_a.weight) for layer in layers] + [
-        whole(layer.lora_b.weight).T for layer in layers
+    diagonals = torch.cat([full_tensor(layer.lora_diag).float() for layer in layers])
+    thin_factors = [full_tensor(layer.lora_a.weight) for layer in layers] + [
+        full_tensor(layer.lora_b.weight).T for layer in layers
     ]
     l2 = diagonals.square().sum()
     l3 = orthogonality_defect(thin_factors, full=orthogonal_gram == "full").sum()

@@ -12,7 +12,7 @@ from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized
-from kasa_tune.components.processes.sharding import whole
+from kasa_tune.components.processes.sharding import full_tensor
 
 EDIT = ("lora_edit_out", "lora_edit_in")
 
@@ -32,7 +32,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     the model. Factors of which every process holds a part are gathered: all processes must call.
     """
     return {
-        f"{name}.{key}": whole(value)
+        f"{name}.{key}": full_tensor(value)
         for name, linear in adapter_linears(model)
         for key, value in linear.state_dict().items()
         if key.startswith("lora_")

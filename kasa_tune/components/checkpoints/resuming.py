@@ -133,7 +133,9 @@ def _has_edit(checkpoint: Path) -> bool:
     return any(len(value) for name, value in adapter.items() if name.endswith(".lora_edit_in"))
 
 
-def place(run: Mapping[str, Any], accumulation: int, num_batches: int) -> tuple[int, int, int]:
+def resume_position(
+    run: Mapping[str, Any], accumulation: int, num_batches: int
+) -> tuple[int, int, int]:
     """Steps, epochs and batches of the running epoch that are done, for a run that may cut a step into other batches.
 
     Args:

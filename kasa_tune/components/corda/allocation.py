@@ -97,7 +97,7 @@ def selection_score(singular_values: Tensor, log_compactness: float) -> float:
     return log_compactness * (singular_values.sum() / singular_values[0].clamp_min(1e-300)).item()
 
 
-def better(best: LayerSpectrum | None, newest: LayerSpectrum) -> LayerSpectrum:
+def more_compact(best: LayerSpectrum | None, newest: LayerSpectrum) -> LayerSpectrum:
     """The one of the smaller score; dynamic covariance selection is this, round after round, with two in memory."""
     if best is None:
         return newest

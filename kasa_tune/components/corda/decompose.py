@@ -16,8 +16,8 @@ from kasa_tune.components.corda.allocation import (
     POOLED,
     LayerSpectrum,
     allocate_ranks,
-    better,
     layer_spectra,
+    more_compact,
 )
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import Wanted
@@ -32,7 +32,7 @@ Walk = Callable[[Wanted, str], Iterable[tuple[list[str], int, Tensor | None]]]
 Compute = Callable[[Iterable[Job]], Iterator[Any]]  # results of jobs, in their order
 
 
-def in_turn(jobs: Iterable[Job]) -> Iterator[Any]:
+def run_in_order(jobs: Iterable[Job]) -> Iterator[Any]:
     """Do each job when it comes."""
     return (work() for _, work in jobs)
 
@@ -44,7 +44,7 @@ def decompose(
     *,
     mode: str,
     options: Mapping[str, Any],
-    compute: Compute = in_turn,
+    compute: Compute = run_in_order,
 ) -> tuple[dict[str, Component], dict[str, LayerSpectrum]]:
     """The component of every layer's weight that its adapter starts from, found or read from the cache.
 
@@ -57,7 +57,7 @@ def decompose(
             the one whose covariance makes its weight most compact, and ``max_selection_dim``, beyond which an input
             takes them all together; ``dynamic_ranks`` within the budget of the linears' ranks, ``min_rank``,
             ``max_rank``.
-        compute: does the work; :func:`~kasa_tune.components.processes.spread` shares it out.
+        compute: does the work; :func:`~kasa_tune.components.processes.distribute_jobs` shares it out.
 
     Returns:
         Components on the CPU, and the spectra they were chosen by; none where nothing was to choose.
@@ -102,7 +102,7 @@ def _choose_covariances(
 
     for found in compute(jobs()):
         for name, newest in found.items():
-            best[name] = better(best.get(name), newest)
+            best[name] = more_compact(best.get(name), newest)
     return {name: best[name] for name in linears}
 
 

@@ -50,7 +50,7 @@ _BUILDERS = "kasa_tune.components.models"
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where one of our linears lies in the base model that PEFT adapted: in a module, with some of its rows."""
 
     module: str
@@ -149,7 +149,7 @@ class PeftImport:
             "dtype": "fp32",
         }
 
-    def _find_places(self, model: Mapping[str, Any]) -> dict[str, Place]:
+    def _find_places(self, model: Mapping[str, Any]) -> dict[str, Location]:
         """Of every linear that could be adapted, in the model's order."""
         everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
         built = _build(_section(model, "lora", everything))
@@ -165,8 +165,8 @@ class PeftImport:
                     f"The base is not one of model._component_ {model['_component_']}: {name} is {tuple(expected)} in "
                     f"the model and {found and tuple(found)} in checkpointer.checkpoint_dir."
                 )
-            key, rows = self.base.place(f"{name}.weight")
-            places[name] = Place(key.removesuffix(".weight"), rows)
+            key, rows = self.base.location(f"{name}.weight")
+            places[name] = Location(key.removesuffix(".weight"), rows)
         return places
 
     def _check_all_placed(self) -> None:

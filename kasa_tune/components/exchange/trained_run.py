@@ -149,7 +149,7 @@ class TrainedRun:
         """
         found: dict[str, dict[str, Tensor]] = {}
         for name in names:
-            key, rows = self.base.place(f"{name}.weight")
+            key, rows = self.base.location(f"{name}.weight")
             found.setdefault(key, {})[name] = rows
         return found
 

@@ -57,7 +57,7 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         ) from error
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a weight lies in a checkpoint: the tensor's name there, and which of its rows ``(d_out,)`` are the
     weight's, in the weight's order.
     """
@@ -107,12 +107,12 @@ class StreamedWeights(Mapping[str, Tensor]):
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
 
-    def place(self, name: str) -> Place:
+    def location(self, name: str) -> Location:
         """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
         key = self._keys[name]
         rows, columns = self.stored[key].shape
         numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, columns)
-        return Place(key, self._convert({key: numbers})[name][:, 0].long())
+        return Location(key, self._convert({key: numbers})[name][:, 0].long())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -132,7 +132,7 @@ def put_weight(linear: nn.Module, weight: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def lent_weights(
+def weights_loaded(
     linears: Mapping[str, nn.Module],
     weights: Mapping[str, Tensor],
     prefix: str,

@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a full tensor that is cut as ``like`` is; no process is asked.
 
     Args:
@@ -42,21 +42,21 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def whole_tree(tree: Any) -> Any:
+def full_tensors(tree: Any) -> Any:
     """A tree of dicts, lists, tuples and leaves with every cut tensor whole, on the CPU. All processes must call."""
     if isinstance(tree, Mapping):
-        return {key: whole_tree(value) for key, value in tree.items()}
+        return {key: full_tensors(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(whole_tree(value) for value in tree)
+        return type(tree)(full_tensors(value) for value in tree)
     return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
 
 
-def cut_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def distribute_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict of whole tensors, those that have the shape of a cut parameter cut like it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         index: {
-            name: part_of(value, like=parameters[index])
+            name: distribute_like(value, like=parameters[index])
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for name, value in values.items()

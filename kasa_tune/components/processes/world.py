@@ -92,7 +92,7 @@ class World:
         dist.destroy_process_group()
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes and reports for all."""
         return self.rank == 0
 
@@ -123,7 +123,7 @@ class World:
         torch.manual_seed(torch.initial_seed() + len(states) * self.size)
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def all_succeed(self, what: str) -> Iterator[None]:
         """Work that every process does for itself: if it fails in one, it fails in all, and none waits for ever.
 
         Raises:
@@ -140,15 +140,15 @@ class World:
         if failed:
             raise OtherRankError(f"{what} failed on rank {failed[0]}; its message says why.")
 
-    def lead(self, act: Callable[[], T], what: str) -> T:
+    def on_rank_zero(self, act: Callable[[], T], what: str) -> T:
         """What ``act`` returns on rank 0, on all ranks; it is done there alone.
 
         Raises:
             OtherRankError: it failed there; there, the failure itself.
         """
         result: list[Any] = [None]
-        with self.together(what):
-            if self.leads:
+        with self.all_succeed(what):
+            if self.is_rank_zero:
                 result[0] = act()
         dist.broadcast_object_list(result, src=0, device=self.device)
         return result[0]
@@ -208,7 +208,7 @@ def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
     )
 
 
-def spread(jobs: Iterable[Job], world: World) -> Iterator[Any]:
+def distribute_jobs(jobs: Iterable[Job], world: World) -> Iterator[Any]:
     """Results of jobs, in their order and the same on all processes, each worked out by one of them.
 
     A job goes to the process with the least cost so far. As many are taken on as there are processes, or a few more,
@@ -236,7 +236,7 @@ def spread(jobs: Iterable[Job], world: World) -> Iterator[Any]:
 
 def _finish(waiting: list[tuple[int, Callable[[], Any] | None]], world: World) -> Iterator[Any]:
     mine: list[Any] = []
-    with world.together("A decomposition"):
+    with world.all_succeed("A decomposition"):
         for _, work in waiting:
             if work:
                 mine.append(work())

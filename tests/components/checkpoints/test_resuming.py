@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components.checkpoints.checkpoint import CheckpointError, save_checkpoint
-from kasa_tune.components.checkpoints.resuming import RESUMABLE_KEYS, place, resume_point
+from kasa_tune.components.checkpoints.resuming import RESUMABLE_KEYS, resume_point, resume_position
 from kasa_tune.components.data.batches import FILLER, EpochBatches
 
 CONFIG = {
@@ -299,7 +299,7 @@ def test_the_rest_of_the_epoch_has_the_steps_it_would_have_had(sizes, samples, d
         "batches_done": min(done * accumulation, len(epoch_of(samples, batch_size, processes))),
         "config": {"gradient_accumulation_steps": accumulation},
     }
-    step, epoch, batches_done = place(run, now[1], len(epoch_of(samples, now[0], now[2])))
+    step, epoch, batches_done = resume_position(run, now[1], len(epoch_of(samples, now[0], now[2])))
     assert (step, epoch) == (100 + done, 2)
     assert steps_of(samples, *now, start=batches_done) == whole_epoch[done:]
     if now == (batch_size, accumulation, processes):

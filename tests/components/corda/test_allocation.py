@@ -13,9 +13,9 @@ from kasa_tune.components.corda.allocation import (
     POOLED,
     LayerSpectrum,
     allocate_ranks,
-    better,
     layer_spectra,
     log_compactness,
+    more_compact,
     selection_score,
     singular_values,
 )
@@ -157,7 +157,7 @@ def test_of_a_zero_weight_every_round_is_as_good():
 def test_keeping_the_better_of_two_keeps_the_best_of_all(scores):
     best = None
     for round, score in enumerate(scores):
-        best = better(
+        best = more_compact(
             best, spectrum([float(round + 1)], log_pi=10.0 * round, round=round, scores=(score,))
         )
     chosen = min(range(len(scores)), key=scores.__getitem__)  # of equal ones the first
@@ -169,7 +169,7 @@ def test_keeping_the_better_of_two_keeps_the_best_of_all(scores):
 
 def test_an_excluded_layer_has_its_rounds_pooled_and_nothing_to_choose():
     pooled = spectrum([1.0], round=POOLED)
-    assert better(None, pooled) is pooled
+    assert more_compact(None, pooled) is pooled
 
 
 # --------------------------------------------------------------------------------- rank allocation

@@ -30,7 +30,7 @@ from kasa_tune.components.corda.calibration import (
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
 from kasa_tune.components.data.packing import pack
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
-from kasa_tune.components.models.loading import build_on_meta, lent_weights, load_base_weights
+from kasa_tune.components.models.loading import build_on_meta, load_base_weights, weights_loaded
 from kasa_tune.components.quantized.base import quantized_linears
 from tests.toy_models import FAMILIES, SIZES, VOCAB, randomized
 
@@ -902,7 +902,7 @@ def one_at_a_time(linears, weights, visited):
     @contextlib.contextmanager
     def loaded(prefix):
         assert all(linear.weight.is_meta for linear in linears.values())
-        with lent_weights(linears, weights, prefix, device=CPU):
+        with weights_loaded(linears, weights, prefix, device=CPU):
             visited.append(prefix)
             yield
         assert all(linear.weight.is_meta for linear in linears.values())

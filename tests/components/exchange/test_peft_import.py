@@ -311,7 +311,7 @@ def test_what_pissa_takes_out_is_the_first_triplets_of_the_weight(llama, tmp_pat
     a, b = (peft_state[f"base_model.model.{theirs}.lora_{part}.weight"].double() for part in "AB")
     expected = ALPHA / RANK * b @ a - u[:, :RANK] * s[:RANK] @ vt[:RANK]
     update = adapter_update(state, "layers.1.attn.q_proj", ALPHA / RANK).dense()
-    place = base.place("layers.1.attn.q_proj.weight")
+    place = base.location("layers.1.attn.q_proj.weight")
     assert place.key == f"{theirs}.weight"
     assert norm(update - expected[place.rows]) < 1e-6 * norm(expected)
 

@@ -166,7 +166,7 @@ def test_places_are_where_torchtunes_way_back_puts_the_rows(name, tmp_path):
     numbers = renumbered(weights)
     written = to_hf(numbers, MODELS[name].model_type, sizes)
     for weight in weights_of_linears(name):
-        key, rows = streamed.place(weight)
+        key, rows = streamed.location(weight)
         assert torch.equal(written[key][rows], numbers[weight]), weight
         assert torch.equal(streamed.read(key)[rows], streamed[weight]), weight
 
@@ -177,7 +177,7 @@ def test_every_row_of_a_file_is_the_place_of_one_weights_row(name, tmp_path, spy
     streamed = read_base_weights(checkpointer(tmp_path / "hf", files, MODELS[name].model_type))
     taken = {}
     for weight in weights_of_linears(name):
-        key, rows = streamed.place(weight)
+        key, rows = streamed.location(weight)
         taken.setdefault(key, []).append(rows)
     for key, rows in taken.items():
         assert torch.cat(rows).sort().values.tolist() == list(range(len(streamed.stored[key])))
@@ -198,7 +198,7 @@ def test_queries_and_keys_lie_permuted_in_the_files_of_llama_and_not_of_qwen(tmp
         files = write_checkpoint(tmp_path / name, name)
         streamed = read_base_weights(checkpointer(tmp_path / name, files, MODELS[name].model_type))
         for leaf in ("q_proj", "k_proj", "v_proj"):
-            rows = streamed.place(f"layers.0.attn.{leaf}.weight").rows
+            rows = streamed.location(f"layers.0.attn.{leaf}.weight").rows
             assert torch.equal(rows, torch.arange(len(rows))) == (not permuted or leaf == "v_proj")
 
 

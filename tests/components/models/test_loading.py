@@ -11,10 +11,10 @@ from kasa_tune.components import models
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.models.loading import (
     build_on_meta,
-    lent_weights,
     load_base_weights,
     read_tensor,
     set_tensor,
+    weights_loaded,
 )
 from kasa_tune.components.quantized.base import quantized_linears
 from tests.toy_models import FAMILIES, SIZES, randomized, tokens
@@ -307,7 +307,7 @@ def test_a_block_has_weights_inside_and_none_before_or_after(dtype):
     model, linears, weights = waiting_model(dtype=dtype)
     before = {path: linear.weight for path, linear in linears.items()}
     for prefix in ("layers.1.", "layers.0.", "output", "layers.1."):
-        with lent_weights(linears, weights, prefix, device=CPU):
+        with weights_loaded(linears, weights, prefix, device=CPU):
             inside = {path for path in linears if path.startswith(prefix)}
             assert len(inside) == (0 if prefix == "output" else 7)
             assert on_meta(linears) == linears.keys() - inside
@@ -324,7 +324,7 @@ def test_the_tenth_block_is_not_the_first():
         for path in ("layers.1.mlp.w1", "layers.10.mlp.w1")
     }
     weights = {f"{path}.weight": torch.ones(2, 2) for path in linears}
-    with lent_weights(linears, weights, "layers.1.", device=CPU):
+    with weights_loaded(linears, weights, "layers.1.", device=CPU):
         assert on_meta(linears) == {"layers.10.mlp.w1"}
 
 
@@ -333,14 +333,14 @@ def test_no_weight_is_left_by_an_exception_inside_or_by_a_damaged_one():
     before = {path: linear.weight for path, linear in linears.items()}
     with (
         pytest.raises(KeyError, match="inside"),
-        lent_weights(linears, weights, "layers.0.", device=CPU),
+        weights_loaded(linears, weights, "layers.0.", device=CPU),
     ):
         raise KeyError("inside" if len(on_meta(linears)) == 7 else "no block has weights")
     assert all(linear.weight is before[path] for path, linear in linears.items())
     weights["layers.1.mlp.w3.weight"][0, 0] = float("nan")  # the last of its block
     with (
         pytest.raises(ValueError, match=r"^layers\.1\.mlp\.w3\.weight holds NaN"),
-        lent_weights(linears, weights, "layers.1.", device=CPU),
+        weights_loaded(linears, weights, "layers.1.", device=CPU),
     ):
         pass
     assert all(linear.weight is before[path] for path, linear in linears.items())

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from kasa_tune.components.processes.sharding import cut_optimizer_state, part_of, whole, whole_tree
+from kasa_tune.components.processes.sharding import (
+    distribute_like,
+    distribute_optimizer_state,
+    full_tensor,
+    full_tensors,
+)
 from kasa_tune.components.processes.world import shard
 from tests.tolerances import SCALAR_FP32, assert_same_bits
 
@@ -18,16 +23,16 @@ from tests.tolerances import SCALAR_FP32, assert_same_bits
 
 def test_whole_tensors_pass_through():
     tensor, like = torch.ones(3), torch.ones(3)
-    assert whole(tensor) is tensor
-    assert part_of(tensor, like) is tensor
+    assert full_tensor(tensor) is tensor
+    assert distribute_like(tensor, like) is tensor
     parameter = nn.Parameter(tensor)
-    assert whole(parameter) is parameter
+    assert full_tensor(parameter) is parameter
 
 
 def test_a_tree_keeps_its_kinds_and_leaves():
     leaf, words = torch.ones(2), object()
     tree = {"a": [leaf, (1, "b")], 3: {"c": None, "d": words}, "e": ()}
-    found = whole_tree(tree)
+    found = full_tensors(tree)
     assert found == tree
     assert found is not tree
     assert found["a"][0] is leaf
@@ -41,7 +46,7 @@ def test_an_optimizer_of_whole_parameters_keeps_its_state():
     parameter.grad = torch.ones(2, 3)
     optimizer.step()
     state = optimizer.state_dict()
-    cut = cut_optimizer_state(optimizer, state)
+    cut = distribute_optimizer_state(optimizer, state)
     assert cut["param_groups"] == state["param_groups"]
     assert cut["state"].keys() == {0}
     assert cut["state"][0].keys() == state["state"][0].keys()
@@ -59,7 +64,7 @@ def cut_and_joined(world, shape, dim, dtype):
     """A tensor cut by us and by torch: this process's part of each, and ours made whole again."""
     tensor = numbered(shape, dtype)
     like = distribute_tensor(torch.zeros(shape), world.mesh, [Shard(dim)])
-    part = part_of(tensor, like)
+    part = distribute_like(tensor, like)
     assert isinstance(part, DTensor)
     assert (part.shape, part.stride(), part.placements) == (
         tensor.shape,
@@ -67,7 +72,7 @@ def cut_and_joined(world, shape, dim, dtype):
         like.placements,
     )
     expected = distribute_tensor(tensor, world.mesh, [Shard(dim)]).to_local()
-    return part.to_local(), expected, whole(part)
+    return part.to_local(), expected, full_tensor(part)
 
 
 @settings(
@@ -91,8 +96,8 @@ def test_a_part_is_what_torch_would_cut_and_the_parts_are_the_whole(processes, s
 def other_width(world):
     """A tensor as wide as the parameter's rows are not, cut like it: state with a number for each row, say."""
     like = distribute_tensor(torch.zeros(5, 4), world.mesh, [Shard(0)])
-    part = part_of(numbered((5, 1)), like)
-    return part.to_local(), whole(part)
+    part = distribute_like(numbered((5, 1)), like)
+    return part.to_local(), full_tensor(part)
 
 
 def test_dimensions_that_are_not_cut_may_be_of_another_size(processes):
@@ -104,11 +109,11 @@ def test_dimensions_that_are_not_cut_may_be_of_another_size(processes):
 def nobody_is_asked(world):
     """Rank 0 alone takes its part: with a word to the others it would wait for them."""
     like = distribute_tensor(torch.zeros(5, 2), world.mesh, [Shard(0)])
-    parts = [part_of(numbered((5, 2)), like) for _ in range(3 * world.leads)]
+    parts = [distribute_like(numbered((5, 2)), like) for _ in range(3 * world.is_rank_zero)]
     meta = DTensor.from_local(
         torch.empty(0, 2, device="meta"), world.mesh, [Shard(0)], shape=(5, 2), stride=(2, 1)
     )
-    return len(parts), part_of(numbered((5, 2)), meta).to_local().device.type
+    return len(parts), distribute_like(numbered((5, 2)), meta).to_local().device.type
 
 
 def test_taking_a_part_asks_no_other_process_and_puts_it_where_the_mesh_is(two_processes):
@@ -120,12 +125,12 @@ def in_copies(world):
     tensor, found = numbered((5, 3)), []
     for placements in ([Replicate(), Shard(0)], [Shard(1), Replicate()]):
         like = distribute_tensor(torch.zeros(5, 3), world.mesh, placements)
-        part = part_of(tensor, like)
+        part = distribute_like(tensor, like)
         found.append(
             (
                 part.to_local(),
                 distribute_tensor(tensor, world.mesh, placements).to_local(),
-                whole(part),
+                full_tensor(part),
             )
         )
     return found
@@ -143,11 +148,11 @@ def test_copies_hold_the_same_parts(two_by_two_processes):
 
 
 def gradient_of_a_part(world):
-    part = part_of(
+    part = distribute_like(
         numbered((5, 2)), distribute_tensor(torch.zeros(5, 2), world.mesh, [Shard(0)])
     ).requires_grad_()
-    (whole(part) ** 2).sum().backward()
-    return whole(part.grad)
+    (full_tensor(part) ** 2).sum().backward()
+    return full_tensor(part.grad)
 
 
 def test_gradients_flow_back_to_the_parts(processes):
@@ -158,7 +163,7 @@ def test_gradients_flow_back_to_the_parts(processes):
 
 def tree_of_parts(world):
     cut = distribute_tensor(numbered((5, 2)), world.mesh, [Shard(0)])
-    return whole_tree({"state": [cut, (cut, 1)], "plain": torch.ones(2), "lr": 0.5})
+    return full_tensors({"state": [cut, (cut, 1)], "plain": torch.ones(2), "lr": 0.5})
 
 
 def test_every_part_in_a_tree_becomes_whole(processes):
@@ -216,7 +221,7 @@ def resumed(model, kind, saved):
     make, options = OPTIMIZERS[kind]
     optimizer = make(groups_of(model), **options)
     if saved:
-        optimizer.load_state_dict(cut_optimizer_state(optimizer, saved))
+        optimizer.load_state_dict(distribute_optimizer_state(optimizer, saved))
     return optimizer
 
 
@@ -233,7 +238,7 @@ def go_on(world, kind, weights, saved):
         if isinstance(value, DTensor)
     ]
     stepped(model, optimizer, (3, 4))
-    return whole_tree(model.state_dict()), whole_tree(optimizer.state_dict()), held
+    return full_tensors(model.state_dict()), full_tensors(optimizer.state_dict()), held
 
 
 def tensors_of(state):
@@ -285,7 +290,7 @@ def saved_in_parts(world):
     optimizer = resumed(model, "AdamW", None)
     stepped(model, optimizer, (1, 2))
     state = copy.deepcopy(
-        whole_tree(optimizer.state_dict())
+        full_tensors(optimizer.state_dict())
     )  # from a file it would share no tensor either
     other = Toy()
     shard(other, world)
@@ -295,7 +300,7 @@ def saved_in_parts(world):
     restored = resumed(other, "AdamW", state)
     stepped(model, optimizer, (3,))
     stepped(other, restored, (3,))
-    return whole_tree(model.state_dict()), whole_tree(other.state_dict())
+    return full_tensors(model.state_dict()), full_tensors(other.state_dict())
 
 
 def test_saved_and_restored_on_as_many_it_is_the_same_bit_for_bit(processes):
@@ -312,7 +317,7 @@ def cut_and_kept(world):
         "state": {0: {"step": torch.tensor(1.0), "m": torch.ones(5, 2)}},
         "param_groups": [{"lr": 1.0}],
     }
-    cut = cut_optimizer_state(torch.optim.SGD(model.parameters(), lr=1.0), state)
+    cut = distribute_optimizer_state(torch.optim.SGD(model.parameters(), lr=1.0), state)
     return (
         type(state["state"][0]["m"]),
         [type(cut["state"][0][name]) for name in ("step", "m")],

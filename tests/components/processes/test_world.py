@@ -29,8 +29,8 @@ from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models.base_weights import SharedReading, shapes_of
 from kasa_tune.components.models.loading import build_on_meta, put_weight
-from kasa_tune.components.processes.sharding import whole
-from kasa_tune.components.processes.world import OtherRankError, World, shard, spread
+from kasa_tune.components.processes.sharding import full_tensor
+from kasa_tune.components.processes.world import OtherRankError, World, distribute_jobs, shard
 from tests.components.corda import test_decompose as test_corda
 from tests.components.several_processes import Processes
 from tests.tolerances import FP64, MODEL_FP32, assert_same_bits
@@ -72,7 +72,7 @@ def seen_by(world):
     return (
         world.rank,
         world.size,
-        world.leads,
+        world.is_rank_zero,
         str(world.device),
         world.mesh.mesh.tolist(),
         world.mesh.mesh_dim_names,
@@ -122,7 +122,7 @@ def infos(world):
 
 
 def waits_in_vain(world):
-    return world.gather(1) if world.leads else "elsewhere"
+    return world.gather(1) if world.is_rank_zero else "elsewhere"
 
 
 def test_who_waits_for_another_in_vain_gives_up():
@@ -188,7 +188,7 @@ ERRORS = {
 
 
 def fails_on(world, failing, error):
-    with world.together("Reading the data"):
+    with world.all_succeed("Reading the data"):
         if world.rank in failing:
             raise error
     return "went on"
@@ -229,7 +229,7 @@ def led(world, value, error=None):
             raise error
         return value
 
-    return world.lead(act, "Writing the file"), did
+    return world.on_rank_zero(act, "Writing the file"), did
 
 
 @pytest.mark.parametrize("value", ["a checksum", {"of": [1, 2.5, None]}, None, False])
@@ -327,7 +327,7 @@ def spread_out(world, costs, failing=None, one_by_one=False):
         return index, torch.full((2,), index / 3)
 
     jobs = ((cost, partial(job, index)) for index, cost in enumerate(costs))
-    return list(spread(jobs, world)), did
+    return list(distribute_jobs(jobs, world)), did
 
 
 def load_of(outcome, costs):
@@ -379,7 +379,7 @@ def most_waiting(world, number):
             drawn += 1
             yield 1.0, int
 
-    for _ in spread(jobs(), world):
+    for _ in distribute_jobs(jobs(), world):
         most, back = max(most, drawn - back), back + 1
     return most
 
@@ -417,9 +417,11 @@ DECOMPOSITIONS = {
 def decomposed(world, options, folder):
     """Components and spectra of toy layers that have weights only while they are visited."""
     toy = test_corda.World(num_rounds=options["rounds"])
-    cache = DecompositionCache(folder, {"base weights": "these"}, writes=not world or world.leads)
+    cache = DecompositionCache(
+        folder, {"base weights": "these"}, writes=not world or world.is_rank_zero
+    )
     options = test_corda.OPTIONS | options
-    compute = {"compute": partial(spread, world=world)} if world else {}
+    compute = {"compute": partial(distribute_jobs, world=world)} if world else {}
     return decompose(toy.linears, toy.walk, cache, mode="ipm", options=options, **compute)
 
 
@@ -594,7 +596,7 @@ def sharded_step(world, kind, number):
     tokens = rows_for(number)[world.rank :: world.size]
     losses = losses_of(model, tokens)
     (losses.sum() * world.size).backward()  # the mean over processes is taken of it
-    gradients = {name: whole(p.grad).clone() for name, p in trained_of(model).items()}
+    gradients = {name: full_tensor(p.grad).clone() for name, p in trained_of(model).items()}
     held = {
         name: p.to_local().shape for name, p in model.named_parameters() if isinstance(p, DTensor)
     }

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from kasa_tune.components.exchange.whole_folder import check_new, check_outside, new_folder
+from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from tests.components.failing_disk import died_by_kill, in_a_process_that_dies
 
 
