@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor. For a DTensor all processes must call it; gradients flow back to the parts."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
