@@ -24,16 +24,11 @@ from tqdm import tqdm
 
 from kasa_tune import config
 from kasa_tune.components.adapters.state import load_adapter_state_dict
-from kasa_tune.components.checkpoints.checkpoint import (
-    check_belongs,
-    find_checkpoint,
-    load_part,
-    weights_fingerprint,
-)
+from kasa_tune.components.checkpoints import find_checkpoint
 from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
 from kasa_tune.components.evaluation.generation import complete
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.quantized.base import linears_in_nf4, load_quantized
 
@@ -70,8 +65,8 @@ class GenerateTextRecipe:
         quantized = {}
         if self._adapter:
             model = OmegaConf.to_container(cfg.model, resolve=True)
-            check_belongs(self._adapter, base_fingerprint=weights_fingerprint(base), model=model)
-            quantized = linears_in_nf4(self._model, load_part(self._adapter, "run"))
+            self._adapter.check_belongs(base_fingerprint=weights_fingerprint(base), model=model)
+            quantized = linears_in_nf4(self._model, self._adapter)
         load_base_weights(
             self._model,
             base,
@@ -82,7 +77,7 @@ class GenerateTextRecipe:
         if self._adapter:
             if quantized:
                 load_quantized(self._adapter, quantized, self._device)
-            load_adapter_state_dict(self._model, load_part(self._adapter, "adapter"))
+            load_adapter_state_dict(self._model, self._adapter.adapter)
             self._model.to(
                 self._device
             )  # edits too, which the base's completions take at every token

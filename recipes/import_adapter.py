@@ -30,11 +30,10 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.checkpoints.checkpoint import weights_fingerprint
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
 
 
 def open_import(cfg: DictConfig) -> PeftImport:

@@ -12,44 +12,33 @@ The algorithm (KaSA, arXiv 2412.06071):
                                    (A, B, d)  <-  AdamW
 """
 
-import math
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import modules, training, utils
-from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.modules.peft import disable_adapter
+from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters.regularization import kasa_regularization
-from kasa_tune.components.adapters.state import (
+from kasa_tune.components.adapters import (
     adapter_linears,
-    adapter_state_dict,
+    kasa_regularization,
     load_adapter_state_dict,
 )
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.resuming import resume_point, resume_position, start_point
-from kasa_tune.components.data.building import (
-    build_dataloader,
-    build_dataset,
-    check_batches,
-    check_token_ids,
+from kasa_tune.components.checkpoints import starting_checkpoint
+from kasa_tune.components.data import Batch, TrainingData
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
+from kasa_tune.components.training import (
+    Steps,
+    build_training_model,
+    check_optimizer,
+    dry_run_report,
+    summed_loss,
 )
-from kasa_tune.components.data.fingerprints import data_fingerprint
-from kasa_tune.components.models.base_weights import read_base_weights
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.training.memory import budget_report, check_optimizer, memory_budget
 
 log = utils.get_logger("INFO")
 
@@ -58,137 +47,76 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
     """KaSA and LoRA fine-tuning on a CPU or one GPU, with exact resume from any saved step.
 
     Args:
-        cfg: the checked config; its keys are described in docs/configs.md.
+        cfg: the checked config; docs/configs.md describes its keys.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
-        self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = (
-            0  # optimizer steps, finished epochs, batches of the running epoch
-        )
-        self._fingerprints: dict[
-            str, str
-        ] = {}  # of data and base weights, kept in every checkpoint
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
-        settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
-        self._resume_path = (
-            None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        )
-        self._resumed = (
-            checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
-        )
-        self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
-        self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
-        require_adapters(self._model, cfg.model._component_)
-        return_hidden_states(self._model)
-        if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(
-                self._model, {modules.TransformerSelfAttentionLayer}
-            )
-        self._loss_fn = config.instantiate(cfg.loss)
-        if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(
-                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
-            )
+        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        self._checkpoint = starting_checkpoint(cfg)
+        self._model = build_training_model(cfg, dtype=self._dtype)
+        vocab_size = self._model.tok_embeddings.num_embeddings
+        self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
-        self._setup_data(cfg)
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._data = TrainingData(
+            cfg,
+            self._tokenizer,
+            vocab_size=vocab_size,
+            device=self._device,
+            dense_mask=needs_dense_mask(self._model),
+        )
         if cfg.dry_run:
-            return self._print_budget(cfg)
+            self._print_budget(cfg)
+            return
+        self._fingerprints = {"data": self._data.fingerprint}
+        if self._checkpoint:
+            self._checkpoint.check_data(self._data.fingerprint)
         self._setup_weights(cfg)
         self._linears = [linear for _, linear in adapter_linears(self._model)]
-        self._trained = [
-            parameter for parameter in self._model.parameters() if parameter.requires_grad
-        ]
         if cfg.compile:
             training.compile_model(self._model, verbose=False)
-        self._offload = training.get_act_offloading_ctx_manager(
-            self._model, cfg.enable_activation_offloading
-        )
-        self._optimizer = config.instantiate(cfg.optimizer, self._trained)
+        offload = cfg.enable_activation_offloading
+        self._offload = training.get_act_offloading_ctx_manager(self._model, offload)
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = config.instantiate(cfg.optimizer, trained)
         self._lr_scheduler = config.instantiate(
-            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if self._resume_path:
-            self._restore()
-        self._logger = config.instantiate(cfg.metric_logger)
-        log.info(
-            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        self.steps = Steps(
+            cfg,
+            model=self._model,
+            data=self._data,
+            loss_sum=self._loss_sum,
+            optimizer=self._optimizer,
+            lr_scheduler=self._lr_scheduler,
+            checkpoint=self._checkpoint,
+            fingerprints=self._fingerprints,
+            device=self._device,
         )
-
-    # --- shared: data and resuming
-    def _setup_data(self, cfg: DictConfig) -> None:
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(
-            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
-        )
-        if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(
-                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
-            )
-        self._vocab_size = self._model.tok_embeddings.num_embeddings
-        check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(
-            isinstance(module, Gemma2Attention) for module in self._model.modules()
-        )
-        options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
-        loader = partial(
-            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
-        )
-        self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
-        if cfg.dataset_val:
-            dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
-            check_token_ids(dataset_val, self._vocab_size)
-            self._loader_val = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
-        self._accumulation = cfg.gradient_accumulation_steps
-        self._steps_per_epoch = -(-len(self._loader.batch_sampler) // self._accumulation)
-        if cfg.max_steps_per_epoch:
-            self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
-        self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
-
-    def _restore(self) -> None:
-        """Optimizer, schedule, place in the data and random state of the resume point."""
-        state = self._resumed
-        self.step, self.epoch, self.batches_done = resume_position(
-            state, self._accumulation, len(self._loader.batch_sampler)
-        )
-        self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
-        if self._lr_scheduler:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if state["total_steps"] != self._total_steps:
-                log.warning(
-                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
-                )
-        checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
-
-    # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Base weights from the checkpoint; the adapter from a checkpoint or by decomposition."""
+        """Read the base weights; take the adapter from a checkpoint, or truncate every adapted weight and start it."""
         base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-        if self._start_path:
-            known = {
-                "base_fingerprint": self._fingerprints["base"],
-                "model": OmegaConf.to_container(cfg.model),
-            }
-            checkpointing.check_belongs(self._start_path, **known)
+        self._fingerprints["base"] = weights_fingerprint(base)
+        if self._checkpoint:
+            self._checkpoint.check_belongs(
+                base_fingerprint=self._fingerprints["base"],
+                model=OmegaConf.to_container(cfg.model),
+            )
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
-        if self._start_path:
-            return load_adapter_state_dict(
-                self._model, checkpointing.load_part(self._start_path, "adapter")
-            )
+        if self._checkpoint:
+            load_adapter_state_dict(self._model, self._checkpoint.adapter)
+            return
         started = time.perf_counter()
-        for name, linear in tqdm(
-            list(adapter_linears(self._model)), desc="Starting adapters", unit="layer"
-        ):
+        linears = list(adapter_linears(self._model))
+        for name, linear in tqdm(linears, desc="Starting adapters", unit="layer"):
             try:
                 linear.initialize()
             except ValueError as error:
@@ -196,199 +124,30 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {
-            "batch_size": cfg.batch_size,
-            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
-        }
-        shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
-        make = partial(config.instantiate, cfg.optimizer)
-        budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
-        print(*budget_report(self._model, budget), sep="\n")
+        report = dry_run_report(cfg, self._model, tokenizer=self._tokenizer, loss=self._loss)
+        print(*report, sep="\n")
 
-    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step on the mean loss per labelled token of all batches of the window, plus the regularizers.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
-        """
-        task_loss, num_tokens = self._accumulate(window)
-        l2, l3 = kasa_regularization(
-            self._linears,
-            orthogonal_gram=cfg.adapter.orthogonal_gram,
-            reduction=cfg.adapter.reduction,
-        )
-        if l2.requires_grad:
-            (cfg.adapter.beta * l2 + cfg.adapter.gamma * l3).backward()
-        return self._apply(cfg, {"loss": task_loss, "l2": l2, "l3": l3}) | {
-            "num_tokens": num_tokens
-        }
-
-    # --- shared: training loop
-    def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
-        self._model.train()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = (
-            config.instantiate(cfg.profiler)[0]
-            if cfg.profiler.enabled
-            else training.DummyProfiler()
-        )
-        bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with (
-            checkpointing.run_lock(self._checkpoints),
-            profiler,
-            checkpointing.StopSignals() as self._stop,
-        ):
-            self._open_log(cfg)
-            while self.step < self._total_steps:
-                self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
-                for window in self._windows(cfg):
-                    self._step_and_log(cfg, window, bar)
-                    profiler.step()
-                    done = self.step == self._total_steps or self._stop.received is not None
-                    if done or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
-                        self.save_checkpoint(cfg)
-                    if done:
-                        break
-                if self._stop.received is not None or self.step == self._total_steps:
-                    break
-                self.epoch, self.batches_done = self.epoch + 1, 0
-                if not cfg.save_every_n_steps:
-                    self.save_checkpoint(cfg)
-        bar.close()
-        if self._stop.received is not None and self.step < self._total_steps:
-            log.warning(
-                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
-            )
-            return 128 + self._stop.received
-        log.info(
-            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
-        )
-        return 0
-
-    def _open_log(self, cfg: DictConfig) -> None:
-        """The config, no line of steps that will be done again, and the losses before the first step."""
-        self._logger.log_config(cfg)
-        if hasattr(self._logger, "rewind"):
-            self._logger.rewind(self.step if self._resume_path else -1)
-        if self.step == 0 and cfg.run_val_every_n_steps:
-            with disable_adapter(self._model):
-                base_loss = self.validate()
-            self._logger.log_dict({"val_loss_base": base_loss, "val_loss": self.validate()}, step=0)
-
-    def _windows(self, cfg: DictConfig) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one optimizer step each, fewer in an epoch's last. A bad row costs no finished step."""
-        batches = iter(self._loader)
-        while self.batches_done < self._steps_per_epoch * self._accumulation:
-            try:
-                window = list(islice(batches, self._accumulation))
-                check_batches(window, self._vocab_size)
-            except Exception:
-                if self.step:
-                    self.save_checkpoint(cfg)
-                raise
-            if not window:
-                return
-            self.batches_done += len(window)
-            yield window
-
-    def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
-        """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
-        num_tokens = sum(
-            int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window
-        )
-        task_loss = torch.zeros((), device=self._device)
-        for batch in window:
-            loss = self._loss_sum(batch) / max(1, num_tokens)
-            loss.backward()
-            task_loss += loss.detach()
-        return task_loss, num_tokens
-
-    def _apply(self, cfg: DictConfig, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
-        max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
-        values = torch.stack(
-            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
-        ).tolist()
-        if not all(map(math.isfinite, values)):
-            newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
-            raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
-                f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
-            )
-        lr = float(
-            self._optimizer.param_groups[0]["lr"]
-        )  # some optimizers keep a tensor, which the step changes
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._lr_scheduler:
-            self._lr_scheduler.step()
-        self.step += 1
-        return dict(zip((*losses, "grad_norm"), values, strict=True)) | {"lr": lr}
-
-    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        """Summed cross-entropy of one batch."""
-        utils.batch_to_device(batch, self._device)
+    def _loss_sum(self, batch: Batch) -> Tensor:
         labels = batch.pop("labels")  # [b, s]
         with self._offload:
             hidden = self._model(**batch)  # [b, s, d]
-        return self._loss_fn(self._model.output, hidden, labels)
+        return self._loss(self._model.output, hidden, labels)
 
-    def _step_and_log(self, cfg: DictConfig, window: list[dict[str, Any]], bar: tqdm) -> None:
-        started = time.perf_counter()
-        seen = sum(batch["tokens"].numel() for batch in window)
-        metrics = self.train_step(cfg, window)
-        metrics["tokens_per_second"] = seen / (time.perf_counter() - started)
-        if cfg.log_peak_memory_stats and self._device.type == "cuda":
-            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (
-            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
-        ) and self._stop.received is None:
-            metrics["val_loss"] = self.validate()
-        shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix(
-            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
-        )
-        bar.update()
-        if (
-            self.step % cfg.log_every_n_steps == 0
-            or "val_loss" in metrics
-            or self.step == self._total_steps
-        ):
-            self._logger.log_dict(metrics, step=self.step)
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean cross-entropy per labelled token of the validation set."""
-        self._model.eval()
-        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for batch in self._loader_val:
-            num_tokens += int((batch["labels"] != self._loss_fn.ignore_index).sum())
-            total += self._loss_sum(batch)
-        self._model.train()
-        return total.item() / num_tokens
-
-    def save_checkpoint(self, cfg: DictConfig) -> None:
-        """The adapter, and all that going on bit for bit takes."""
-        run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
-        run |= {"total_steps": self._total_steps} | self._fingerprints
-        run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
-        run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
-        parts = {
-            "adapter": adapter_state_dict(self._model),
-            "optimizer": self._optimizer.state_dict(),
-        }
-        parts |= {"rng": checkpointing.rng_state(), "run": run}
-        checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
-
-    def cleanup(self) -> None:
-        """Close the metric logger."""
-        self._logger.close()
-
-    # --- end
+    def train(self, cfg: DictConfig) -> int:
+        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        adapter = cfg.adapter
+        options = {key: adapter[key] for key in ("orthogonal_gram", "reduction")}
+        with self.steps as steps:
+            for step in steps:
+                for batch in step.batches:
+                    loss = self._loss_sum(batch) / step.num_tokens
+                    loss.backward()
+                    step.add_loss(loss)
+                l2, l3 = kasa_regularization(self._linears, **options)
+                (adapter.beta * l2 + adapter.gamma * l3).backward()
+                step.log(l2=l2, l3=l3)
+                step.apply(self._optimizer, self._lr_scheduler, clip_grad_norm=cfg.clip_grad_norm)
+        return steps.exit_status
 
 
 @config.parse(config.FINETUNE)
@@ -396,11 +155,7 @@ def recipe_main(cfg: DictConfig) -> int:
     """Entry point: ``--config <name or path> [key=value ...]``."""
     recipe = KaSAFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
-    if cfg.dry_run:
-        return 0
-    status = recipe.train(cfg)
-    recipe.cleanup()
-    return status
+    return 0 if cfg.dry_run else recipe.train(cfg)
 
 
 if __name__ == "__main__":

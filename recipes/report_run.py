@@ -20,13 +20,8 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import (
-    check_belongs,
-    find_checkpoint,
-    load_part,
-    weights_fingerprint,
-)
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.reports.plots import (
     DrawnSpectrum,
@@ -40,16 +35,15 @@ LAYERS_DRAWN = 6
 
 
 @torch.no_grad()
-def drawn_spectra(cfg: DictConfig, checkpoint: Path) -> dict[str, DrawnSpectrum]:
+def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpectrum]:
     """Spectra of a few adapted layers, spread over the depth of the model.
 
     Raises:
         ValueError: the checkpoint is of another model or on another base than the config's.
     """
-    adapter = load_part(checkpoint, "adapter")
+    adapter = checkpoint.adapter
     base = read_base_weights(config.instantiate(cfg.checkpointer))
-    check_belongs(
-        checkpoint,
+    checkpoint.check_belongs(
         base_fingerprint=weights_fingerprint(base),
         model=OmegaConf.to_container(cfg.model, resolve=True),
     )
@@ -108,10 +102,10 @@ def _words(cfg: DictConfig) -> dict[str, str]:
             return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
 
 
-def adapter_ranks(checkpoint: Path) -> dict[str, int]:
+def adapter_ranks(checkpoint: Checkpoint) -> dict[str, int]:
     """Every adapted layer's rank in a checkpoint."""
     suffix = ".lora_a.weight"
-    adapter = load_part(checkpoint, "adapter")
+    adapter = checkpoint.adapter
     return {
         name.removesuffix(suffix): len(value)
         for name, value in adapter.items()
@@ -172,7 +166,7 @@ def recipe_main(cfg: DictConfig) -> int:
     loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
     print(f"Loss curve: {run / 'loss_curve.png'}")
     checkpoint = find_checkpoint(run)
-    title = f"{run.name}, {checkpoint.name}"
+    title = f"{run.name}, {checkpoint.path.name}"
     singular_values(
         drawn_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg)
     )

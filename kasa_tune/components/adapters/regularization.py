@@ -41,7 +41,7 @@ def kasa_regularization(
         )
     layers = [linear for linear in linears if isinstance(linear, KaSALinear)]
     if not layers:
-        return torch.zeros(()), torch.zeros(())
+        return torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
     diagonals = torch.cat([full_tensor(layer.lora_diag).float() for layer in layers])
     thin_factors = [full_tensor(layer.lora_a.weight) for layer in layers] + [
         full_tensor(layer.lora_b.weight).T for layer in layers

@@ -1,28 +1,41 @@
 """Step checkpoints that are whole or absent, and where a run resumes."""
 
 from kasa_tune.components.checkpoints.checkpoint import (
+    Checkpoint,
     CheckpointError,
-    StopSignals,
     find_checkpoint,
+    latest_checkpoint,
     list_checkpoints,
     load_part,
-    run_lock,
-    save_checkpoint,
+    read_manifest,
     verify_checkpoint,
-    weights_fingerprint,
 )
-from kasa_tune.components.checkpoints.resuming import resume_point, start_point
+from kasa_tune.components.checkpoints.random_state import rng_state, set_rng_state
+from kasa_tune.components.checkpoints.resuming import (
+    adapter_start,
+    resume_point,
+    resume_position,
+    starting_checkpoint,
+)
+from kasa_tune.components.checkpoints.run_lock import run_lock
+from kasa_tune.components.checkpoints.writing import check_saveable, save_checkpoint
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
-    "StopSignals",
+    "adapter_start",
+    "check_saveable",
     "find_checkpoint",
+    "latest_checkpoint",
     "list_checkpoints",
     "load_part",
+    "read_manifest",
     "resume_point",
+    "resume_position",
+    "rng_state",
     "run_lock",
     "save_checkpoint",
-    "start_point",
+    "set_rng_state",
+    "starting_checkpoint",
     "verify_checkpoint",
-    "weights_fingerprint",
 ]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run resumes or starts from, and whether it may."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from kasa_tune.components.checkpoints.checkpoint import (
+    Checkpoint,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
-    load_part,
 )
 
-log = utils.get_logger("INFO")
+log = utils.get_logger("INFO")  # prints on rank 0
 
-# Keys that may change between a run and its continuation: where and how it is watched, saved and computed, how long it
-# is, and where its inputs lie. That weights and data are the same is checked on what they hold.
+# Keys that may differ between a run and its continuation. They say how a run is watched, saved and
+# computed, how long it is, and where its inputs lie. That weights and data are the same is checked
+# on their content.
 RESUMABLE_KEYS = {
     "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
     "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
@@ -29,6 +31,31 @@ RESUMABLE_KEYS = {
 }  # fmt: skip
 
 
+def starting_checkpoint(cfg: DictConfig, *, world_size: int = 1) -> Checkpoint | None:
+    """The checkpoint that a fine-tuning run starts from, or None for a run that starts from the base.
+
+    Its ``resumes`` is True where the run goes on from it, and False where the run takes its adapters alone.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: as :func:`resume_point` and :func:`adapter_start`.
+    """
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    if not cfg.dry_run:
+        folder = Path(cfg.output_dir) / "checkpoints"
+        choice = cfg.resume_from_checkpoint
+        resumed = resume_point(folder, choice, settings, world_size=world_size)
+        if resumed:
+            return resumed
+    quantized = None
+    if "quantization" in settings:
+        quantized = {key: settings[key] for key in ("quantization", "dtype")}
+    return adapter_start(cfg.adapter_checkpoint, quantized=quantized)
+
+
 def resume_point(
     folder: Path,
     choice: bool | str,
@@ -36,107 +63,116 @@ def resume_point(
     *,
     may_change: Collection[str] = RESUMABLE_KEYS,
     world_size: int = 1,
-) -> Path | None:
-    """The checkpoint to go on from, or None to start from the beginning.
+) -> Checkpoint | None:
+    """The checkpoint that a run resumes from, or None for a run that starts at step 0.
 
     Args:
-        folder: of the run's own checkpoints.
-        choice: True for the newest good one in ``folder``, if any; False for none; or the path of one or of a run.
-        config: the run's, as plain containers.
-        may_change: keys, dotted inside a section, whose value may differ from that of the saved run.
-        world_size: number of processes; it may differ if a step still has as many samples.
+        folder: holds the run's own checkpoints.
+        choice: True takes the newest undamaged one in ``folder``, if any. False takes none. A path names a checkpoint,
+            or a run whose newest one is taken.
+        config: the run's config, as plain containers.
+        may_change: keys whose value may differ from that of the saved run; a dot leads into a section.
+        world_size: number of processes. It may differ if a step still has as many samples.
 
     Raises:
-        ValueError: the run would overwrite another one's checkpoints, or goes on with other settings.
+        ValueError: the run would overwrite another run's checkpoints, or its settings differ from the saved ones.
     """
     if choice is True:
-        path, passed_over = latest_checkpoint(folder)
+        checkpoint, passed_over = latest_checkpoint(folder)
         for reason in passed_over:
             log.warning(reason)
     else:
-        path = find_checkpoint(Path(choice)) if choice else None
-        own = path is not None and path.parent.resolve() == folder.resolve()
+        checkpoint = find_checkpoint(Path(choice)) if choice else None
+        own = checkpoint is not None and checkpoint.path.parent.resolve() == folder.resolve()
         if ahead := [
-            other for other in list_checkpoints(folder) if not (own and other.name <= path.name)
+            other
+            for other in list_checkpoints(folder)
+            if not (own and other.name <= checkpoint.path.name)
         ]:
             raise ValueError(
-                f"{folder} already holds checkpoints, the newest {ahead[-1].name}. Set resume_from_checkpoint=True to "
-                "go on from it, choose another output_dir, or delete them."
+                f"{folder} already holds checkpoints, the newest {ahead[-1].name}. Set "
+                "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete "
+                "them."
             )
-    if path is not None:
-        run = load_part(path, "run")
-        saved = run["config"]
-        before, now = (
-            _samples_a_step(saved, run.get("world_size", 1)),
-            _samples_a_step(config, world_size),
+    if checkpoint is None:
+        log.info("Starting from the beginning.")
+        return None
+    _check_same_run(checkpoint, config, may_change, world_size)
+    log.info(f"Resuming from {checkpoint}.")
+    checkpoint.resumes = True
+    return checkpoint
+
+
+def _check_same_run(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    may_change: Collection[str],
+    world_size: int,
+) -> None:
+    before = _samples_a_step(checkpoint.config, checkpoint.run.get("world_size", 1))
+    now = _samples_a_step(config, world_size)
+    if before != now:
+        raise ValueError(
+            f"{checkpoint} was saved by a run with {before} samples a step; batch_size x "
+            f"gradient_accumulation_steps x processes is now {now}. Set the first two so that the "
+            f"product is {before}."
         )
-        if before != now:
-            raise ValueError(
-                f"{path} was saved by a run with {before} samples a step; batch_size x gradient_accumulation_steps x "
-                f"processes is now {now}. Set the first two so that the product is {before}."
-            )
-        if changed := list(_changed(saved, config, may_change)):
-            raise ValueError(
-                f"{path} was saved by a run with other settings; going on would be neither run. Different: "
-                + "; ".join(changed)
-            )
-    log.info(f"Resuming from {path}." if path else "Starting from the beginning.")
-    return path
+    if changed := list(_changed(checkpoint.config, config, may_change)):
+        raise ValueError(
+            f"{checkpoint} was saved by a run with other settings, so this run cannot resume it. "
+            f"Different: {'; '.join(changed)}. Set these keys to the saved values, or start a new "
+            "run in another output_dir."
+        )
 
 
-def start_point(
-    resume_path: Path | None,
-    adapter_checkpoint: str | None,
-    *,
-    quantized: Mapping[str, Any] | None = None,
-) -> Path | None:
-    """The checkpoint whose adapters a run starts with, or None where it starts them itself.
+def adapter_start(
+    adapter_checkpoint: str | None, *, quantized: Mapping[str, Any] | None = None
+) -> Checkpoint | None:
+    """The checkpoint whose adapters a new run starts with, or None where the run starts its own.
 
     Args:
-        resume_path: from :func:`resume_point`, which goes first.
         adapter_checkpoint: a run's output_dir, one of its checkpoints, or a native adapter.
-        quantized: the keys ``quantization`` and ``dtype`` of a run that quantizes its base; None of one that does not.
+        quantized: the keys ``quantization`` and ``dtype`` of a run that quantizes its base, else None.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ValueError: what its adapters take out of the weights was taken out of other ones: quantized here and not there,
-            not here and there, or otherwise.
+        ValueError: the adapters took something out of weights of another kind. Those weights were quantized and this
+            run's are not, or the reverse, or they were quantized with other settings.
     """
-    if resume_path or not adapter_checkpoint:
-        return resume_path
-    path = find_checkpoint(Path(adapter_checkpoint))
-    run = load_part(path, "run")
-    brings_base = "quantized_base" in run
-    if brings_base != bool(quantized) and _has_edit(path):
-        there, here, way = (
+    if not adapter_checkpoint:
+        return None
+    checkpoint = find_checkpoint(Path(adapter_checkpoint))
+    if checkpoint.has_quantized_base != bool(quantized) and _has_edit(checkpoint):
+        there, here, remedy = (
             ("weights before they were quantized", "not", "with a qcorda_finetune recipe")
-            if brings_base
+            if checkpoint.has_quantized_base
             else ("full-precision weights", "quantized", "with the recipe that trained it")
         )
         raise ValueError(
-            f"{path} holds what its adapters took out of {there}; here they are {here}. Go on {way}, or merge the "
-            "adapter into its base and start from that."
+            f"{checkpoint} holds what its adapters took out of {there}; here they are {here}. Go on "
+            f"{remedy}, or merge the adapter into its base and start from that."
         )
-    if brings_base and quantized:
-        made = {key: run["config"][key] for key in quantized}
+    if checkpoint.has_quantized_base and quantized:
+        made = {key: checkpoint.config[key] for key in quantized}
         if changed := list(_changed(made, quantized, ())):
             raise ValueError(
-                f"{path} brings its quantized base, made with other settings: {'; '.join(changed)}."
+                f"{checkpoint} brings its quantized base, made with other settings: "
+                f"{'; '.join(changed)}."
             )
-    log.info(f"Starting with the adapters of {path}.")
-    return path
+    log.info(f"Starting with the adapters of {checkpoint}.")
+    return checkpoint
 
 
-def _has_edit(checkpoint: Path) -> bool:
+def _has_edit(checkpoint: Checkpoint) -> bool:
     """Whether any of its adapters took something out of its weight."""
-    adapter = load_part(checkpoint, "adapter")
-    return any(len(value) for name, value in adapter.items() if name.endswith(".lora_edit_in"))
+    edits = (value for name, value in checkpoint.adapter.items() if name.endswith(".lora_edit_in"))
+    return any(len(edit) for edit in edits)
 
 
 def resume_position(
     run: Mapping[str, Any], accumulation: int, num_batches: int
 ) -> tuple[int, int, int]:
-    """Steps, epochs and batches of the running epoch that are done, for a run that may cut a step into other batches.
+    """Steps, epochs, and batches of the running epoch that are done. A resumed run may split a step into other batches.
 
     Args:
         run: part ``run`` of the checkpoint.

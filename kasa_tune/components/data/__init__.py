@@ -23,14 +23,17 @@ from kasa_tune.components.data.datasets import (
 )
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
 from kasa_tune.components.data.tokenizers import HFTokenizer, hf_tokenizer
+from kasa_tune.components.data.training_data import Batch, TrainingData
 
 __all__ = [
+    "Batch",
     "EpochBatches",
     "HFTokenizer",
     "LLMAdaptersToMessages",
     "MixedDataset",
     "PromptResponseToMessages",
     "ShiftedDataset",
+    "TrainingData",
     "alpaca_dataset",
     "build_dataloader",
     "build_dataset",

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,10 @@ from torchtune.config import instantiate
 
 from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_update, check_adapter_fits
-from kasa_tune.components.checkpoints.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    load_part,
-    weights_fingerprint,
-)
+from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized, to_parts
+from kasa_tune.components.models.base_weights import weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.quantized.base import read_quantized
 from kasa_tune.registry import did_you_mean
@@ -68,7 +63,8 @@ class AdapterSet:
 
     Args:
         model: of plain linears, on any device, with its base weights in any dtype or in NF4.
-        base: the base's :func:`~kasa_tune.components.checkpoints.weights_fingerprint` as its files have it; None:
+        base: the base's :func:`~kasa_tune.components.models.base_weights.weights_fingerprint` as its files have it;
+            None:
             found from the model's weights, which takes that they were not rounded when they were loaded.
         dtype: that the factors are kept in. They are computed with in that of a linear's input.
 
@@ -119,13 +115,14 @@ class AdapterSet:
                 f"An adapter named {name!r} is loaded already: remove it, or choose another name."
             )
         checkpoint = find_checkpoint(Path(path))
-        run, state = load_part(checkpoint, "run"), load_part(checkpoint, "adapter")
-        trained = _trained_linears(checkpoint, run, state)
+        trained = _trained_linears(checkpoint)
         self._check_fits(checkpoint, trained)
-        self._base.check(checkpoint, run)
+        self._base.check(checkpoint)
         updates: dict[str, LowRank] = {}
         for linear_name, linear in trained.items():
-            update = adapter_update(state, linear_name, linear.scaling).balanced(self._tolerance)
+            update = adapter_update(checkpoint.adapter, linear_name, linear.scaling).balanced(
+                self._tolerance
+            )
             if update.rank:
                 device = self._linears[linear_name].weight.device
                 updates[linear_name] = update.to(device, self._dtype)
@@ -189,7 +186,7 @@ class AdapterSet:
                 )
                 raise ValueError(f"No adapter is named {name!r}. {hint}")
 
-    def _check_fits(self, checkpoint: Path, trained: Mapping[str, AdapterLinear]) -> None:
+    def _check_fits(self, checkpoint: Checkpoint, trained: Mapping[str, AdapterLinear]) -> None:
         wrong = []
         for name, linear in trained.items():
             own = self._linears.get(name)
@@ -269,13 +266,12 @@ def _added(y: Tensor, x: Tensor, update: LowRank) -> Tensor:
     return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, update.rank), out.T).view_as(y)
 
 
-def _trained_linears(
-    checkpoint: Path, run: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> dict[str, AdapterLinear]:
+def _trained_linears(checkpoint: Checkpoint) -> dict[str, AdapterLinear]:
     """The adapter linears of the run's model, on meta, once it is clear that their state is whole and that what it does
     to a model can be added to it.
     """
-    node = OmegaConf.create(run["config"]["model"])
+    state = checkpoint.adapter
+    node = OmegaConf.create(checkpoint.config["model"])
     model = build_on_meta(partial(instantiate, node), dtype=torch.float32)
     check_adapter_fits(model, state)
     if any(name.endswith(".lora_magnitude") for name in state):
@@ -286,7 +282,7 @@ def _trained_linears(
     linears = dict(adapter_linears(model))
     for name, linear in linears.items():
         if (
-            "quantized_base" in run
+            checkpoint.has_quantized_base
             and linear.edit_storage == "folded"
             and len(state[f"{name}.lora_edit_in"])
         ):
@@ -319,15 +315,17 @@ class _Base:
         """Where the model lives."""
         return next(self._model.parameters()).device
 
-    def check(self, checkpoint: Path, run: Mapping[str, Any]) -> None:
+    def check(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless the run was trained on these weights."""
         in_nf4 = {
             name: linear for name, linear in self._linears.items() if is_quantized(linear.weight)
         }
-        if bool(in_nf4) != ("quantized_base" in run):
+        run = checkpoint.run
+        if bool(in_nf4) != checkpoint.has_quantized_base:
             kinds = ("unquantized weights", "weights in NF4")
             raise CheckpointError(
-                f"{checkpoint} was trained on {kinds['quantized_base' in run]}, the model has {kinds[bool(in_nf4)]}. "
+                f"{checkpoint} was trained on {kinds[checkpoint.has_quantized_base]}, the model has "
+                f"{kinds[bool(in_nf4)]}. "
                 "An adapter is what it was trained to be on the weights it was trained on: give the model those."
             )
         if in_nf4:
@@ -345,7 +343,7 @@ class _Base:
             )
 
     def _check_quantized(
-        self, checkpoint: Path, checksum: str, in_nf4: Mapping[str, nn.Linear]
+        self, checkpoint: Checkpoint, checksum: str, in_nf4: Mapping[str, nn.Linear]
     ) -> None:
         """Compare bit by bit, once for each checksum: several gigabytes are read."""
         if checksum in self._known:

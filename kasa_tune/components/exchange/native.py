@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kasa_tune.components.checkpoints.checkpoint import save_checkpoint
+from kasa_tune.components.checkpoints import save_checkpoint
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.quantized.base import FOLDER
 

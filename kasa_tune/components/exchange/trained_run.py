@@ -25,15 +25,14 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
 )
-from kasa_tune.components.checkpoints.checkpoint import (
-    check_belongs,
-    find_checkpoint,
-    load_part,
-    weights_fingerprint,
-)
+from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize
-from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
+from kasa_tune.components.models.base_weights import (
+    StreamedWeights,
+    read_base_weights,
+    weights_fingerprint,
+)
 from kasa_tune.components.models.loading import (
     build_on_meta,
     put_weight,
@@ -50,7 +49,7 @@ class TrainedRun:
     """What a checkpoint and its base hold; see :func:`open_run`.
 
     Attributes:
-        checkpoint: its folder.
+        checkpoint: the opened checkpoint.
         state: its part ``run``: step, fingerprints of base and data, the config.
         adapter: its part ``adapter``, float tensors by ``<module>.lora_*``.
         base: the base's weights, read when asked for.
@@ -61,9 +60,7 @@ class TrainedRun:
         dtype: that the base's weights had in training.
     """
 
-    checkpoint: Path
-    state: dict[str, Any]
-    adapter: dict[str, Tensor]
+    checkpoint: Checkpoint
     base: StreamedWeights
     checkpoint_dir: Path
     model: nn.Module
@@ -74,9 +71,19 @@ class TrainedRun:
         self.dtype = training.get_dtype(self.config["dtype"], device=CPU)
 
     @property
+    def state(self) -> dict[str, Any]:
+        """The checkpoint's part ``run``."""
+        return self.checkpoint.run
+
+    @property
+    def adapter(self) -> dict[str, Tensor]:
+        """The checkpoint's part ``adapter``."""
+        return self.checkpoint.adapter
+
+    @property
     def config(self) -> dict[str, Any]:
         """The run's config, as plain containers."""
-        return self.state["config"]
+        return self.checkpoint.config
 
     @property
     def method(self) -> str:
@@ -187,20 +194,19 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
             adapter holds NaN or infinity.
     """
     checkpoint = find_checkpoint(path)
-    state = load_part(checkpoint, "run")
-    adapter, model_config = load_part(checkpoint, "adapter"), state["config"]["model"]
-    base, folder = _open_base(checkpoint, state["config"]["checkpointer"], checkpoint_dir)
-    check_belongs(checkpoint, base_fingerprint=weights_fingerprint(base), model=model_config)
+    model_config = checkpoint.config["model"]
+    base, folder = _open_base(checkpoint, checkpoint.config["checkpointer"], checkpoint_dir)
+    checkpoint.check_belongs(base_fingerprint=weights_fingerprint(base), model=model_config)
     model = build_on_meta(partial(instantiate, OmegaConf.create(model_config)), dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
-    check_adapter_fits(model, adapter)
-    quantized = linears_in_nf4(model, state)
+    check_adapter_fits(model, checkpoint.adapter)
+    quantized = linears_in_nf4(model, checkpoint)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
-    return TrainedRun(checkpoint, state, adapter, base, folder, model, weights)
+    return TrainedRun(checkpoint, base, folder, model, weights)
 
 
 def _open_base(
-    checkpoint: Path, node: dict[str, Any], checkpoint_dir: str | None
+    checkpoint: Checkpoint, node: dict[str, Any], checkpoint_dir: str | None
 ) -> tuple[StreamedWeights, Path]:
     folder = Path(checkpoint_dir or node["checkpoint_dir"])
     if not folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,24 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without reading a tensor where the mapping knows them."""
     known = getattr(weights, "meta", weights)
     return {name: tuple(tensor.shape) for name, tensor in known.items()}
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) -> str:
+    """SHA-256 over names, shapes, dtypes and ``sample`` evenly spread values of every tensor: tells one base from
+    another.
+
+    It reads a few megabytes of a model of any size, so it is cheap enough for every start; it does not prove that no
+    other value changed.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach()
+        flat = tensor.flatten()
+        values = flat[:: max(1, flat.numel() // sample)][:sample].float().cpu()
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 class SharedReading(Mapping[str, Tensor]):

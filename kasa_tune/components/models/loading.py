@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torchtune.models.gemma2._attention import Gemma2Attention
 
 from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
@@ -103,6 +104,11 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         leaf,
         nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor,
     )
+
+
+def needs_dense_mask(model: nn.Module) -> bool:
+    """Whether an attention of the model takes boolean masks alone, as torchtune's Gemma 2 does."""
+    return any(isinstance(module, Gemma2Attention) for module in model.modules())
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:

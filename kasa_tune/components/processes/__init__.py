@@ -5,11 +5,20 @@ from kasa_tune.components.processes.sharding import (
     distribute_optimizer_state,
     full_tensor,
     full_tensors,
+    shard,
 )
-from kasa_tune.components.processes.world import OtherRankError, World, distribute_jobs, shard
+from kasa_tune.components.processes.world import (
+    Job,
+    OtherRankError,
+    SingleProcess,
+    World,
+    distribute_jobs,
+)
 
 __all__ = [
+    "Job",
     "OtherRankError",
+    "SingleProcess",
     "World",
     "distribute_jobs",
     "distribute_like",

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
+
+from kasa_tune.components.linalg.nf4 import divides, is_quantized
+from kasa_tune.components.processes.world import World
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -64,3 +68,38 @@ def distribute_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> d
         for index, values in state["state"].items()
     }
     return {**state, "state": cut}
+
+
+def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
+    """FSDP2: a block, or the model around blocks that were sharded before, cut over the processes, in place.
+
+    A quantized weight whose scales do not divide by the processes stays whole in each; those of large models divide. So
+    does each where one process has the whole model, since FSDP2 does not put together what it has not cut.
+
+    Args:
+        module: with its weights, the same on all processes.
+        world: whose mesh is used; of a two-dimensional one the first replicates.
+        offload: parts wait on the host, and the optimizer steps there.
+
+    Raises:
+        ValueError: the trained parameters are of several dtypes, which FSDP2 does not take.
+    """
+    trained = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.requires_grad}
+    if len(trained) > 1:
+        raise ValueError(
+            f"Trained parameters of {' and '.join(sorted(trained))} cannot be cut together: set adapter.dtype=fp32 "
+            "(the magnitudes of DoRA always are float32)."
+        )
+    pieces = world.mesh.shape[-1]
+    uncut = {
+        p
+        for p in module.parameters()
+        if is_quantized(p) and (pieces == 1 or not divides(p, pieces))
+    }
+    options = {"ignored_params": uncut} if uncut else {}
+    fully_shard(
+        module,
+        mesh=world.mesh,
+        **options,
+        **({"offload_policy": CPUOffloadPolicy()} if offload else {}),
+    )

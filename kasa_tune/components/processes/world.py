@@ -12,13 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torchtune.training import get_distributed_backend
 
-from kasa_tune.components.checkpoints.checkpoint import set_rng_state
-from kasa_tune.components.linalg.nf4 import divides, is_quantized
+from kasa_tune.components.checkpoints.random_state import restore_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +101,8 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all processes, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        numbers = [float(value) for value in values]
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -114,13 +112,7 @@ class World:
         Args:
             saved: those of rank 0, and under ``other_ranks`` the list of the others'.
         """
-        states = [saved, *saved.get("other_ranks", [])]
-        if len(states) == self.size:
-            return set_rng_state(states[self.rank])
-        log.warning(
-            f"Saved by {len(states)} processes, resumed by {self.size}: what is random, as dropout, is drawn anew."
-        )
-        torch.manual_seed(torch.initial_seed() + len(states) * self.size)
+        restore_rng_state(saved, rank=self.rank, world_size=self.size)
 
     @contextlib.contextmanager
     def all_succeed(self, what: str) -> Iterator[None]:
@@ -173,39 +165,31 @@ class World:
                 )
 
 
-def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
-    """FSDP2: a block, or the model around blocks that were sharded before, cut over the processes, in place.
+class SingleProcess:
+    """The interface of :class:`World` for a run in one process: nothing is sent, and what fails fails here."""
 
-    A quantized weight whose scales do not divide by the processes stays whole in each; those of large models divide. So
-    does each where one process has the whole model, since FSDP2 does not put together what it has not cut.
+    rank, size, is_rank_zero = 0, 1, True
 
-    Args:
-        module: with its weights, the same on all processes.
-        world: whose mesh is used; of a two-dimensional one the first replicates.
-        offload: parts wait on the host, and the optimizer steps there.
+    def gather(self, value: T) -> list[T]:
+        """The value of this one process."""
+        return [value]
 
-    Raises:
-        ValueError: the trained parameters are of several dtypes, which FSDP2 does not take.
-    """
-    trained = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.requires_grad}
-    if len(trained) > 1:
-        raise ValueError(
-            f"Trained parameters of {' and '.join(sorted(trained))} cannot be cut together: set adapter.dtype=fp32 "
-            "(the magnitudes of DoRA always are float32)."
-        )
-    pieces = world.mesh.shape[-1]
-    uncut = {
-        p
-        for p in module.parameters()
-        if is_quantized(p) and (pieces == 1 or not divides(p, pieces))
-    }
-    options = {"ignored_params": uncut} if uncut else {}
-    fully_shard(
-        module,
-        mesh=world.mesh,
-        **options,
-        **({"offload_policy": CPUOffloadPolicy()} if offload else {}),
-    )
+    def sum(self, *values: Any) -> list[Any]:
+        """The values themselves, numbers or tensors."""
+        return list(values)
+
+    def set_rng_state(self, saved: Mapping[str, Any]) -> None:
+        """Bring the random generators back; of a run on several processes, those of rank 0."""
+        set_rng_state(saved)
+
+    @contextlib.contextmanager
+    def all_succeed(self, what: str) -> Iterator[None]:
+        """Work that this process does."""
+        yield
+
+    def on_rank_zero(self, act: Callable[[], T], what: str) -> T:
+        """What ``act`` returns."""
+        return act()
 
 
 def distribute_jobs(jobs: Iterable[Job], world: World) -> Iterator[Any]:

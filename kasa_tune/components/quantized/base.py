@@ -10,15 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.checkpoints.checkpoint import (
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
     CheckpointError,
     latest_checkpoint,
-    load_part,
     read_manifest,
     save_checkpoint,
 )
@@ -51,18 +50,16 @@ def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]
     return linears
 
 
-def linears_in_nf4(model: nn.Module, run: Mapping[str, Any]) -> dict[str, nn.Module]:
+def linears_in_nf4(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The model's linears whose weights a run had quantized; none of a run on a full-precision base.
 
     Args:
         model: on any device.
-        run: the part ``run`` of one of its checkpoints.
+        checkpoint: one of the run's.
     """
-    return (
-        quantized_linears(model, run["config"]["quantization"]["block_size"])
-        if "quantized_base" in run
-        else {}
-    )
+    if not checkpoint.has_quantized_base:
+        return {}
+    return quantized_linears(model, checkpoint.config["quantization"]["block_size"])
 
 
 def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | None = None) -> str:
@@ -81,7 +78,7 @@ def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | Non
     """
     if known:
         stored, _ = latest_checkpoint(folder)
-        if stored and _checksum(read_manifest(stored)) == known:
+        if stored and _checksum(stored.manifest) == known:
             return known
     parts: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
@@ -90,12 +87,12 @@ def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | Non
 
 
 def load_quantized(
-    checkpoint: Path, linears: Mapping[str, nn.Module], device: torch.device
+    checkpoint: Checkpoint, linears: Mapping[str, nn.Module], device: torch.device
 ) -> None:
     """Put the NF4 weights that a checkpoint was trained on into a model, bit for bit.
 
     Args:
-        checkpoint: ``<output_dir>/checkpoints/step_<n>``, whose part ``run`` holds their checksum.
+        checkpoint: its part ``run`` holds their checksum.
         linears: from :func:`quantized_linears`.
         device: where the model lives.
 
@@ -107,47 +104,47 @@ def load_quantized(
 
 
 def read_quantized(
-    checkpoint: Path, linears: Mapping[str, nn.Module]
+    checkpoint: Checkpoint, linears: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and NF4 weights of :func:`load_quantized`, a block at a time, on the CPU.
 
     Raises:
         CheckpointError: as :func:`load_quantized`.
     """
-    folder = find_quantized(checkpoint)
+    stored = find_quantized(checkpoint)
     waiting = dict(linears)
-    for part in read_manifest(folder)["parts"]:
-        for name, weight in load_part(folder, part).items():
+    for part in stored.manifest["parts"]:
+        for name, weight in stored.part(part).items():
             if name not in waiting or waiting.pop(name).weight.shape != weight.shape:
                 raise CheckpointError(
-                    f"{folder} is of another model: it has {name} {tuple(weight.shape)}."
+                    f"{stored} is of another model: it has {name} {tuple(weight.shape)}."
                 )
             yield name, weight
     if waiting:
-        raise CheckpointError(f"{folder} is of another model: it has no {next(iter(waiting))}.")
+        raise CheckpointError(f"{stored} is of another model: it has no {next(iter(waiting))}.")
 
 
-def find_quantized(checkpoint: Path) -> Path:
+def find_quantized(checkpoint: Checkpoint) -> Checkpoint:
     """Where the NF4 weights that a checkpoint was trained on lie: within it (a native adapter) or beside its folder.
 
     Raises:
         CheckpointError: they are missing, damaged or of another checksum.
     """
-    checkpoint = checkpoint.absolute()
-    of_a_run = checkpoint.parent.name == "checkpoints" and not (checkpoint / FOLDER).is_dir()
-    folder = (checkpoint.parent.parent if of_a_run else checkpoint) / FOLDER
+    path = checkpoint.path.absolute()
+    of_a_run = path.parent.name == "checkpoints" and not (path / FOLDER).is_dir()
+    folder = (path.parent.parent if of_a_run else path) / FOLDER
     stored, passed_over = latest_checkpoint(folder)
     if not stored:
         found = " ".join(passed_over).replace(
             " Use an earlier checkpoint.", ""
         )  # they all need this one base
         raise CheckpointError(
-            f"{checkpoint} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
+            f"{path} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
             "Copy it there from where it was."
         )
-    if _checksum(read_manifest(stored)) != load_part(checkpoint, "run")["quantized_base"]:
+    if _checksum(stored.manifest) != checkpoint.run["quantized_base"]:
         raise CheckpointError(
-            f"{folder} is not the quantized base that {checkpoint} was trained on: checksums differ."
+            f"{folder} is not the quantized base that {path} was trained on: checksums differ."
         )
     return stored
 
@@ -166,8 +163,9 @@ class QuantizedWeights(Mapping[str, Tensor]):
         CheckpointError: as :func:`find_quantized`, or, when asked for, a weight is missing.
     """
 
-    def __init__(self, checkpoint: Path, linears: Mapping[str, nn.Module]) -> None:
-        self.folder, self._names = find_quantized(checkpoint), list(linears)
+    def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, nn.Module]) -> None:
+        self._stored, self._names = find_quantized(checkpoint), list(linears)
+        self.folder = self._stored.path
         self._block, self._held = "", {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -175,7 +173,7 @@ class QuantizedWeights(Mapping[str, Tensor]):
             raise KeyError(name)
         if self._block != _block_of(name):
             self._block = _block_of(name)
-            self._held = load_part(self.folder, self._block)
+            self._held = self._stored.part(self._block)
         if name not in self._held:
             raise CheckpointError(f"{self.folder} is of another model: it has no {name}.")
         return self._held[name]

@@ -1,12 +1,18 @@
-"""What a training run is made of besides its mathematics: loss, schedules, loggers and memory budget."""
+"""What a training run is made of besides its mathematics: the step loop, losses, schedules, loggers, memory."""
 
+from kasa_tune.components.training.dry_run import dry_run_report
 from kasa_tune.components.training.loggers import (
     JSONLLogger,
     SilentLogger,
     TrackioLogger,
     read_metrics,
 )
-from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
+from kasa_tune.components.training.loss import (
+    ChunkedCrossEntropy,
+    LossOnLogits,
+    return_hidden_states,
+    summed_loss,
+)
 from kasa_tune.components.training.lr_schedules import cosine_schedule, linear_schedule
 from kasa_tune.components.training.memory import (
     allow_graphs,
@@ -15,19 +21,27 @@ from kasa_tune.components.training.memory import (
     memory_budget,
     per_process,
 )
+from kasa_tune.components.training.model import build_training_model
+from kasa_tune.components.training.steps import Step, Steps
 
 __all__ = [
     "ChunkedCrossEntropy",
     "JSONLLogger",
+    "LossOnLogits",
     "SilentLogger",
+    "Step",
+    "Steps",
     "TrackioLogger",
     "allow_graphs",
     "budget_report",
+    "build_training_model",
     "check_optimizer",
     "cosine_schedule",
+    "dry_run_report",
     "linear_schedule",
     "memory_budget",
     "per_process",
     "read_metrics",
     "return_hidden_states",
+    "summed_loss",
 ]

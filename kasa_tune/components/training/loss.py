@@ -1,4 +1,15 @@
-"""Cross-entropy that computes logits only where something is to be learned, a chunk of tokens at a time."""
+"""The loss of a batch: what the recipes ask of one, and the cross-entropy that they use by default.
+
+A recipe divides by the number of labelled tokens of all batches of a step. So a loss is a *sum* over labelled tokens.
+It is one of two kinds:
+
+- ``loss(logits [n, vocab] float32, labels [n])``, given the labelled tokens alone: any module or function, such as
+  ``torch.nn.CrossEntropyLoss(reduction="sum")``;
+- ``loss(project, hidden [b, s, d], labels [b, s])`` with the attribute ``takes_hidden_states = True``, for a loss that
+  calls the output projection itself, such as :class:`ChunkedCrossEntropy`.
+
+An attribute ``ignore_index`` names the label of tokens that nothing is learned from; the default is -100.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 
 
 class ChunkedCrossEntropy(nn.Module):
@@ -26,6 +38,8 @@ class ChunkedCrossEntropy(nn.Module):
     Raises:
         ValueError: an argument is out of its range.
     """
+
+    takes_hidden_states = True
 
     def __init__(
         self, chunk_size: int = 2048, ignore_index: int = -100, label_smoothing: float = 0.0
@@ -72,6 +86,68 @@ class ChunkedCrossEntropy(nn.Module):
         return F.cross_entropy(
             project(hidden).float(), labels, reduction="sum", label_smoothing=self.label_smoothing
         )
+
+
+class LossOnLogits(nn.Module):
+    """A loss of logits, called as one of hidden states: it projects the labelled tokens and no others.
+
+    Args:
+        loss: maps ``logits [n, vocab]`` float32 and ``labels [n]`` to a sum.
+    """
+
+    takes_hidden_states = True
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.ignore_index = getattr(loss, "ignore_index", IGNORE)
+
+    def forward(
+        self, project: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Sum over the labelled positions of ``hidden [b, s, d]``, ``labels [b, s]``: a scalar."""
+        labelled = labels.flatten() != self.ignore_index
+        logits = project(hidden.flatten(0, 1)[labelled]).float()  # [n, vocab]
+        return self.loss(logits, labels.flatten()[labelled])
+
+
+def summed_loss(loss: Callable[..., Tensor], vocab_size: int) -> Callable[..., Tensor]:
+    """A loss of either kind (see this module) as one that takes hidden states, tried on a few numbers.
+
+    Args:
+        loss: what the config's ``loss`` describes.
+        vocab_size: width of the logits, at least 4.
+
+    Returns:
+        ``loss(project, hidden [b, s, d], labels [b, s])``, a scalar, with ``ignore_index``.
+
+    Raises:
+        ValueError: it cannot be called so, or it is no sum: twice the tokens do not give twice the loss.
+    """
+    name = type(loss).__name__
+    adapted = loss if getattr(loss, "takes_hidden_states", False) else LossOnLogits(loss)
+    # Without drawing initial weights: the global random state belongs to the run.
+    project = nn.utils.skip_init(nn.Linear, 2, vocab_size, bias=False)
+    project.weight.data = torch.linspace(-1.0, 1.0, 2 * vocab_size).reshape(vocab_size, 2)
+    hidden = torch.linspace(-1.0, 2.0, 12).reshape(1, 6, 2)
+    labels = torch.tensor([[0, 3, -100, 1, 2, -100]])
+    labels[labels == -100] = getattr(adapted, "ignore_index", IGNORE)
+    try:
+        once = adapted(project, hidden, labels)
+        twice = adapted(project, hidden.repeat(2, 1, 1), labels.repeat(2, 1))
+        is_sum = once.ndim == 0 and torch.allclose(twice, 2 * once, rtol=1e-4)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"loss: {name} cannot be called with logits [n, vocab] and labels [n]: {error}. A loss "
+            "that takes hidden states sets takes_hidden_states = True; see docs/configs.md."
+        ) from error
+    if not is_sum:
+        raise ValueError(
+            f"loss: {name} is not a sum over tokens: twice the tokens do not give twice the loss. The "
+            "recipe divides by the number of labelled tokens itself. Set reduction=sum if the loss "
+            "has it."
+        )
+    return adapted
 
 
 class _GradientInForward(torch.autograd.Function):

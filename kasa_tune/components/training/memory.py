@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from kasa_tune.components.adapters.linear import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import check_saveable
+from kasa_tune.components.checkpoints.writing import check_saveable
 from kasa_tune.components.linalg.nf4 import to_parts
 from kasa_tune.components.models.rotary import build_rotary_caches
 
@@ -169,6 +170,13 @@ def stepped_optimizer(
     stand_in = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
     stand_in.grad = torch.zeros_like(stand_in)
     optimizer = make_optimizer([stand_in])
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} needs a closure that computes the loss several "
+            "times a step, which the recipes do not give. Use another one, such as "
+            "torch.optim.AdamW."
+        )
     optimizer.step()
     return optimizer
 

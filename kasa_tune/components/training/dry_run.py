@@ -1,0 +1,60 @@
+"""The report of a dry run: what a config will train and what memory that takes, without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+from torchtune.config import instantiate
+
+from kasa_tune.components.corda import calibration_bytes
+from kasa_tune.components.quantized import base_bytes
+from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
+
+
+def dry_run_report(
+    cfg: DictConfig,
+    model: nn.Module,
+    *,
+    tokenizer: Any,
+    loss: Any,
+    quantized: Mapping[str, nn.Module] | None = None,
+    calibration: tuple[Any, Any] | None = None,
+    shards: int = 1,
+) -> list[str]:
+    """Lines to print: trained parameters, and bytes by purpose.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+        model: on the meta device.
+        tokenizer: its ``max_seq_len`` is the length of the longest row; None stands for the model's.
+        loss: its ``chunk_size`` is the number of tokens whose logits are alive at once; all of a batch without one.
+        quantized: linears that will be held in NF4, by name.
+        calibration: of a run that calibrates, the groups of linears that share an input, and the rounds of batches.
+        shards: processes that hold the model together; the report is of one of them.
+    """
+    seq_len = tokenizer.max_seq_len or model.max_seq_len
+    budget = memory_budget(
+        model,
+        partial(instantiate, cfg.optimizer),
+        batch_size=cfg.batch_size,
+        seq_len=seq_len,
+        vocab_size=model.tok_embeddings.num_embeddings,
+        loss_chunk=getattr(loss, "chunk_size", cfg.batch_size * seq_len),
+        adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=torch.device("cpu")),
+    )
+    if quantized:
+        base = base_bytes(model, quantized, **cfg.quantization)
+        budget = (
+            base | budget | base
+        )  # first in the report, and in place of the unquantized weights
+    if calibration:
+        sums_dtype = training.get_dtype(cfg.calibration.accumulate)  # fp32 or fp64
+        offload = cfg.calibration.offload
+        budget |= calibration_bytes(model, *calibration, dtype=sums_dtype, offload=offload)
+    return budget_report(model, per_process(budget, model, shards))

@@ -1,0 +1,389 @@
+"""The life of a training run as an iterator: one step after the other, and everything that happens between them.
+
+    with Steps(cfg, model=model, data=data, loss_sum=loss_sum, ...) as steps:
+        for step in steps:
+            for batch in step.batches:                      # on the device: tokens, labels [b, s]
+                loss = loss_sum(batch) / step.num_tokens
+                loss.backward()
+                step.add_loss(loss)
+            step.apply(optimizer, lr_scheduler, clip_grad_norm=1.0)
+    return steps.exit_status
+
+The recipe keeps the mathematics: forward, backward, regularizers and the optimizer's step. The iterator locks the
+output folder, shows progress, resumes, validates, saves, logs, and stops at a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training, utils
+from torchtune.config import instantiate
+from torchtune.modules.peft import disable_adapter
+from tqdm import tqdm
+
+from kasa_tune.components.adapters.state import adapter_state_dict
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    resume_position,
+    rng_state,
+    run_lock,
+    save_checkpoint,
+)
+from kasa_tune.components.data.training_data import Batch, TrainingData
+from kasa_tune.components.processes import (
+    OtherRankError,
+    SingleProcess,
+    World,
+    distribute_optimizer_state,
+    full_tensor,
+    full_tensors,
+)
+from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.stop_signals import StopSignals
+
+log = utils.get_logger("INFO")  # prints on rank 0
+
+SHOWN = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
+
+
+class Steps:
+    """All optimizer steps of a run, from where its checkpoint left off to the end or to the first stop signal.
+
+    Use it as a context manager and iterate over it once.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+        model: with its weights and adapters, on its device.
+        data: the batches.
+        loss_sum: of a batch on the device, the sum of the losses of its labelled tokens, a scalar with gradient. The
+            validation uses it as well.
+        optimizer: of the trained parameters.
+        lr_scheduler: stepped once a step; None for a constant rate.
+        checkpoint: what the run started from, if anything.
+        fingerprints: of data and base weights; every checkpoint keeps them.
+        device: where the model runs.
+        ignore_index: label of tokens that nothing is learned from.
+        processes: the processes that train together.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: finished epochs.
+        batches_done: batches of the running epoch that are done.
+
+    Raises:
+        ValueError: on entering, when another run writes to the output folder.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        *,
+        model: nn.Module,
+        data: TrainingData,
+        loss_sum: Callable[[Batch], Tensor],
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None,
+        checkpoint: Checkpoint | None,
+        fingerprints: Mapping[str, str],
+        device: torch.device,
+        ignore_index: int = -100,
+        processes: World | SingleProcess | None = None,
+    ) -> None:
+        self.cfg, self.model, self.data, self.device = cfg, model, data, device
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.processes = processes or SingleProcess()
+        self.fingerprints, self.ignore_index = fingerprints, ignore_index
+        self._loss_sum = loss_sum
+        self.folder = Path(cfg.output_dir) / "checkpoints"
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.step = self.epoch = self.batches_done = 0
+        self.stopping = False  # the same on all processes
+        self._resumed = checkpoint is not None and checkpoint.resumes
+        if checkpoint is not None and checkpoint.resumes:
+            self._restore(checkpoint)
+        count = sum(p.numel() for p in self.trained)
+        log.info(f"{count:,} parameters to train, {data.total_steps} steps in all.")
+
+    # --- the life of a run
+
+    def __enter__(self) -> Steps:
+        cfg, leads = self.cfg, self.processes.is_rank_zero
+        with contextlib.ExitStack() as held:
+            with self.processes.all_succeed("Opening the output folder"):
+                if leads:
+                    held.enter_context(run_lock(self.folder))
+            self.signals = held.enter_context(StopSignals())
+            self._logger = instantiate(cfg.metric_logger) if leads else SilentLogger()
+            held.callback(self._logger.close)
+            enabled = cfg.profiler.enabled
+            profiler = instantiate(cfg.profiler)[0] if enabled else training.DummyProfiler()
+            self._profiler = held.enter_context(profiler)
+            options = {"unit": "step", "dynamic_ncols": True, "disable": not leads}
+            self._bar = tqdm(total=self.data.total_steps, initial=self.step, **options)
+            held.callback(self._bar.close)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._held.close()
+        if error is not None:
+            return
+        if self.stopping and self.step < self.data.total_steps:
+            log.warning(
+                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on "
+                "from here."
+            )
+        else:
+            newest = list_checkpoints(self.folder)[-1]
+            log.info(f"Finished. Adapter: {newest / 'adapter.safetensors'}")
+
+    @property
+    def exit_status(self) -> int:
+        """0 for a run that reached its end, 128 + the signal's number for one that a signal stopped."""
+        if self.stopping and self.step < self.data.total_steps:
+            return 128 + (self.signals.received or signal.SIGTERM)
+        return 0
+
+    def __iter__(self) -> Iterator[Step]:
+        self.model.train()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # loading and decomposing are over
+        self._open_log()
+        save_every = self.cfg.save_every_n_steps
+        while not self._done:
+            for batches in self._batches_of_steps():
+                step = Step(self, batches)
+                yield step
+                self._finish_step(step)
+                if self._done or (save_every and self.step % save_every == 0):
+                    self.save()
+                if self._done:
+                    return
+            self.epoch, self.batches_done = self.epoch + 1, 0
+            if not save_every:
+                self.save()
+
+    @property
+    def _done(self) -> bool:
+        if self.processes.size == 1:  # several processes agree on it at their next step
+            self.stopping |= self.signals.received is not None
+        return self.stopping or self.step >= self.data.total_steps
+
+    def _batches_of_steps(self) -> Iterator[list[Batch]]:
+        """The batches of each step of the running epoch. A row that cannot be read costs no finished step.
+
+        The processes agree here on how many tokens all of them learn from, and whether one failed or heard a signal.
+        """
+        of_steps = self.data.steps(self.epoch, self.batches_done)
+        while True:
+            batches, failure = None, None
+            try:
+                batches = next(of_steps, None)
+            except Exception as error:
+                failure = error
+            labelled = sum(self._num_labelled(batch) for batch in batches or ())
+            heard = self.signals.received is not None
+            labelled, failed, stopping = map(
+                int, self.processes.sum(labelled, failure is not None, heard)
+            )
+            if failed:
+                if self.step:
+                    self.save()
+                raise failure or OtherRankError(
+                    "A batch could not be read on another rank; its message says why."
+                )
+            if batches is None:
+                return
+            self.stopping, self.num_labelled = stopping > 0, labelled
+            self.batches_done += len(batches)
+            yield batches
+
+    def _num_labelled(self, batch: Batch) -> int:
+        return int((batch["labels"] != self.ignore_index).sum())
+
+    def _finish_step(self, step: Step) -> None:
+        """Validate if it is due, show and log."""
+        if not step.applied:
+            raise RuntimeError("The recipe went on to the next step without step.apply(optimizer).")
+        cfg, metrics = self.cfg, step.metrics
+        self._profiler.step()
+        if cfg.log_peak_memory_stats and self.device.type == "cuda":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        last, every = self.step == self.data.total_steps, cfg.run_val_every_n_steps
+        if every and (last or self.step % every == 0) and not self.stopping:
+            metrics["val_loss"] = self.validate()
+        shown = {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or last:
+            self._logger.log_dict(metrics, step=self.step)
+
+    def _open_log(self) -> None:
+        """Log the config and the losses before the first step; drop lines of steps that will be done again."""
+        self._logger.log_config(self.cfg)
+        if hasattr(self._logger, "rewind"):
+            self._logger.rewind(self.step if self._resumed else -1)
+        if self.step == 0 and self.cfg.run_val_every_n_steps:
+            with disable_adapter(self.model):
+                base_loss = self.validate()
+            losses = {"val_loss_base": base_loss, "val_loss": self.validate()}
+            self._logger.log_dict(losses, step=0)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss per labelled token of the validation set."""
+        self.model.eval()
+        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self.data.validation():
+            num_tokens += self._num_labelled(batch)
+            utils.batch_to_device(batch, self.device)
+            total += self._loss_sum(batch)
+        self.model.train()
+        total, num_tokens = self.processes.sum(total.item(), num_tokens)
+        return total / num_tokens
+
+    # --- checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint: the adapter, and everything that resuming bit for bit needs. All processes must call."""
+        scheduler = self.lr_scheduler
+        run = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "total_steps": self.data.total_steps,
+            **self.fingerprints,
+            "lr_scheduler": scheduler.state_dict() if scheduler else None,
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "world_size": self.processes.size,
+        }
+        first, *others = self.processes.gather(rng_state())
+        parts = {
+            "adapter": adapter_state_dict(self.model),
+            "optimizer": full_tensors(self.optimizer.state_dict()),
+            "rng": first | ({"other_ranks": others} if others else {}),
+            "run": run,
+        }
+        keep_last = self.cfg.keep_last
+        write = partial(save_checkpoint, self.folder, self.step, parts, keep_last=keep_last)
+        self.processes.on_rank_zero(lambda: write() and None, "Saving")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Bring back optimizer, schedule, position in the data and random state."""
+        run, data = checkpoint.run, self.data
+        self.step, self.epoch, self.batches_done = resume_position(
+            run, data.batches_per_step, data.num_batches
+        )
+        saved = checkpoint.part("optimizer")
+        self.optimizer.load_state_dict(distribute_optimizer_state(self.optimizer, saved))
+        if self.lr_scheduler:
+            self.lr_scheduler.load_state_dict(run["lr_scheduler"])
+            if run["total_steps"] != data.total_steps:
+                log.warning(
+                    f"The schedule now spans {data.total_steps} steps instead of "
+                    f"{run['total_steps']}."
+                )
+        self.processes.set_rng_state(checkpoint.part("rng"))
+
+
+class Step:
+    """One optimizer step: its batches, what it logs, and the update at its end.
+
+    Attributes:
+        num_tokens: labelled tokens in the batches of all processes, at least 1; the loss is a mean over them.
+        is_last_batch: whether the batch that was drawn from ``batches`` last is the step's last.
+        metrics: what is logged.
+        applied: whether :meth:`apply` was called.
+    """
+
+    def __init__(self, steps: Steps, batches: list[Batch]) -> None:
+        self._steps, self._batches = steps, batches
+        self.num_tokens = max(1, steps.num_labelled)
+        self.is_last_batch = self.applied = False
+        self.metrics: dict[str, Any] = {}
+        self._loss = torch.zeros((), device=steps.device)
+        self._logged: dict[str, Tensor] = {}
+        self._num_seen = sum(batch["tokens"].numel() for batch in batches)  # padding included
+        self._started = time.perf_counter()
+
+    @property
+    def batches(self) -> Iterator[Batch]:
+        """The step's batches, each moved to the device when it is drawn."""
+        for number, batch in enumerate(self._batches, start=1):
+            self.is_last_batch = number == len(self._batches)
+            utils.batch_to_device(batch, self._steps.device)
+            yield batch
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Count a batch's part of the step's loss, for the log: ``loss_sum / step.num_tokens``."""
+        self._loss += loss.detach()
+
+    def log(self, **values: Tensor) -> None:
+        """Log more scalars with the step, a regularizer for example. They must be finite, and
+        equal on all processes.
+        """
+        self._logged |= {name: value.detach() for name, value in values.items()}
+
+    def apply(
+        self,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None = None,
+        *,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        """Clip the gradient, see that it and the losses are finite, update the weights, step the schedule.
+
+        Args:
+            optimizer: its gradients are cleared afterwards.
+            lr_scheduler: None for a constant rate.
+            clip_grad_norm: largest norm of the gradient of all trained parameters; None for no limit.
+
+        Raises:
+            RuntimeError: a loss or the gradient is not finite. No weight has been touched.
+        """
+        steps = self._steps
+        loss, heard = steps.processes.sum(self._loss, steps.signals.received is not None)
+        steps.stopping |= heard > 0
+        max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
+        checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
+        values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
+        if not all(map(math.isfinite, values)):
+            newest = (list_checkpoints(steps.folder) or ["none"])[-1]
+            raise RuntimeError(
+                f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are "
+                f"still those of step {steps.step}; last checkpoint: {newest}. Lower optimizer.lr, "
+                "set clip_grad_norm, or look at the data."
+            )
+        # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
+        lr = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if lr_scheduler:
+            lr_scheduler.step()
+        steps.step += 1
+        self.applied = True
+        self.metrics |= dict(zip(checked, values, strict=True))
+        self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
+        seconds = time.perf_counter() - self._started
+        self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
