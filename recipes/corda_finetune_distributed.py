@@ -98,6 +98,7 @@ from kasa_tune.components.training.memory import (
     memory_budget,
     per_process,
 )
+from kasa_tune.methods import method_of
 
 log = utils.get_logger("INFO")
 
@@ -129,7 +130,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.dry_run:
             self._setup_model(cfg)
             self._rounds = []
-            if cfg.adapter.method == "corda" and not cfg.adapter_checkpoint:
+            if method_of(cfg.adapter).calibrated and not cfg.adapter_checkpoint:
                 self._dense_mask = False  # masks are not counted
                 self._setup_calibration(cfg, 0, cfg.world_size or 1)
             return self._print_budget(cfg)
@@ -147,7 +148,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             self._setup_model(cfg)
             self._setup_data(cfg)
             self._rounds, self._calibration_digest = [], None
-            if cfg.adapter.method == "corda" and not self._start_path:
+            if method_of(cfg.adapter).calibrated and not self._start_path:
                 self._setup_calibration(cfg, world.rank, world.size)
         facts = {"resume point": str(self._start_path), "data": self._fingerprints["data"]}
         world.check_same(facts | {"calibration data": str(self._calibration_digest)})
@@ -309,9 +310,9 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     ) -> dict[str, LowRank]:
         """Where every adapter starts: a part of its weight, found by one process; nothing for LoRA."""
         started = time.perf_counter()
-        if cfg.adapter.method == "lora":
+        method = method_of(cfg.adapter)
+        if method.decomposition is None:
             return {}
-        mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
         options = {
             **cfg.adapter,
             **cfg.calibration,
@@ -326,16 +327,16 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
                 Path(cfg.calibration.cache_dir), key, writes=self._world.is_rank_zero
             )
         self._world.check_same({"calibration.cache_dir's content": cache.content()})
-        walk, compute = (
+        covariances, compute = (
             partial(self._covariances, cfg, linears, base),
             partial(distribute_jobs, world=self._world),
         )
         components, spectra = decompose(
-            self._linears, walk, cache, mode=mode, options=options, compute=compute
+            self._linears, covariances, cache, method=method, options=options, compute=compute
         )
         if self._world.is_rank_zero:
             write_decomposition(
-                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode
+                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=method.mode
             )
         self._world.check_same(
             {"decomposition": tensors_digest(c.projection for c in components.values())}
@@ -354,7 +355,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         """Layers that share an input, calibration round, covariance over all processes; None where none is needed."""
         lend = partial(weights_loaded, linears, base, device=self._device)
         bar = partial(tqdm, desc=title, dynamic_ncols=True, disable=not self._world.is_rank_zero)
-        if cfg.adapter.method != "corda":
+        if not method_of(cfg.adapter).calibrated:
             for name in bar(self._linears, unit="layer"):
                 with lend(name):
                     yield [name], 0, None

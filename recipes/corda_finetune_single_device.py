@@ -73,6 +73,7 @@ from kasa_tune.components.training.memory import (
     check_optimizer,
     memory_budget,
 )
+from kasa_tune.methods import method_of
 
 log = utils.get_logger("INFO")
 
@@ -123,7 +124,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         self._rounds, self._calibration_digest = [], None
-        if cfg.adapter.method == "corda" and not self._start_path:
+        if method_of(cfg.adapter).calibrated and not self._start_path:
             self._setup_calibration(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
@@ -235,11 +236,11 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _start_adapters(self, cfg: DictConfig) -> None:
         """Every adapter's start: LoRA's zero update, or a part of its weight found by the (context-oriented) SVD."""
         started = time.perf_counter()
-        if cfg.adapter.method == "lora":
+        method = method_of(cfg.adapter)
+        if method.decomposition is None:
             for linear in self._linears.values():
                 linear.initialize()
             return
-        mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
         options = {
             **cfg.adapter,
             **cfg.calibration,
@@ -250,8 +251,10 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self._fingerprints["base"], self._linears, self._calibration_digest, options
         )
         cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
-        walk = partial(self._covariances, cfg)  # once, or twice for CorDA++
-        components, spectra = decompose(self._linears, walk, cache, mode=mode, options=options)
+        covariances = partial(self._covariances, cfg)  # once, or twice for CorDA++
+        components, spectra = decompose(
+            self._linears, covariances, cache, method=method, options=options
+        )
         for name, linear in self._linears.items():
             linear.start_from(
                 split_component(
@@ -259,13 +262,13 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 )
             )
         write_decomposition(
-            Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode
+            Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=method.mode
         )
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _covariances(self, cfg: DictConfig, wanted: Wanted, title: str) -> Iterator[tuple]:
         """Layers that share an input, calibration round, covariance; None of PiSSA and MiLoRA, which need none."""
-        if cfg.adapter.method != "corda":
+        if not method_of(cfg.adapter).calibrated:
             return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
         options = {
             name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")

@@ -100,6 +100,7 @@ from kasa_tune.components.training.memory import (
     memory_budget,
     per_process,
 )
+from kasa_tune.methods import METHODS, method_of
 
 log = utils.get_logger("INFO")
 
@@ -131,7 +132,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         if cfg.dry_run:
             self._setup_model(cfg)
             self._rounds = []
-            if cfg.adapter.method == "qcorda" and not cfg.adapter_checkpoint:
+            if method_of(cfg.adapter).calibrated and not cfg.adapter_checkpoint:
                 self._dense_mask = False  # masks are not counted
                 self._setup_calibration(cfg, 0, cfg.world_size or 1)
             return self._print_budget(cfg)
@@ -152,7 +153,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             self._setup_model(cfg)
             self._setup_data(cfg)
             self._rounds, self._calibration_digest = [], None
-            if cfg.adapter.method == "qcorda" and not self._start_path:
+            if method_of(cfg.adapter).calibrated and not self._start_path:
                 self._setup_calibration(cfg, world.rank, world.size)
         facts = {"resume point": str(self._start_path), "data": self._fingerprints["data"]}
         world.check_same(facts | {"calibration data": str(self._calibration_digest)})
@@ -322,9 +323,9 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         """Every linear's quantized weight and its adapter's start, each found by one process, in the model's order."""
         started = time.perf_counter()
         method = (
-            "qlora" if self._start_path else cfg.adapter.method
+            METHODS["qlora"] if self._start_path else method_of(cfg.adapter)
         )  # an adapter that comes with no base has no edit
-        components, spectra = self._decompose(cfg, shared) if method == "qcorda" else ({}, {})
+        components, spectra = self._decompose(cfg, shared) if method.calibrated else ({}, {})
         options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
         options |= {"quantize": partial(quantize, **cfg.quantization, dtype=self._dtype)}
         options |= {"method": method, "adapter_dtype": self._adapter_dtype}
@@ -352,7 +353,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             yield name, start
         if components and self._world.is_rank_zero:
             write_decomposition(
-                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm"
+                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=method.mode
             )
         self._world.check_same(
             {"decomposition": tensors_digest(c.singular_values for c in components.values())}
@@ -376,11 +377,18 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
                 Path(cfg.calibration.cache_dir), key, writes=self._world.is_rank_zero
             )
         self._world.check_same({"calibration.cache_dir's content": cache.content()})
-        walk, compute = (
+        covariances, compute = (
             partial(self._covariances, cfg, base),
             partial(distribute_jobs, world=self._world),
         )
-        return decompose(self._linears, walk, cache, mode="ipm", options=options, compute=compute)
+        return decompose(
+            self._linears,
+            covariances,
+            cache,
+            method=method_of(cfg.adapter),
+            options=options,
+            compute=compute,
+        )
 
     def _covariances(
         self, cfg: DictConfig, base: SharedReading, wanted: Wanted, title: str

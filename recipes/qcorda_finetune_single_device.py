@@ -83,6 +83,7 @@ from kasa_tune.components.training.memory import (
     check_optimizer,
     memory_budget,
 )
+from kasa_tune.methods import METHODS, method_of
 
 log = utils.get_logger("INFO")
 
@@ -137,7 +138,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
         self._setup_data(cfg)
         self._rounds, self._calibration_digest = [], None
-        if cfg.adapter.method == "qcorda" and not self._start_path:
+        if method_of(cfg.adapter).calibrated and not self._start_path:
             self._setup_calibration(cfg)
         if cfg.dry_run:
             return self._print_budget(cfg)
@@ -266,9 +267,9 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             partial(quantize, **cfg.quantization, dtype=self._dtype),
         )
         method = (
-            "qlora" if self._start_path else cfg.adapter.method
+            METHODS["qlora"] if self._start_path else method_of(cfg.adapter)
         )  # an adapter that comes with no base has no edit
-        components, spectra = self._decompose(cfg, base) if method == "qcorda" else ({}, {})
+        components, spectra = self._decompose(cfg, base) if method.calibrated else ({}, {})
         options = {"iterations": cfg.adapter.quantization_iterations, "split": cfg.adapter.split}
         options |= {"quantize": in_nf4, "adapter_dtype": self._adapter_dtype}
         for name, linear in tqdm(
@@ -283,7 +284,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
                 components[name] = start.without_vectors().component.to("cpu")
         if components:
             write_decomposition(
-                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode="ipm"
+                Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=method.mode
             )
         log.info(f"Base quantized and adapters started in {time.perf_counter() - started:.1f} s.")
 
@@ -303,7 +304,11 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         )
         cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
         return decompose(
-            self._linears, partial(self._covariances, cfg, base), cache, mode="ipm", options=options
+            self._linears,
+            partial(self._covariances, cfg, base),
+            cache,
+            method=method_of(cfg.adapter),
+            options=options,
         )
 
     def _covariances(
