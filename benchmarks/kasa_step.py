@@ -48,6 +48,7 @@ from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_
 from kasa_tune.components.quantized.start import quantized_start
 from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.training.memory import state_bytes
+from kasa_tune.methods import METHODS
 
 BETA, GAMMA, RANK, ALPHA = 1e-4, 1e-3, 8, 16.0
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -85,7 +86,7 @@ def start_quantized(linear: AdapterLinear) -> None:
     """A linear's weight in NF4 and its adapter's start; QCorDA's component is that of the weight without a context."""
     weight, in_nf4 = linear.weight.float(), partial(quantize, dtype=linear.weight.dtype)
     method = {CorDALinear: "qpissa", KaSALinear: "qkasa"}.get(type(linear), "qlora")
-    quantized_start(weight, linear, method, quantize=in_nf4).put_into(linear)
+    quantized_start(weight, linear, METHODS[method], quantize=in_nf4).put_into(linear)
 
 
 def our_step(

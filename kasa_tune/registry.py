@@ -11,32 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
+from kasa_tune.methods import methods_of
+
 PACKAGE_ROOT = Path(__file__).resolve().parent
 RESOURCE_SCHEME = "kasa_tune://"
 
-# A config belongs to the recipe whose suffix ends the stem of its file: tiny_kasa.yaml, tiny_kasa_generate.yaml. No
-# suffix ends another, so only one recipe can be meant.
+# What ends the names of the configs of recipes that train nothing.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "corda_finetune_single_device": (
-        "_corda",
-        "_corda_kpm",
-        "_pissa",
-        "_milora",
-        "_dora",
-        "_lora_plus",
-    ),
-    "qcorda_finetune_distributed": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
-    "qcorda_finetune_single_device": ("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"),
-    "corda_finetune_distributed": (
-        "_corda",
-        "_corda_kpm",
-        "_pissa",
-        "_milora",
-        "_dora",
-        "_lora_plus",
-    ),
-    "kasa_finetune_distributed": ("_kasa", "_lora"),
-    "kasa_finetune_single_device": ("_kasa", "_lora"),
     "generate_text": ("_generate",),
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
@@ -69,9 +50,7 @@ def recipes() -> list[Recipe]:
             path=path,
             supports_distributed=path.stem.endswith("_distributed"),
             configs=[
-                config
-                for config in configs()
-                if config.name.endswith(_CONFIG_SUFFIXES.get(path.stem, ()))
+                config for config in configs() if config.name.endswith(config_suffixes(path.stem))
             ],
         )
         for path in sorted(_folder("recipes").glob("[!_]*.py"))
@@ -81,6 +60,15 @@ def recipes() -> list[Recipe]:
 def configs() -> list[Config]:
     """All shipped configs by name."""
     return [Config(path.stem, path) for path in sorted(_folder("configs").glob("*.yaml"))]
+
+
+def config_suffixes(recipe: str) -> tuple[str, ...]:
+    """What ends the names of a recipe's configs: tiny_kasa.yaml, tiny_kasa_generate.yaml.
+
+    No suffix ends another, so that a config belongs to one task.
+    """
+    of_methods = tuple(method.suffix for method in methods_of(recipe))
+    return of_methods or _CONFIG_SUFFIXES.get(recipe, ())
 
 
 def find_recipe(name_or_path: str | Path) -> Path:

@@ -16,63 +16,45 @@ The algorithm (CorDA, arXiv 2406.05223, and CorDA++, arXiv 2506.13187):
                                    (A, B)  <-  AdamW on the cross-entropy
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
-from torchtune import modules, training, utils
-from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.modules.peft import disable_adapter
+from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters.state import (
+from kasa_tune.components.adapters import (
     adapter_linears,
-    adapter_state_dict,
     load_adapter_state_dict,
     lora_plus_groups,
 )
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.resuming import resume_point, resume_position, start_point
-from kasa_tune.components.corda.cache import (
-    DecompositionCache,
-    decomposition_key,
+from kasa_tune.components.checkpoints import run_lock, starting_checkpoint
+from kasa_tune.components.corda import (
+    Calibrator,
+    Wanted,
+    decompose,
+    open_cache,
     write_decomposition,
 )
-from kasa_tune.components.corda.calibration import (
-    Wanted,
-    calibration_bytes,
-    damped_covariances,
-    shared_inputs,
-)
-from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
-from kasa_tune.components.corda.decompose import decompose
-from kasa_tune.components.data.building import (
-    build_dataloader,
-    build_dataset,
-    check_batches,
-    check_token_ids,
-)
-from kasa_tune.components.data.fingerprints import data_fingerprint
-from kasa_tune.components.linalg.decomposition import split_component
-from kasa_tune.components.models.base_weights import read_base_weights
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
-from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
-from kasa_tune.components.training.memory import (
+from kasa_tune.components.data import Batch, TrainingData
+from kasa_tune.components.linalg import split_component
+from kasa_tune.components.models.base_weights import open_base
+from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
+from kasa_tune.components.training import (
+    Steps,
     allow_graphs,
-    budget_report,
+    build_training_model,
     check_optimizer,
-    memory_budget,
+    dry_run_report,
+    summed_loss,
 )
+from kasa_tune.methods import method_of
 
 log = utils.get_logger("INFO")
 
@@ -81,394 +63,128 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     """CorDA fine-tuning and its baselines on a CPU or one GPU, with exact resume from any saved step.
 
     Args:
-        cfg: the checked config; its keys are described in docs/configs.md.
+        cfg: the checked config; docs/configs.md describes its keys.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
-        self._checkpoints = Path(cfg.output_dir) / "checkpoints"
-        self.step = self.epoch = self.batches_done = (
-            0  # optimizer steps, finished epochs, batches of the running epoch
-        )
-        self._fingerprints: dict[
-            str, str
-        ] = {}  # of data and base weights, kept in every checkpoint
+        self._method = method_of(cfg.adapter)
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """What can fail cheaply first: resume point, shapes, data. Then weights, decomposition, optimizer."""
-        settings, choice = OmegaConf.to_container(cfg, resolve=True), cfg.resume_from_checkpoint
-        self._resume_path = (
-            None if cfg.dry_run else resume_point(self._checkpoints, choice, settings)
-        )
-        self._resumed = (
-            checkpointing.load_part(self._resume_path, "run") if self._resume_path else {}
-        )
-        self._start_path = start_point(self._resume_path, cfg.adapter_checkpoint)
-        self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
-        require_adapters(self._model, cfg.model._component_)
-        self._linears, self._groups = dict(adapter_linears(self._model)), shared_inputs(self._model)
-        return_hidden_states(self._model)
-        if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(
-                self._model, {modules.TransformerSelfAttentionLayer}
-            )
-        self._loss_fn = config.instantiate(cfg.loss)
-        if not isinstance(self._loss_fn, ChunkedCrossEntropy):
-            raise ValueError(
-                f"loss must be components.training.ChunkedCrossEntropy; got {cfg.loss._component_}."
-            )
+        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        self._checkpoint = starting_checkpoint(cfg)
+        self._model = build_training_model(cfg, dtype=self._dtype)
+        self._linears = dict(adapter_linears(self._model))
+        vocab_size = self._model.tok_embeddings.num_embeddings
+        self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
-        self._setup_data(cfg)
-        self._rounds, self._calibration_digest = [], None
-        if cfg.adapter.method == "corda" and not self._start_path:
-            self._setup_calibration(cfg)
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        masks = {"device": self._device, "dense_mask": needs_dense_mask(self._model)}
+        self._data = TrainingData(cfg, self._tokenizer, vocab_size=vocab_size, **masks)
+        self._calibrator = None
+        if self._method.calibrated and not self._checkpoint:
+            self._calibrator = Calibrator(cfg, self._tokenizer, self._model, **masks)
         if cfg.dry_run:
-            return self._print_budget(cfg)
+            self._print_budget(cfg)
+            return
+        self._fingerprints = {"data": self._data.fingerprint}
+        if self._checkpoint:
+            self._checkpoint.check_data(self._data.fingerprint)
         self._setup_weights(cfg)
-        self._trained = [
-            parameter for parameter in self._model.parameters() if parameter.requires_grad
-        ]
         if cfg.compile:
             allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
             training.compile_model(self._model, verbose=False)
-        self._offload = training.get_act_offloading_ctx_manager(
-            self._model, cfg.enable_activation_offloading
-        )
+        offload = cfg.enable_activation_offloading
+        self._offload = training.get_act_offloading_ctx_manager(self._model, offload)
         groups = lora_plus_groups(self._model, cfg.optimizer.get("lr"), cfg.adapter.lr_ratio)
         self._optimizer = config.instantiate(cfg.optimizer, groups)
         self._lr_scheduler = config.instantiate(
-            cfg.lr_scheduler, self._optimizer, num_training_steps=self._total_steps
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if self._resume_path:
-            self._restore()
-        self._logger = config.instantiate(cfg.metric_logger)
-        log.info(
-            f"{sum(p.numel() for p in self._trained):,} parameters to train, {self._total_steps} steps in all."
+        self.steps = Steps(
+            cfg,
+            model=self._model,
+            data=self._data,
+            loss_sum=self._loss_sum,
+            optimizer=self._optimizer,
+            lr_scheduler=self._lr_scheduler,
+            checkpoint=self._checkpoint,
+            fingerprints=self._fingerprints,
+            device=self._device,
         )
-
-    # --- shared: data and resuming
-    def _setup_data(self, cfg: DictConfig) -> None:
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._dataset = build_dataset(cfg.dataset, self._tokenizer, name="dataset")
-        self._fingerprints["data"] = data_fingerprint(
-            self._dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer
-        )
-        if self._resume_path and self._resumed["data"] != self._fingerprints["data"]:
-            raise ValueError(
-                f"{self._resume_path} was trained on other data than dataset and tokenizer now give."
-            )
-        self._vocab_size = self._model.tok_embeddings.num_embeddings
-        check_token_ids(self._dataset, self._vocab_size)
-        self._dense_mask = any(
-            isinstance(module, Gemma2Attention) for module in self._model.modules()
-        )
-        options = {"tokenizer": self._tokenizer, "seed": cfg.seed, "num_workers": cfg.num_workers}
-        loader = partial(
-            build_dataloader, **options, device=self._device, dense_mask=self._dense_mask
-        )
-        self._loader = loader(self._dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
-        if cfg.dataset_val:
-            dataset_val = build_dataset(cfg.dataset_val, self._tokenizer, name="dataset_val")
-            check_token_ids(dataset_val, self._vocab_size)
-            self._loader_val = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
-        self._accumulation = cfg.gradient_accumulation_steps
-        self._steps_per_epoch = -(-len(self._loader.batch_sampler) // self._accumulation)
-        if cfg.max_steps_per_epoch:
-            self._steps_per_epoch = min(self._steps_per_epoch, cfg.max_steps_per_epoch)
-        self._total_steps = min(self._steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
-
-    def _restore(self) -> None:
-        """Optimizer, schedule, place in the data and random state of the resume point."""
-        state = self._resumed
-        self.step, self.epoch, self.batches_done = resume_position(
-            state, self._accumulation, len(self._loader.batch_sampler)
-        )
-        self._optimizer.load_state_dict(checkpointing.load_part(self._resume_path, "optimizer"))
-        if self._lr_scheduler:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if state["total_steps"] != self._total_steps:
-                log.warning(
-                    f"The schedule now spans {self._total_steps} steps instead of {state['total_steps']}."
-                )
-        checkpointing.set_rng_state(checkpointing.load_part(self._resume_path, "rng"))
-
-    # --- end
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Base weights from the checkpoint; the adapter from a checkpoint or by decomposition."""
-        base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._fingerprints["base"] = checkpointing.weights_fingerprint(base)
-        if self._start_path:
-            known = {
-                "base_fingerprint": self._fingerprints["base"],
-                "model": OmegaConf.to_container(cfg.model),
-            }
-            checkpointing.check_belongs(self._start_path, **known)
+        """Read the base weights; take the adapter from a checkpoint, or start it from a part of every weight."""
+        base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
-        if self._start_path:
-            return load_adapter_state_dict(
-                self._model, checkpointing.load_part(self._start_path, "adapter")
-            )
-        with checkpointing.run_lock(self._checkpoints):  # nothing of another run's is touched
+        if self._checkpoint:
+            load_adapter_state_dict(self._model, self._checkpoint.adapter)
+            return
+        with run_lock(Path(cfg.output_dir) / "checkpoints"):  # another run's files stay untouched
             self._start_adapters(cfg)
 
-    def _setup_calibration(self, cfg: DictConfig) -> None:
-        """The rows to calibrate on, in rounds of batches."""
-        dataset = build_dataset(
-            cfg.calibration.dataset, self._tokenizer, name="calibration.dataset"
-        )
-        names = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
-        options = {name: cfg.calibration[name] for name in names}
-        rounds = draw_rounds(dataset, longest=self._model.max_seq_len, **options)
-        self._calibration_digest = rows_digest(rounds)
-        shape = {"batch_size": cfg.calibration.batch_size, "dense_mask": self._dense_mask}
-        self._rounds = [
-            batched(rows, tokenizer=self._tokenizer, device=self._device, **shape)
-            for rows in rounds
-        ]
-        check_batches([batch for batches in self._rounds for batch in batches], self._vocab_size)
-
     def _start_adapters(self, cfg: DictConfig) -> None:
-        """Every adapter's start: LoRA's zero update, or a part of its weight found by the (context-oriented) SVD."""
-        started = time.perf_counter()
-        if cfg.adapter.method == "lora":
+        """Start every adapter: LoRA's at zero, the others from a part of their weight."""
+        started, method = time.perf_counter(), self._method
+        if method.decomposition is None:
             for linear in self._linears.values():
                 linear.initialize()
             return
-        mode = {"corda": cfg.adapter.mode, "pissa": "ipm", "milora": "kpm"}[cfg.adapter.method]
-        options = {
-            **cfg.adapter,
-            **cfg.calibration,
-            "dtype": cfg.dtype,
-            "model": OmegaConf.to_container(cfg.model),
-        }
-        key = decomposition_key(
-            self._fingerprints["base"], self._linears, self._calibration_digest, options
+        digest = self._calibrator.digest if self._calibrator else None
+        base = self._fingerprints["base"]
+        cache = open_cache(cfg, method, base=base, layers=self._linears, data=digest)
+        # Calibration runs inside: once, or twice for CorDA++, which chooses covariances and ranks first.
+        components, spectra = decompose(
+            self._linears,
+            self._covariances,
+            cache,
+            method=method,
+            options={**cfg.adapter, **cfg.calibration},
         )
-        cache = DecompositionCache(Path(cfg.calibration.cache_dir), key)
-        walk = partial(self._covariances, cfg)  # once, or twice for CorDA++
-        components, spectra = decompose(self._linears, walk, cache, mode=mode, options=options)
         for name, linear in self._linears.items():
-            linear.start_from(
-                split_component(
-                    components[name].to(self._device), linear.scaling, cfg.adapter.split
-                )
-            )
-        write_decomposition(
-            Path(cfg.output_dir) / "decomposition.json", components, spectra, mode=mode
-        )
+            component = components[name].to(self._device)
+            linear.start_from(split_component(component, linear.scaling, cfg.adapter.split))
+        report = Path(cfg.output_dir) / "decomposition.json"
+        write_decomposition(report, components, spectra, mode=method.mode)
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
-    def _covariances(self, cfg: DictConfig, wanted: Wanted, title: str) -> Iterator[tuple]:
-        """Layers that share an input, calibration round, covariance; None of PiSSA and MiLoRA, which need none."""
-        if cfg.adapter.method != "corda":
-            return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
-        options = {
-            name: cfg.adapter[name] for name in ("damping", "damping_search", "normalization")
-        }
-        options |= {
-            "dtype": training.get_dtype(cfg.calibration.accumulate),
-            "offload": cfg.calibration.offload,
-        }
-        progress = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True)
-        runs = self._model, self._groups, self._rounds
-        return damped_covariances(*runs, wanted=wanted, progress=progress, **options)
+    def _covariances(self, wanted: Wanted, title: str) -> Iterator[tuple]:
+        """Layers that share an input, calibration round, covariance; None for a method without calibration."""
+        if self._calibrator:
+            return self._calibrator.covariances(wanted, title)
+        return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
 
     def _print_budget(self, cfg: DictConfig) -> None:
-        shape = {
-            "batch_size": cfg.batch_size,
-            "seq_len": self._tokenizer.max_seq_len or self._model.max_seq_len,
-        }
-        shape |= {"vocab_size": self._vocab_size, "loss_chunk": self._loss_fn.chunk_size}
-        make = partial(config.instantiate, cfg.optimizer)
-        budget = memory_budget(self._model, make, adapter_dtype=self._adapter_dtype, **shape)
-        if self._rounds:
-            options = {
-                "dtype": training.get_dtype(cfg.calibration.accumulate),
-                "offload": cfg.calibration.offload,
-            }
-            budget |= calibration_bytes(self._model, self._groups, self._rounds, **options)
-        print(*budget_report(self._model, budget), sep="\n")
-
-    def train_step(self, cfg: DictConfig, window: list[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step on the mean loss per labelled token of all batches of the window.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no weight has been touched.
-        """
-        task_loss, num_tokens = self._accumulate(window)
-        return self._apply(cfg, {"loss": task_loss}) | {"num_tokens": num_tokens}
-
-    # --- shared: training loop
-    def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
-        self._model.train()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # loading and decomposing are over
-        profiler = (
-            config.instantiate(cfg.profiler)[0]
-            if cfg.profiler.enabled
-            else training.DummyProfiler()
+        calibrator = self._calibrator
+        report = dry_run_report(
+            cfg,
+            self._model,
+            tokenizer=self._tokenizer,
+            loss=self._loss,
+            calibration=(calibrator.groups, calibrator.rounds) if calibrator else None,
         )
-        bar = tqdm(total=self._total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with (
-            checkpointing.run_lock(self._checkpoints),
-            profiler,
-            checkpointing.StopSignals() as self._stop,
-        ):
-            self._open_log(cfg)
-            while self.step < self._total_steps:
-                self._loader.batch_sampler.set_position(self.epoch, self.batches_done)
-                for window in self._windows(cfg):
-                    self._step_and_log(cfg, window, bar)
-                    profiler.step()
-                    done = self.step == self._total_steps or self._stop.received is not None
-                    if done or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
-                        self.save_checkpoint(cfg)
-                    if done:
-                        break
-                if self._stop.received is not None or self.step == self._total_steps:
-                    break
-                self.epoch, self.batches_done = self.epoch + 1, 0
-                if not cfg.save_every_n_steps:
-                    self.save_checkpoint(cfg)
-        bar.close()
-        if self._stop.received is not None and self.step < self._total_steps:
-            log.warning(
-                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on from here."
-            )
-            return 128 + self._stop.received
-        log.info(
-            f"Finished. Adapter: {checkpointing.list_checkpoints(self._checkpoints)[-1] / 'adapter.safetensors'}"
-        )
-        return 0
+        print(*report, sep="\n")
 
-    def _open_log(self, cfg: DictConfig) -> None:
-        """The config, no line of steps that will be done again, and the losses before the first step."""
-        self._logger.log_config(cfg)
-        if hasattr(self._logger, "rewind"):
-            self._logger.rewind(self.step if self._resume_path else -1)
-        if self.step == 0 and cfg.run_val_every_n_steps:
-            with disable_adapter(self._model):
-                base_loss = self.validate()
-            self._logger.log_dict({"val_loss_base": base_loss, "val_loss": self.validate()}, step=0)
-
-    def _windows(self, cfg: DictConfig) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one optimizer step each, fewer in an epoch's last. A bad row costs no finished step."""
-        batches = iter(self._loader)
-        while self.batches_done < self._steps_per_epoch * self._accumulation:
-            try:
-                window = list(islice(batches, self._accumulation))
-                check_batches(window, self._vocab_size)
-            except Exception:
-                if self.step:
-                    self.save_checkpoint(cfg)
-                raise
-            if not window:
-                return
-            self.batches_done += len(window)
-            yield window
-
-    def _accumulate(self, window: list[dict[str, Any]]) -> tuple[Tensor, int]:
-        """Gradients of the mean cross-entropy over the window's labelled tokens; that mean, and how many there are."""
-        num_tokens = sum(
-            int((batch["labels"] != self._loss_fn.ignore_index).sum()) for batch in window
-        )
-        task_loss = torch.zeros((), device=self._device)
-        for batch in window:
-            loss = self._loss_sum(batch) / max(1, num_tokens)
-            loss.backward()
-            task_loss += loss.detach()
-        return task_loss, num_tokens
-
-    def _apply(self, cfg: DictConfig, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Clip, check, step; the step's metrics. Whatever is not finite reaches no weight."""
-        max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, max_norm)
-        values = torch.stack(
-            [v.detach().to(self._device) for v in (*losses.values(), grad_norm)]
-        ).tolist()
-        if not all(map(math.isfinite, values)):
-            newest = (checkpointing.list_checkpoints(self._checkpoints) or ["none"])[-1]
-            raise RuntimeError(
-                f"Step {self.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are still those of step "
-                f"{self.step}; last checkpoint: {newest}. Lower optimizer.lr, set clip_grad_norm, or look at the data."
-            )
-        lr = float(
-            self._optimizer.param_groups[0]["lr"]
-        )  # some optimizers keep a tensor, which the step changes
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._lr_scheduler:
-            self._lr_scheduler.step()
-        self.step += 1
-        return dict(zip((*losses, "grad_norm"), values, strict=True)) | {"lr": lr}
-
-    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        """Summed cross-entropy of one batch."""
-        utils.batch_to_device(batch, self._device)
+    def _loss_sum(self, batch: Batch) -> Tensor:
         labels = batch.pop("labels")  # [b, s]
         with self._offload:
             hidden = self._model(**batch)  # [b, s, d]
-        return self._loss_fn(self._model.output, hidden, labels)
+        return self._loss(self._model.output, hidden, labels)
 
-    def _step_and_log(self, cfg: DictConfig, window: list[dict[str, Any]], bar: tqdm) -> None:
-        started = time.perf_counter()
-        seen = sum(batch["tokens"].numel() for batch in window)
-        metrics = self.train_step(cfg, window)
-        metrics["tokens_per_second"] = seen / (time.perf_counter() - started)
-        if cfg.log_peak_memory_stats and self._device.type == "cuda":
-            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        due = cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0
-        if (
-            due or (cfg.run_val_every_n_steps and self.step == self._total_steps)
-        ) and self._stop.received is None:
-            metrics["val_loss"] = self.validate()
-        shown = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory_gib")
-        bar.set_postfix(
-            {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False
-        )
-        bar.update()
-        if (
-            self.step % cfg.log_every_n_steps == 0
-            or "val_loss" in metrics
-            or self.step == self._total_steps
-        ):
-            self._logger.log_dict(metrics, step=self.step)
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean cross-entropy per labelled token of the validation set."""
-        self._model.eval()
-        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for batch in self._loader_val:
-            num_tokens += int((batch["labels"] != self._loss_fn.ignore_index).sum())
-            total += self._loss_sum(batch)
-        self._model.train()
-        return total.item() / num_tokens
-
-    def save_checkpoint(self, cfg: DictConfig) -> None:
-        """The adapter, and all that going on bit for bit takes."""
-        run = {"step": self.step, "epoch": self.epoch, "batches_done": self.batches_done}
-        run |= {"total_steps": self._total_steps} | self._fingerprints
-        run |= {"lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler else None}
-        run |= {"config": OmegaConf.to_container(cfg, resolve=True)}
-        parts = {
-            "adapter": adapter_state_dict(self._model),
-            "optimizer": self._optimizer.state_dict(),
-        }
-        parts |= {"rng": checkpointing.rng_state(), "run": run}
-        checkpointing.save_checkpoint(self._checkpoints, self.step, parts, keep_last=cfg.keep_last)
-
-    def cleanup(self) -> None:
-        """Close the metric logger."""
-        self._logger.close()
-
-    # --- end
+    def train(self, cfg: DictConfig) -> int:
+        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        with self.steps as steps:
+            for step in steps:
+                for batch in step.batches:
+                    loss = self._loss_sum(batch) / step.num_tokens
+                    loss.backward()
+                    step.add_loss(loss)
+                step.apply(self._optimizer, self._lr_scheduler, clip_grad_norm=cfg.clip_grad_norm)
+        return steps.exit_status
 
 
 @config.parse(config.CORDA)
@@ -476,11 +192,7 @@ def recipe_main(cfg: DictConfig) -> int:
     """Entry point: ``--config <name or path> [key=value ...]``."""
     recipe = CorDAFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
-    if cfg.dry_run:
-        return 0
-    status = recipe.train(cfg)
-    recipe.cleanup()
-    return status
+    return 0 if cfg.dry_run else recipe.train(cfg)
 
 
 if __name__ == "__main__":

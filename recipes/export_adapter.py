@@ -119,7 +119,7 @@ def recipe_main(cfg: DictConfig) -> int:
         (folder / "README.md").write_text(card, encoding="utf-8")
     if errors:
         print_errors(errors, in_nf4=cfg.format == "peft" and bool(run.quantized))
-    print(f"{run.method}, {run.checkpoint.path.name}, as {cfg.format}: {output_dir}")
+    print(f"{run.method.title}, {run.checkpoint.path.name}, as {cfg.format}: {output_dir}")
     return 0
 
 

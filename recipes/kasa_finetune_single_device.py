@@ -16,7 +16,7 @@ import sys
 import time
 from functools import partial
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
@@ -30,7 +30,7 @@ from kasa_tune.components.adapters import (
 )
 from kasa_tune.components.checkpoints import starting_checkpoint
 from kasa_tune.components.data import Batch, TrainingData
-from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
 from kasa_tune.components.training import (
     Steps,
@@ -102,13 +102,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Read the base weights; take the adapter from a checkpoint, or truncate every adapted weight and start it."""
-        base = read_base_weights(config.instantiate(cfg.checkpointer))
-        self._fingerprints["base"] = weights_fingerprint(base)
-        if self._checkpoint:
-            self._checkpoint.check_belongs(
-                base_fingerprint=self._fingerprints["base"],
-                model=OmegaConf.to_container(cfg.model),
-            )
+        base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._checkpoint:

@@ -30,6 +30,7 @@ from kasa_tune.components.reports.plots import (
     singular_values,
 )
 from kasa_tune.components.training.loggers import read_metrics
+from kasa_tune.methods import method_of
 
 LAYERS_DRAWN = 6
 
@@ -83,23 +84,19 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 
 def _adapts_the_first(cfg: DictConfig) -> bool:
     """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
-    method = cfg.adapter.get("method")
-    return method in ("pissa", "qpissa", "loftq", "qcorda") or (
-        method == "corda" and cfg.adapter.mode == "ipm"
-    )
+    return method_of(cfg.adapter).mode == "ipm"
 
 
 def _words(cfg: DictConfig) -> dict[str, str]:
     """What the picture calls the two things that differ between methods."""
-    match cfg.adapter.get("method"):
-        case None | "qkasa":
-            return {"removed": "removed", "update": "s B diag(d) A"}
-        case "lora" | "qlora":
-            return {"removed": "removed", "update": "s B A"}
-        case "loftq":  # what it starts from is the first part of W - Q, not of W
-            return {"removed": "taken up by the adapter", "update": "s (B A - B₀ A₀)"}
-        case _:
-            return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
+    method = method_of(cfg.adapter)
+    if method.builders == ("kasa",):
+        return {"removed": "removed", "update": "s B diag(d) A"}
+    if method.decomposition is None:
+        return {"removed": "removed", "update": "s B A"}
+    if method.decomposition == "quantization_error":  # the first part of W - Q, not of W
+        return {"removed": "taken up by the adapter", "update": "s (B A - B₀ A₀)"}
+    return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
 
 
 def adapter_ranks(checkpoint: Checkpoint) -> dict[str, int]:

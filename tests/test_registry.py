@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasa_tune import autoload, registry
+from kasa_tune.methods import methods_of
 
 NAMES = [
     "kasa_finetune_single_device",
@@ -64,7 +65,7 @@ def test_each_config_belongs_to_the_recipe_its_suffix_names(package):
     assert "_draft" not in found
 
 
-CORDA_SUFFIXES = ["corda", "corda_kpm", "pissa", "milora", "dora", "lora_plus"]
+CORDA_SUFFIXES = [method.name for method in methods_of("corda_finetune")]
 
 
 def test_the_suffixes_of_corda_are_not_taken_for_others(package):
@@ -79,7 +80,7 @@ def test_the_suffixes_of_corda_are_not_taken_for_others(package):
     assert found["generate_text"] == {"toy_kasa_generate", "toy_corda_generate"}
 
 
-QCORDA_SUFFIXES = ["qcorda", "qlora", "qpissa", "loftq", "qkasa"]
+QCORDA_SUFFIXES = [method.name for method in methods_of("qcorda_finetune")]
 
 
 def test_the_suffixes_of_qcorda_are_not_taken_for_those_they_end_like(package):

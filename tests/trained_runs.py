@@ -20,8 +20,9 @@ from kasa_tune.components.linalg.nf4 import dequantize, quantize
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor
 from kasa_tune.components.quantized.base import FOLDER, keep_quantized, quantized_linears
-from kasa_tune.components.quantized.start import METHODS as QUANTIZED_METHODS
 from kasa_tune.components.quantized.start import quantized_start
+from kasa_tune.methods import METHODS as TABLE
+from kasa_tune.methods import method_of
 from tests.toy_checkpoints import MODELS, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -56,9 +57,7 @@ METHODS = {
     "qkasa": Method("kasa", {"method": "qkasa"}),
     "loftq": Method("corda", {"method": "loftq"}),
 }
-QUANTIZED = [
-    name for name, method in METHODS.items() if method.adapter.get("method") in QUANTIZED_METHODS
-]
+QUANTIZED = [name for name, method in METHODS.items() if method_of(method.adapter).quantized]
 
 
 class Trained(NamedTuple):
@@ -180,7 +179,7 @@ def _start_quantized(model, weights, ranks, method, output_dir):
         start = quantized_start(
             weight,
             linears.get(name),
-            method,
+            TABLE[method],
             quantize=partial(quantize, **BLOCK, dtype=dtype),
             component=found,
         )

@@ -13,6 +13,7 @@ from typing import Any
 from kasa_tune import registry
 from kasa_tune.config import signatures
 from kasa_tune.config.entries import Problem, show
+from kasa_tune.methods import METHODS
 
 _TOKENIZER_FILES = (
     "path",
@@ -30,27 +31,30 @@ _READERS = (
     "text",
 )  # `source` of files; other sources are the hub's
 
-# Recipe -> adapter.method (None: it has no such key) -> how the names of the builders begin whose adapters it trains.
-_BUILDERS: dict[str, dict[str | None, tuple[str, ...]]] = {
-    "kasa_finetune_single_device": {None: ("kasa", "lora")},
-    "corda_finetune_single_device": {
-        **dict.fromkeys(("corda", "pissa", "milora"), ("corda",)),
-        "lora": ("lora", "corda"),
-    },
-    "qcorda_finetune_single_device": {
-        **dict.fromkeys(("qcorda", "qpissa", "loftq"), ("corda",)),
-        "qlora": ("lora", "corda"),
-        "qkasa": ("kasa",),
-    },
-}
-_CALIBRATED = ("corda", "qcorda")
-_OF_METHODS: tuple[
-    tuple[str, tuple[str, ...], Any], ...
-] = (  # key, the methods that read it, what the others leave it
+_CALIBRATED = tuple(method.setting for method in METHODS.values() if method.calibrated)
+# A key, the values of adapter.method that read it, and what the others leave it.
+_OF_METHODS: tuple[tuple[str, tuple[str | None, ...], Any], ...] = (
     ("adapter.dynamic_ranks", _CALIBRATED, False),
     ("calibration.rounds", _CALIBRATED, 1),
-    ("adapter.quantization_iterations", ("qpissa", "loftq"), None),
+    (
+        "adapter.quantization_iterations",
+        tuple(method.setting for method in METHODS.values() if method.quantization_iterations),
+        None,
+    ),
 )
+
+
+def _builders() -> dict[str, dict[str | None, tuple[str, ...]]]:
+    """Recipe to adapter.method to how the names of the builders begin whose adapters it trains."""
+    table: dict[str, dict[str | None, tuple[str, ...]]] = {}
+    for method in METHODS.values():
+        of_recipe = table.setdefault(f"{method.recipe}_single_device", {})
+        known = of_recipe.get(method.setting, ())
+        of_recipe[method.setting] = tuple(dict.fromkeys(known + method.builders))
+    return table
+
+
+_BUILDERS = _builders()
 
 # --- between keys -----------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,8 @@ def calibrated(cfg: dict[str, Any]) -> Iterator[Problem]:
     (method, _), node = _method(cfg), cfg.get("calibration") or {}
     if method in _CALIBRATED and "dataset" in node and not node["dataset"]:
         of_kpm = ", a set of questions of the knowledge to keep for mode kpm"
-        what = "${dataset}" + (f" for mode ipm{of_kpm}" if method == "corda" else ", the new task")
+        either = f"{method}_kpm" in METHODS
+        what = "${dataset}" + (f" for mode ipm{of_kpm}" if either else ", the new task")
         yield Problem(
             "calibration.dataset",
             f"missing, and adapter.method {method} needs it; set it to {what}",
@@ -139,10 +144,10 @@ def quantized(cfg: dict[str, Any]) -> Iterator[Problem]:
     if node.get("apply_to_output"):
         wrong = "got True, but the output projection keeps its precision here and takes no adapter"
         yield Problem("model.apply_to_output", f"{wrong}; set it to False")
-    storage, reason = node.get("edit_storage"), None
-    if method == "qkasa" and storage == "folded":
+    storage, reason, row = node.get("edit_storage"), None, METHODS.get(method or "")
+    if row and storage == "folded" and row.builders == ("kasa",):
         reason = "quantizing would round the small edit away; set auto or factored"
-    elif method in ("qcorda", "qpissa", "loftq") and storage == "factored":
+    elif row and storage == "factored" and row.decomposition:
         reason = f"{method} quantizes the weight without the edit; set auto or folded"
     if reason:
         yield Problem(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from kasa_tune import registry
 from kasa_tune.config.entries import (
     Check,
     Component,
@@ -16,6 +17,7 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
+from kasa_tune.methods import METHODS
 
 POSITIVE, NOT_NEGATIVE = at_least(1), at_least(0)
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -98,21 +100,29 @@ _START = {
     "lr_ratio": Key(float, 1.0, above(0), help="learning rate of B over that of A (LoRA+)"),
 }
 _TRAINED_BY = {  # adapter.method to the recipe that takes it; the kasa recipe has no such key
-    **dict.fromkeys(("corda", "pissa", "milora", "lora"), "corda_finetune_single_device"),
-    **dict.fromkeys(
-        ("qcorda", "qpissa", "loftq", "qlora", "qkasa"), "qcorda_finetune_single_device"
-    ),
+    method.setting: f"{method.recipe}_single_device"
+    for method in METHODS.values()
+    if method.setting
 }
 
 
 def _method(recipe: str, help: str) -> Key:
     """The key `adapter.method` of a recipe, which knows the methods of the others; the first is the default."""
     own = tuple(method for method, trains in _TRAINED_BY.items() if trains == recipe)
-    others = {"kasa": "kasa_finetune_single_device"} | _TRAINED_BY
-    because = {method: f"that is a method of {trains}" for method, trains in others.items()}
+    others = {
+        name: f"{row.recipe}_single_device" for name, row in METHODS.items() if not row.setting
+    }
+    because = {
+        method: f"that is a method of {trains}" for method, trains in (others | _TRAINED_BY).items()
+    }
     return Key(Literal[own], own[0], Check("", lambda value: True, because), help=help)
 
 
+_ITERATIONS = ", ".join(
+    f"{name} {method.quantization_iterations}"
+    for name, method in METHODS.items()
+    if method.quantization_iterations
+)
 _ADAPTER = Section({**_DTYPE_OF_ADAPTER, **_REGULARIZERS}, help="the regularizers")
 _CORDA_ADAPTER = Section(
     {
@@ -140,7 +150,7 @@ _QCORDA_ADAPTER = Section(
             int | None,
             None,
             POSITIVE,
-            help="times that quantization and component are found; null: qpissa 1, loftq 5",
+            help="times that quantization and component are found; null: " + _ITERATIONS,
         ),
         **_REGULARIZERS,
     },
@@ -383,15 +393,6 @@ _OF_IMPORT: Schema = {
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = _OF_IMPORT | {name: Ignored() for name in QCORDA if name not in _OF_IMPORT}
 
-# By the end of a config's name; `schema_of` also looks at its keys.
-SCHEMAS: Mapping[str, Schema] = {
-    "_generate": GENERATE,
-    "_export": EXPORT,
-    "_import": IMPORT,
-    **dict.fromkeys(("_corda", "_corda_kpm", "_pissa", "_milora", "_dora", "_lora_plus"), CORDA),
-    **dict.fromkeys(("_qcorda", "_qlora", "_qpissa", "_loftq", "_qkasa"), QCORDA),
-    **dict.fromkeys(("_kasa", "_lora"), FINETUNE),
-}
 _RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
@@ -399,6 +400,12 @@ _RECIPES: Mapping[str, Schema] = {
     "generate_text": GENERATE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
+}
+# By the end of a config's name; `schema_of` also looks at its keys.
+SCHEMAS: Mapping[str, Schema] = {
+    suffix: schema
+    for recipe, schema in _RECIPES.items()
+    for suffix in registry.config_suffixes(recipe)
 }
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Union
 
+from kasa_tune.methods import LINEARS
+
 _SIMPLE = {
     "int": int,
     "float": float,
@@ -30,11 +32,6 @@ _SIMPLE = {
     "tuple": list,
     "Tuple": list,
 }
-_LINEARS = {
-    "kasa": "KaSALinear",
-    "lora": "LoRALinear",
-    "corda": "CorDALinear",
-}  # by the beginning of a builder's name
 
 
 class UnreadableError(Exception):
@@ -329,7 +326,7 @@ def _called(module: _Module, binding: _Call) -> Signature:
         raise UnreadableError(f"{name} in {module.name} is the value of a call")
     base = _signature(*_expression(module, call.args[0]))
     if function == "builders":
-        linear = _LINEARS.get(name.partition("_")[0])
+        linear = LINEARS.get(name.partition("_")[0])
         if linear is None:
             raise UnreadableError(f"{name} in {module.name} does not say which linears it has")
         return _adapted(base, linear)

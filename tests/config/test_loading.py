@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from kasa_tune import config
 from kasa_tune.config import reading
 from kasa_tune.config.entries import Check, Section
+from kasa_tune.methods import methods_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -680,11 +681,7 @@ def test_generations_schema_follows_from_its_keys(tree, tmp_path):
 
 BUILDERS = "model=kasa_tune.components.models."
 QCORDA_METHODS = {
-    "qcorda": "corda",
-    "qpissa": "corda",
-    "loftq": "corda",
-    "qlora": "lora",
-    "qkasa": "kasa",
+    method.setting: method.builders[0] for method in methods_of("qcorda_finetune_single_device")
 }
 
 
@@ -930,7 +927,7 @@ def test_a_quantized_method_tells_the_schema_whatever_the_name(
     assert list(cfg) == list(config.QCORDA)
 
 
-@pytest.mark.parametrize("ending", ["qcorda", "qlora", "qpissa", "loftq", "qkasa"])
+@pytest.mark.parametrize("ending", QCORDA_METHODS)
 def test_qcordas_schema_follows_from_the_name(qcorda_tree, tmp_path, ending):
     tree = {key: value for key, value in qcorda_tree.items() if key != "quantization"}
     assert "quantization" in config.load(write(tree, tmp_path, f"tiny_{ending}.yaml"))

@@ -4,6 +4,7 @@ from kasa_tune.components.corda.allocation import LayerSpectrum, allocate_ranks
 from kasa_tune.components.corda.cache import (
     DecompositionCache,
     decomposition_key,
+    open_cache,
     write_decomposition,
 )
 from kasa_tune.components.corda.calibration import (
@@ -14,9 +15,11 @@ from kasa_tune.components.corda.calibration import (
     shared_inputs,
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda.calibrator import Calibrator
 from kasa_tune.components.corda.decompose import decompose
 
 __all__ = [
+    "Calibrator",
     "DecompositionCache",
     "LayerSpectrum",
     "Wanted",
@@ -28,6 +31,7 @@ __all__ = [
     "decompose",
     "decomposition_key",
     "draw_rounds",
+    "open_cache",
     "rows_digest",
     "shared_inputs",
     "write_decomposition",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from kasa_tune.components.checkpoints.files import sync_folder, write_synced
 from kasa_tune.components.corda.allocation import LayerSpectrum
 from kasa_tune.components.linalg.decomposition import Component
+from kasa_tune.methods import Method
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,35 @@ def decomposition_key(
         name: value for name, value in options["model"].items() if name not in ADAPTER_ALONE
     }
     return key | {name: options[name] for name in counting}
+
+
+def open_cache(
+    cfg: DictConfig,
+    method: Method,
+    *,
+    base: str,
+    layers: Iterable[str],
+    data: str | None,
+    writes: bool = True,
+) -> DecompositionCache:
+    """The cache of a config's decomposition. Methods that decompose in the same way share it.
+
+    Args:
+        cfg: the checked config of a recipe with a section ``calibration``.
+        method: its row of the table.
+        base: fingerprint of the base weights.
+        layers: names of the adapted linears.
+        data: digest of the calibration rows; None where there is no calibration.
+        writes: whether this process writes what is found; of several, one does.
+
+    Raises:
+        CacheError: a file in ``calibration.cache_dir`` is damaged or of another decomposition.
+    """
+    model = OmegaConf.to_container(cfg.model)
+    options = {**cfg.adapter, **cfg.calibration, "dtype": cfg.dtype, "model": model}
+    options["method"] = method.decomposition
+    key = decomposition_key(base, layers, data, options)
+    return DecompositionCache(Path(cfg.calibration.cache_dir), key, writes=writes)
 
 
 class DecompositionCache:

@@ -125,11 +125,15 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
 
     build_rotary_caches(model)
     linears = dict(adapter_linears(model))
-    with (
-        torch.no_grad(),
-        _inputs_to({linear: partial(note, name) for name, linear in linears.items()}),
-    ):
-        model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    notes = {linear: partial(note, name) for name, linear in linears.items()}
+    # A model that returns hidden states leaves out its output projection, which may be adapted.
+    returns_hidden_states = model.__dict__.pop("unembed", None)
+    try:
+        with torch.no_grad(), _inputs_to(notes):
+            model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    finally:
+        if returns_hidden_states:
+            model.unembed = returns_hidden_states
     reached = [tuple(dict.fromkeys(names)) for _, names in groups]
     if missed := sorted(linears.keys() - {name for names in reached for name in names}):
         raise ValueError(

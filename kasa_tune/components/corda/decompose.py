@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,12 @@ from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import Wanted
 from kasa_tune.components.linalg.decomposition import Component, co_svd
 from kasa_tune.components.processes.world import Job
+from kasa_tune.methods import Method
 
-# A walk over the model's blocks, given which layers want the covariance of which round, and a title for its progress:
-# layers that share an input, the round, the covariance (d_in, d_in) or None where the method has none. The layers'
-# weights need be there only until the next is asked for.
-Walk = Callable[[Wanted, str], Iterable[tuple[list[str], int, Tensor | None]]]
+# Yields layers that share an input, a round, and the covariance (d_in, d_in) of that input in that round, or None for
+# a method without calibration. It is given which layers want which round, and a title for its progress bar. The
+# layers' weights need be in memory only until the next covariance is asked for.
+CovarianceSource = Callable[[Wanted, str], Iterable[tuple[list[str], int, Tensor | None]]]
 
 Compute = Callable[[Iterable[Job]], Iterator[Any]]  # results of jobs, in their order
 
@@ -37,22 +39,52 @@ def run_in_order(jobs: Iterable[Job]) -> Iterator[Any]:
     return (work() for _, work in jobs)
 
 
+@dataclass(frozen=True)
+class Decomposition:
+    """How a method finds what the updates of all layers start from.
+
+    Args:
+        component: of a weight ``(d_out, d_in)``, the covariance of its inputs ``(d_in, d_in)`` or None, and a rank.
+        spectra: by which :func:`~kasa_tune.components.corda.allocation.more_compact` chooses among rounds and
+            ``allocate`` gives out ranks, of the weights by name that share an input, its covariance and the round;
+            None for a method that does neither.
+        allocate: the rank of every layer, from the spectra and the sizes of one component; options ``rank``,
+            ``min_rank`` and ``max_rank``.
+    """
+
+    component: Callable[[Tensor, Tensor | None, int], Component]
+    spectra: Callable[[Mapping[str, Tensor], Tensor, int], dict[str, LayerSpectrum]] | None = None
+    allocate: Callable[..., dict[str, int]] | None = None
+
+
+def _co_svd(method: Method, covariance_power: float) -> Decomposition:
+    return Decomposition(
+        partial(co_svd, mode=method.mode, covariance_power=covariance_power),
+        partial(layer_spectra, covariance_power=covariance_power),
+        partial(allocate_ranks, mode=method.mode),
+    )
+
+
+# By a method's `decomposition`; each takes the method and adapter.covariance_power.
+DECOMPOSITIONS: dict[str, Callable[[Method, float], Decomposition]] = {"co_svd": _co_svd}
+
+
 def decompose(
     linears: Mapping[str, AdapterLinear],
-    walk: Walk,
+    covariances: CovarianceSource,
     cache: DecompositionCache,
     *,
-    mode: str,
+    method: Method,
     options: Mapping[str, Any],
     compute: Compute = run_in_order,
 ) -> tuple[dict[str, Component], dict[str, LayerSpectrum]]:
-    """The component of every layer's weight that its adapter starts from, found or read from the cache.
+    """The component of every layer that its adapter starts from, found or read from the cache.
 
     Args:
         linears: adapted linears by name.
-        walk: visits them with their covariances; once for CorDA, once more before it for CorDA++.
+        covariances: gives those of the layers' inputs. It is called once, and for CorDA++ once before that.
         cache: is read, and written when something was found.
-        mode: ``ipm`` the components of largest singular values, ``kpm`` the smallest.
+        method: a row of the table with a ``decomposition``.
         options: of the adapter and calibration sections ``covariance_power``; ``rounds``, of which each layer keeps
             the one whose covariance makes its weight most compact, and ``max_selection_dim``, beyond which an input
             takes them all together; ``dynamic_ranks`` within the budget of the linears' ranks, ``min_rank``,
@@ -66,26 +98,29 @@ def decompose(
         ValueError: a weight or covariance is damaged, or the bounds leave no room.
         CacheError: a file of the cache is damaged or of another run.
     """
-    power, spectra, ranks = (
-        options["covariance_power"],
-        {},
-        {name: linear.rank for name, linear in linears.items()},
-    )
+    how = DECOMPOSITIONS[method.decomposition](method, options["covariance_power"])
+    spectra, ranks = {}, {name: linear.rank for name, linear in linears.items()}
     if options["rounds"] > 1 or options["dynamic_ranks"]:
         limit = options["max_selection_dim"] or sys.maxsize
         spectra = cache.spectra(
-            otherwise=partial(_choose_covariances, linears, walk, compute, limit, power)
+            otherwise=partial(
+                _choose_covariances, linears, covariances, compute, limit, how.spectra
+            )
         )
     if options["dynamic_ranks"]:
         sizes = {name: linear.in_dim + linear.out_dim for name, linear in linears.items()}
         bounds = {"min_rank": options["min_rank"], "max_rank": options["max_rank"]}
-        ranks = allocate_ranks(spectra, sizes, rank=max(ranks.values()), mode=mode, **bounds)
-    find = partial(_find_components, linears, walk, compute, spectra, ranks, mode, power)
-    return cache.components(mode, ranks, otherwise=find), spectra
+        ranks = how.allocate(spectra, sizes, rank=max(ranks.values()), **bounds)
+    find = partial(_find_components, linears, covariances, compute, spectra, ranks, how.component)
+    return cache.components(method.mode or method.decomposition, ranks, otherwise=find), spectra
 
 
 def _choose_covariances(
-    linears: Mapping[str, AdapterLinear], walk: Walk, compute: Compute, limit: int, power: float
+    linears: Mapping[str, AdapterLinear],
+    covariances: CovarianceSource,
+    compute: Compute,
+    limit: int,
+    spectra: Callable[[Mapping[str, Tensor], Tensor, int], dict[str, LayerSpectrum]],
 ) -> dict[str, LayerSpectrum]:
     """Of every layer the spectrum in the round that makes it most compact; wider inputs than ``limit`` are pooled."""
     best: dict[str, LayerSpectrum] = {}
@@ -94,10 +129,10 @@ def _choose_covariances(
         return (round == POOLED) == (linears[name].in_dim > limit)
 
     def jobs() -> Iterator[Job]:
-        for layers, round, covariance in walk(wanted, "Selecting covariances"):
+        for layers, round, covariance in covariances(wanted, "Selecting covariances"):
             weights = {name: linears[name].weight for name in layers}
             cost = sum(_cost(weight) for weight in weights.values())
-            yield cost, partial(layer_spectra, weights, covariance, round, power)
+            yield cost, partial(spectra, weights, covariance, round)
             del weights, covariance  # whoever does the job holds them
 
     for found in compute(jobs()):
@@ -108,24 +143,23 @@ def _choose_covariances(
 
 def _find_components(
     linears: Mapping[str, AdapterLinear],
-    walk: Walk,
+    covariances: CovarianceSource,
     compute: Compute,
     spectra: Mapping[str, LayerSpectrum],
     ranks: Mapping[str, int],
-    mode: str,
-    power: float,
+    component: Callable[[Tensor, Tensor | None, int], Component],
 ) -> dict[str, Component]:
-    """The CO-SVD of every layer's weight, under the covariance of its chosen round."""
+    """The component of every layer, under the covariance of its chosen round."""
     order: list[str] = []
 
     def wanted(name: str, round: int) -> bool:
         return round == (spectra[name].round if spectra else 0)
 
     def find(name: str, weight: Tensor, covariance: Tensor | None) -> Component:
-        return co_svd(weight, covariance, ranks[name], mode, covariance_power=power).to("cpu")
+        return component(weight, covariance, ranks[name]).to("cpu")
 
     def jobs() -> Iterator[Job]:
-        for layers, _, covariance in walk(wanted, "Decomposing"):
+        for layers, _, covariance in covariances(wanted, "Decomposing"):
             for name in layers:
                 order.append(name)
                 yield (

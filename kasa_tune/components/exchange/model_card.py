@@ -14,21 +14,6 @@ from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.peft_lora import VLLM_RANKS
 from kasa_tune.components.exchange.trained_run import TrainedRun
 
-PAPERS = {
-    "kasa": "KaSA (arXiv 2412.06071)",
-    "qkasa": "KaSA (arXiv 2412.06071) on an NF4 base",
-    "corda": "an update that started as components of the weights (CorDA, PiSSA, MiLoRA)",
-    "corda (ipm)": "CorDA, instruction-previewed (arXiv 2406.05223)",
-    "corda (kpm)": "CorDA, knowledge-preserved (arXiv 2406.05223)",
-    "qcorda": "QCorDA (arXiv 2506.13187)",
-    "pissa": "PiSSA (arXiv 2404.02948)",
-    "qpissa": "QPiSSA (arXiv 2404.02948)",
-    "milora": "MiLoRA (arXiv 2406.09044)",
-    "loftq": "LoftQ (arXiv 2310.08659)",
-    "lora": "LoRA (arXiv 2106.09685)",
-    "qlora": "QLoRA (arXiv 2305.14314)",
-    "dora": "DoRA (arXiv 2402.09353)",
-}
 _HYPERPARAMETERS = (
     "model", "adapter", "quantization", "calibration", "optimizer", "lr_scheduler", "epochs", "max_steps", "batch_size",
     "gradient_accumulation_steps", "clip_grad_norm", "seed", "dtype",
@@ -125,9 +110,11 @@ def model_card(
         "base_quoted": shlex.quote(base_model),
         "library": {"peft": "peft", "merged": "transformers", "native": "kasa_tune"}[form],
         "tags": ", ".join(
-            dict.fromkeys([run.method.split()[0], *(["lora"] if form == "peft" else [])])
+            dict.fromkeys(
+                [run.method.setting or run.method.name, *(["lora"] if form == "peft" else [])]
+            )
         ),
-        "method": PAPERS.get(run.method, run.method),
+        "method": run.method.citation,
         "fingerprint": run.state["base"],
         "step": _trained(run),
         "error": error_sentence(errors),

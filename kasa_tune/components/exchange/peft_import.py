@@ -27,10 +27,10 @@ from kasa_tune.components.linalg.decomposition import check_finite, co_svd, smal
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights
 from kasa_tune.components.models.loading import block_linears, build_on_meta
+from kasa_tune.methods import LINEARS
 
 log = logging.getLogger(__name__)
 
-METHODS = ("kasa", "lora", "corda")  # how the builders' names begin
 _UNTOUCHED = (
     "true",
     "false",
@@ -323,7 +323,7 @@ def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -
     """
     path = given["_component_"]
     prefix, _, rest = path.rpartition(".")[2].partition("_")
-    name = f"{method}_{rest if prefix in METHODS else path.rpartition('.')[2]}"
+    name = f"{method}_{rest if prefix in LINEARS else path.rpartition('.')[2]}"
     if (build := getattr(models, name, None)) is None:
         raise ValueError(
             f"model._component_ must be a builder of {_BUILDERS}, such as lora_llama3_8b; got {path}, and there is no "

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from kasa_tune.components.models.loading import (
     require_adapters,
 )
 from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
+from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
 CPU = torch.device("cpu")
 
@@ -86,16 +87,16 @@ class TrainedRun:
         return self.checkpoint.config
 
     @property
-    def method(self) -> str:
-        """``kasa``, or what ``adapter.method`` says; CorDA's mode with it, DoRA by its name. Of a run that started from
-        an adapter, what its linears tell: the config's method was not asked.
+    def method(self) -> Method:
+        """The row of the table. Of a run that started from an adapter it is what its linears tell, because the
+        config's method was not asked.
         """
         if self.config["model"].get("use_dora"):
-            return "dora"
-        if self.config.get("adapter_checkpoint"):
-            return _method_of(next(iter(self.linears.values())))
-        name = self.config["adapter"].get("method") or _method_of(next(iter(self.linears.values())))
-        return f"{name} ({self.config['adapter']['mode']})" if name == "corda" else name
+            return METHODS["dora"]
+        adapter = self.config["adapter"]
+        if adapter.get("method") and not self.config.get("adapter_checkpoint"):
+            return method_of(adapter)
+        return _method_of(next(iter(self.linears.values())))
 
     @property
     def changed(self) -> list[str]:
@@ -256,5 +257,11 @@ def _safetensors_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 
-def _method_of(linear: AdapterLinear) -> str:
-    return type(linear).__name__.removesuffix("Linear").lower()
+def _method_of(linear: AdapterLinear) -> Method:
+    """The method that a linear alone tells: KaSA or LoRA, or that the update started as a part of the weight."""
+    builder = next(name for name, kind in LINEARS.items() if kind == type(linear).__name__)
+    method = METHODS[builder]
+    if not method.decomposition:
+        return method
+    titles = [row.title for row in methods_of(method.recipe) if row.decomposition]
+    return replace(method, title=f"one of {', '.join(titles)}", paper="")

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from torch import Tensor
+from torchtune.config import instantiate
 from torchtune.models import convert_weights
 from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune
 from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
@@ -19,6 +21,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
+from kasa_tune.components.checkpoints import Checkpoint
 from kasa_tune.components.processes.world import World
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -56,6 +59,27 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
             f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
             f"{error.__cause__ or ''}"
         ) from error
+
+
+def open_base(
+    cfg: DictConfig, checkpoint: Checkpoint | None = None
+) -> tuple[Mapping[str, Tensor], str]:
+    """The base weights of a config, and their fingerprint.
+
+    Args:
+        cfg: with sections ``checkpointer`` and ``model``.
+        checkpoint: what a run starts from. It must have been trained on this base and this model.
+
+    Raises:
+        ValueError: as :func:`read_base_weights`.
+        CheckpointError: the checkpoint belongs to another base or model.
+    """
+    base = read_base_weights(instantiate(cfg.checkpointer))
+    fingerprint = weights_fingerprint(base)
+    if checkpoint:
+        model = OmegaConf.to_container(cfg.model, resolve=True)
+        checkpoint.check_belongs(base_fingerprint=fingerprint, model=model)
+    return base, fingerprint
 
 
 class Location(NamedTuple):

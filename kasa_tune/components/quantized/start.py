@@ -18,9 +18,7 @@ from kasa_tune.components.linalg.decomposition import (
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.loading import put_weight
-
-METHODS = ("qcorda", "qpissa", "loftq", "qlora", "qkasa")
-ITERATIONS = {"qpissa": 1, "loftq": 5}  # as published
+from kasa_tune.methods import Method
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class QuantizedStart:
 def quantized_start(
     weight: Tensor,
     linear: AdapterLinear | None,
-    method: str,
+    method: Method,
     *,
     quantize: Callable[[Tensor], Tensor],
     component: Component | None = None,
@@ -78,30 +76,30 @@ def quantized_start(
     Args:
         weight: ``W (d_out, d_in)`` float32.
         linear: that will hold it, for ranks and scaling; None for one without an adapter.
-        method: one of METHODS.
+        method: a row of the table, of those with a quantized base.
         quantize: float32 to a quantized weight.
-        component: of ``qcorda``, see :func:`~kasa_tune.components.corda.decompose.decompose`.
-        iterations: of ``qpissa`` and ``loftq``; default ITERATIONS.
+        component: of a calibrated method, see :func:`~kasa_tune.components.corda.decompose.decompose`.
+        iterations: of QPiSSA and LoftQ; None for the method's own.
         split: see :func:`~kasa_tune.components.linalg.decomposition.split_component`.
         adapter_dtype: of the adapter; what is taken out is what A and B hold after rounding to it.
 
     Raises:
         ValueError: the weight is damaged, or an argument is out of its range.
     """
-    if linear is None or method == "qlora":
+    if linear is None:
         return QuantizedStart(quantize(weight))
-    if method == "qkasa":
-        edit, _ = smallest_triplets(weight, linear.edit.rank)
+    if method.decomposition is None:
+        edit = smallest_triplets(weight, linear.edit.rank)[0] if linear.edit.rank else None
         return QuantizedStart(quantize(weight), edit=edit)
-    turns, quantized = iterations or ITERATIONS.get(method, 0), None
-    if method == "qpissa":
-        component, turns = co_svd(weight, None, linear.rank, "ipm"), turns - 1
+    turns, quantized = iterations or method.quantization_iterations or 0, None
+    if method.decomposition == "co_svd" and not method.calibrated:
+        component, turns = co_svd(weight, None, linear.rank, method.mode), turns - 1
     if turns:
         component, quantized = fit_quantization(
             weight, component, linear.rank, turns, quantize=quantize
         )
     update = split_component(component.to(weight.device), linear.scaling, split).to(adapter_dtype)
-    if method != "loftq":
+    if method.decomposition != "quantization_error":
         taken_out = LowRank(update.out.float() * linear.scaling, update.into.float())
         quantized = quantize(torch.addmm(weight, taken_out.out, taken_out.into, alpha=-1.0))
     return QuantizedStart(quantized, update=update, component=component)

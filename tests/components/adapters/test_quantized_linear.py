@@ -1,5 +1,7 @@
 """Adapter linears on NF4 weights against the same linears on the dequantized ones, and their state."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from kasa_tune.components.linalg.nf4 import dequantize, from_parts, is_quantized
 from kasa_tune.components.models.loading import put_weight
 from kasa_tune.components.quantized.base import quantized_linears
 from kasa_tune.components.quantized.start import quantized_start
+from kasa_tune.methods import METHODS
 from tests.tolerances import assert_rounding_only, assert_same_bits
 from tests.toy_models import FAMILIES, randomized, tokens
 
@@ -38,9 +41,8 @@ def nf4(weight, dtype=torch.float32):
 def start(linear, full, dtype=torch.float32):
     """Give a linear the NF4 copy of a full weight and start its adapter, as the recipe does."""
     method = "qkasa" if isinstance(linear, KaSALinear) else "qlora"
-    quantized_start(full, linear, method, quantize=lambda weight: nf4(weight, dtype)).put_into(
-        linear
-    )
+    in_nf4 = partial(nf4, dtype=dtype)
+    quantized_start(full, linear, METHODS[method], quantize=in_nf4).put_into(linear)
 
 
 def quantized(kind, *, dtype=torch.float32, use_bias=False, trained=True):

@@ -12,6 +12,7 @@ from kasa_tune.components.corda.covariance import damped
 from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.decomposition import co_svd
 from kasa_tune.components.models.loading import put_weight
+from kasa_tune.methods import METHODS
 from tests.components.corda.test_allocation import allocate_by_the_loop
 
 # Linears by the input they share: their names, d_in, and d_out of each.
@@ -21,6 +22,7 @@ GROUPS = [
     (("layers.1.q",), 12, (12,)),
 ]
 NUM_ROUNDS, RANK = 3, 3
+OF_MODE = {"ipm": METHODS["corda"], "kpm": METHODS["corda_kpm"]}
 OPTIONS = {
     "covariance_power": 1.0, "rounds": 1, "dynamic_ranks": False, "max_selection_dim": None, "min_rank": 1,
     "max_rank": None,
@@ -32,7 +34,7 @@ def normal(*shape, seed):
 
 
 class World:
-    """Linears with random weights, their inputs' covariances, and a walk over them like a model's: block by block, a
+    """Linears with random weights, their inputs' covariances, and a source of those like a model's: block by block, a
     layer has its weight only while it is visited.
     """
 
@@ -51,10 +53,10 @@ class World:
             for round, total in [*enumerate(sums), (POOLED, sum(sums))]:
                 for name in names:
                     self.covariances[name, round] = damped(total)
-        self.rounds, self.walks, self.visits = num_rounds, [], []
+        self.rounds, self.titles, self.visits = num_rounds, [], []
 
-    def walk(self, wanted, title):
-        self.walks.append(title)
+    def source(self, wanted, title):
+        self.titles.append(title)
         for names, _, _ in GROUPS:
             for name in names:
                 put_weight(self.linears[name], self.weights[name].clone())
@@ -94,11 +96,11 @@ def test_every_layer_is_decomposed_as_if_it_were_alone(mode, power, tmp_path):
     world = World()
     options = OPTIONS | {"covariance_power": power}
     found, spectra = decompose(
-        world.linears, world.walk, cache(tmp_path), mode=mode, options=options
+        world.linears, world.source, cache(tmp_path), method=OF_MODE[mode], options=options
     )
     assert list(found) == list(world.linears)
     assert spectra == {}
-    assert len(world.walks) == 1
+    assert len(world.titles) == 1
     for name, component in found.items():
         assert_component(
             component, world.weights[name], world.covariances[name, 0], RANK, mode, power
@@ -109,18 +111,22 @@ def test_ranks_are_those_of_the_linears(tmp_path):
     world = World()
     for rank, linear in enumerate(world.linears.values()):
         linear.rank = rank + 1
-    found, _ = decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=OPTIONS)
+    found, _ = decompose(
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=OPTIONS
+    )
     assert [component.rank for component in found.values()] == [1, 2, 3, 4]
 
 
 def test_where_there_is_no_covariance_the_walk_gives_none(tmp_path):
     world = World()
 
-    def walk(wanted, title):
-        for layers, round, _ in world.walk(wanted, title):
+    def covariances(wanted, title):
+        for layers, round, _ in world.source(wanted, title):
             yield layers, round, None
 
-    found, _ = decompose(world.linears, walk, cache(tmp_path), mode="ipm", options=OPTIONS)
+    found, _ = decompose(
+        world.linears, covariances, cache(tmp_path), method=METHODS["corda"], options=OPTIONS
+    )
     for name, component in found.items():
         assert_component(component, world.weights[name], None, RANK, "ipm")
 
@@ -138,7 +144,7 @@ def test_each_layer_keeps_its_most_compact_round_and_wide_ones_take_all(limit, p
         "covariance_power": power,
     }
     found, spectra = decompose(
-        world.linears, world.walk, cache(tmp_path), mode="ipm", options=options
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
     )
     assert list(found) == list(spectra) == list(world.linears)
     chosen = set()
@@ -159,14 +165,16 @@ def test_each_layer_keeps_its_most_compact_round_and_wide_ones_take_all(limit, p
         assert_component(found[name], weight, world.covariances[name, best], RANK, "ipm", power)
         chosen.add(best)
     assert len(chosen) > 1 or limit == 11  # otherwise nothing was chosen
-    assert len(world.walks) == 2
+    assert len(world.titles) == 2
 
 
 def test_the_second_walk_asks_for_the_chosen_rounds_alone(tmp_path):
     world = World(NUM_ROUNDS)
     options = OPTIONS | {"rounds": NUM_ROUNDS}
-    _, spectra = decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=options)
-    first, second = world.walks
+    _, spectra = decompose(
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
+    )
+    first, second = world.titles
     asked = [(layers, round) for title, layers, round in world.visits if title == first]
     assert asked == [(names, round) for names, _, _ in GROUPS for round in range(NUM_ROUNDS)]
     visits = [
@@ -175,11 +183,13 @@ def test_the_second_walk_asks_for_the_chosen_rounds_alone(tmp_path):
     assert sorted(visits) == sorted((name, spectrum.round) for name, spectrum in spectra.items())
 
 
-def test_what_is_found_is_in_the_order_of_the_linears_whatever_the_walks(tmp_path):
+def test_what_is_found_is_in_the_order_of_the_linears_whatever_that_of_the_covariances(tmp_path):
     world = World(NUM_ROUNDS)
     linears = dict(reversed(world.linears.items()))
     options = OPTIONS | {"rounds": NUM_ROUNDS, "dynamic_ranks": True}
-    found, spectra = decompose(linears, world.walk, cache(tmp_path), mode="ipm", options=options)
+    found, spectra = decompose(
+        linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
+    )
     assert list(found) == list(spectra) == list(linears)
 
 
@@ -201,7 +211,7 @@ def test_ranks_are_those_of_the_papers_loop(mode, min_rank, max_rank, tmp_path):
     world = World()
     options = OPTIONS | {"dynamic_ranks": True, "min_rank": min_rank, "max_rank": max_rank}
     found, spectra = decompose(
-        world.linears, world.walk, cache(tmp_path), mode=mode, options=options
+        world.linears, world.source, cache(tmp_path), method=OF_MODE[mode], options=options
     )
     ranks = {name: component.rank for name, component in found.items()}
     assert ranks == ranks_by_the_loop(world, mode, min_rank, max_rank)
@@ -222,7 +232,11 @@ def test_the_budget_is_that_of_the_linears_rank(tmp_path):
         sum(
             c.rank
             for c in decompose(
-                w.linears, w.walk, cache(tmp_path / str(i)), mode="ipm", options=options
+                w.linears,
+                w.source,
+                cache(tmp_path / str(i)),
+                method=METHODS["corda"],
+                options=options,
             )[0].values()
         )
         for i, w in enumerate((few, many))
@@ -234,14 +248,18 @@ def test_bounds_that_leave_no_room_are_refused(tmp_path):
     world = World()
     options = OPTIONS | {"dynamic_ranks": True, "min_rank": RANK + 1}
     with pytest.raises(ValueError, match=r"adapter\.min_rank 4 alone"):
-        decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=options)
+        decompose(
+            world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
+        )
 
 
 def test_a_damaged_weight_is_refused(tmp_path):
     world = World()
     world.weights["layers.0.w2"][3, 3] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
-        decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=OPTIONS)
+        decompose(
+            world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=OPTIONS
+        )
 
 
 # --------------------------------------------------------------------------------- found once
@@ -257,9 +275,11 @@ def never(wanted, title):
 def test_what_was_found_is_not_looked_for_again(changes, tmp_path):
     world, options = World(NUM_ROUNDS), OPTIONS | changes
     found, spectra = decompose(
-        world.linears, world.walk, cache(tmp_path), mode="ipm", options=options
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
     )
-    again, read = decompose(world.linears, never, cache(tmp_path), mode="ipm", options=options)
+    again, read = decompose(
+        world.linears, never, cache(tmp_path), method=METHODS["corda"], options=options
+    )
     assert list(again) == list(found)
     for name, component in again.items():
         assert torch.equal(component.vectors, found[name].vectors)
@@ -272,29 +292,35 @@ def test_what_was_found_is_not_looked_for_again(changes, tmp_path):
 
 def test_another_mode_or_budget_needs_no_second_look_at_the_spectra(tmp_path):
     world, options = World(NUM_ROUNDS), OPTIONS | {"rounds": NUM_ROUNDS, "dynamic_ranks": True}
-    decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=options)
-    assert len(world.walks) == 2
-    decompose(world.linears, world.walk, cache(tmp_path), mode="kpm", options=options)
-    assert len(world.walks) == 3
+    decompose(
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=options
+    )
+    assert len(world.titles) == 2
+    decompose(
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda_kpm"], options=options
+    )
+    assert len(world.titles) == 3
     for linear in world.linears.values():
         linear.rank = 2
     decompose(
         world.linears,
         never,
         cache(tmp_path),
-        mode="ipm",
+        method=METHODS["corda"],
         options=options | {"max_rank": 3, "dynamic_ranks": False},
     )
 
 
 def test_what_was_found_for_others_is_refused(tmp_path):
     world = World()
-    decompose(world.linears, world.walk, cache(tmp_path), mode="ipm", options=OPTIONS)
+    decompose(
+        world.linears, world.source, cache(tmp_path), method=METHODS["corda"], options=OPTIONS
+    )
     with pytest.raises(CacheError, match="base weights: stored these, now those"):
         decompose(
             world.linears,
             never,
             DecompositionCache(tmp_path, {"base weights": "those"}),
-            mode="ipm",
+            method=METHODS["corda"],
             options=OPTIONS,
         )

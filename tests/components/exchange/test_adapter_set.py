@@ -32,6 +32,7 @@ from kasa_tune.components.linalg.nf4 import dequantize, quantize, to_parts
 from kasa_tune.components.models.loading import block_linears, put_weight
 from kasa_tune.components.quantized.base import FOLDER, keep_quantized
 from kasa_tune.components.quantized.start import quantized_start
+from kasa_tune.methods import METHODS as TABLE
 from tests.tolerances import FP64, MODEL_FP32, assert_rounding_only, assert_same_bits
 from tests.toy_models import FAMILIES, randomized, tokens
 
@@ -649,7 +650,7 @@ def saved_quantized(folder, method: str, seed: int = 0):
         start = quantized_start(
             linear.weight,
             adapted.get(name),
-            method,
+            TABLE[method],
             quantize=functools.partial(quantize, **IN_NF4),
             component=component,
         )

@@ -179,12 +179,12 @@ def test_opening_writes_nothing(tmp_path):
     ("method", "name"),
     {
         **{name: name for name in ("kasa", "pissa", "lora", "dora", "qcorda", "qkasa")},
-        "corda_ipm": "corda (ipm)",
-        "corda_kpm": "corda (kpm)",
+        "corda_ipm": "corda",
+        "corda_kpm": "corda_kpm",
     }.items(),
 )
 def test_its_method_by_name(method, name, tmp_path):
-    assert open_run(toy_run(tmp_path, "llama2", method).path).method == name
+    assert open_run(toy_run(tmp_path, "llama2", method).path).method.name == name
 
 
 # --------------------------------------------------------------------------------- what cannot be

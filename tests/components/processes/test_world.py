@@ -31,6 +31,7 @@ from kasa_tune.components.models.base_weights import SharedReading, shapes_of
 from kasa_tune.components.models.loading import build_on_meta, put_weight
 from kasa_tune.components.processes.sharding import full_tensor
 from kasa_tune.components.processes.world import OtherRankError, World, distribute_jobs, shard
+from kasa_tune.methods import METHODS
 from tests.components.corda import test_decompose as test_corda
 from tests.components.several_processes import Processes
 from tests.tolerances import FP64, MODEL_FP32, assert_same_bits
@@ -422,7 +423,9 @@ def decomposed(world, options, folder):
     )
     options = test_corda.OPTIONS | options
     compute = {"compute": partial(distribute_jobs, world=world)} if world else {}
-    return decompose(toy.linears, toy.walk, cache, mode="ipm", options=options, **compute)
+    return decompose(
+        toy.linears, toy.source, cache, method=METHODS["corda"], options=options, **compute
+    )
 
 
 @pytest.mark.parametrize("options", DECOMPOSITIONS.values(), ids=DECOMPOSITIONS)

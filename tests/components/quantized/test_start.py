@@ -10,14 +10,11 @@ from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALi
 from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize, quantize
-from kasa_tune.components.quantized.start import (
-    ITERATIONS,
-    METHODS,
-    QuantizedStart,
-    quantized_start,
-)
+from kasa_tune.components.quantized.start import QuantizedStart, quantized_start
+from kasa_tune.methods import METHODS
 from tests.tolerances import MODEL_FP32, assert_same_bits
 
+QUANTIZED = [name for name, method in METHODS.items() if method.quantized]
 D_OUT, D_IN, RANK, ALPHA = 24, 16, 3, 6.0
 SCALING = ALPHA / RANK
 in_nf4 = partial(quantize, block_size=8, scaler_block_size=4)
@@ -42,7 +39,7 @@ def component_of(weight, rank=RANK):
 def start_of(method, weight, **options):
     if method == "qcorda":
         options = {"component": component_of(weight)} | options
-    return quantized_start(weight, linear_for(method), method, quantize=in_nf4, **options)
+    return quantized_start(weight, linear_for(method), METHODS[method], quantize=in_nf4, **options)
 
 
 def first_triplets(matrix):
@@ -69,9 +66,9 @@ def assert_same_codes(actual, expected):
 # --------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_a_linear_without_an_adapter_is_quantized_as_it_is(weight, method):
-    start = quantized_start(weight, None, method, quantize=in_nf4)
+    start = quantized_start(weight, None, METHODS[method], quantize=in_nf4)
     assert (start.update, start.edit, start.component) == (None, None, None)
     assert_same_bits(start.weight, in_nf4(weight))
 
@@ -122,7 +119,8 @@ def test_loftq_is_the_first_triplets_of_what_quantizing_loses_and_the_last_quant
 
 
 def test_iterations_are_the_published_ones():
-    assert ITERATIONS == {"qpissa": 1, "loftq": 5}
+    iterations = {name: METHODS[name].quantization_iterations for name in QUANTIZED}
+    assert {name: n for name, n in iterations.items() if n} == {"qpissa": 1, "loftq": 5}
 
 
 @pytest.mark.parametrize("iterations", [None, 2])
@@ -166,7 +164,7 @@ def test_what_is_taken_out_is_what_a_half_precision_update_holds(weight, method)
     assert not torch.equal(dequantize(start.weight), dequantize(exact.weight))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_the_given_weight_stays(weight, method):
     before = weight.clone()
     start_of(method, weight)
@@ -192,7 +190,7 @@ def used(method):
     return linear
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_a_linear_computes_what_it_was_given(weight, method):
     start, linear = start_of(method, weight), used(method)
     start.put_into(linear)
@@ -239,7 +237,7 @@ def test_a_linear_without_an_adapter_takes_the_weight(weight):
 # --------------------------------------------------------------------------------- on a device
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_on_the_same_device_it_is_the_same(weight, method):
     start = start_of(method, weight)
     moved = start.to("cpu")

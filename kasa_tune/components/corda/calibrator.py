@@ -1,0 +1,114 @@
+"""The rows that a run calibrates on, and the covariances of its layers' inputs over them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from kasa_tune.components.corda.calibration import (
+    Covariance,
+    Wanted,
+    damped_covariances,
+    shared_inputs,
+)
+from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.data import build_dataset, check_batches
+
+SETTINGS = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
+
+
+class Calibrator:
+    """Rounds of calibration batches of a config, drawn and checked before any weight is read.
+
+    Args:
+        cfg: the checked config of a recipe with a section ``calibration``.
+        tokenizer: built from ``cfg.tokenizer``.
+        model: on the meta device; its adapted linears are calibrated.
+        device: where the model will run.
+        dense_mask: packed rows get a boolean mask, as in ``TrainingData``.
+        rank: of this process.
+        world_size: number of processes, each of which runs the model over its part of every round.
+
+    Attributes:
+        groups: names of the adapted linears, grouped by the input they share.
+        rounds: batches of each round.
+        digest: SHA-256 of the rows of all processes.
+
+    Raises:
+        ValueError: the data hold too few rows, rows too long for the model, or a token id that it lacks.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        tokenizer: Any,
+        model: TransformerDecoder,
+        *,
+        device: torch.device,
+        dense_mask: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._cfg, self._model = cfg, model
+        self.groups = shared_inputs(model)
+        dataset = build_dataset(cfg.calibration.dataset, tokenizer, name="calibration.dataset")
+        settings = {name: cfg.calibration[name] for name in SETTINGS}
+        rounds = draw_rounds(dataset, longest=model.max_seq_len, **settings)
+        self.digest = rows_digest(rounds)
+        self.rounds = [
+            batched(
+                rows[rank::world_size],
+                tokenizer=tokenizer,
+                batch_size=cfg.calibration.batch_size,
+                device=device,
+                dense_mask=dense_mask,
+            )
+            for rows in rounds
+        ]
+        vocab_size = model.tok_embeddings.num_embeddings
+        check_batches([batch for batches in self.rounds for batch in batches], vocab_size)
+
+    def covariances(
+        self,
+        wanted: Wanted,
+        title: str,
+        *,
+        loaded: Callable[[str], AbstractContextManager] = lambda prefix: contextlib.nullcontext(),
+        combine: Callable[[Covariance], object] = lambda total: None,
+        show_progress: bool = True,
+    ) -> Iterator[tuple[list[str], int, Tensor]]:
+        """Run the model over the rounds, a block at a time: layers that share an input, round, covariance ``(d, d)``.
+
+        Args:
+            wanted: whether a layer wants the covariance of a round.
+            title: of the progress bar.
+            loaded: entered with a block's prefix while it runs, for a model whose blocks are read one by one.
+            combine: is given each sum before it is used, to add those of the other processes.
+            show_progress: whether to draw the bar.
+        """
+        adapter, calibration = self._cfg.adapter, self._cfg.calibration
+        bar = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True, disable=not show_progress)
+        return damped_covariances(
+            self._model,
+            self.groups,
+            self.rounds,
+            wanted=wanted,
+            progress=bar,
+            damping=adapter.damping,
+            damping_search=adapter.damping_search,
+            normalization=adapter.normalization,
+            dtype=training.get_dtype(calibration.accumulate),
+            offload=calibration.offload,
+            loaded=loaded,
+            combine=combine,
+        )
