@@ -61,8 +61,9 @@ from kasa_tune.components.linalg.decomposition import co_svd, smallest_triplets
 from kasa_tune.components.linalg.nf4 import quantize, quantized_bytes
 from kasa_tune.components.models.base_weights import SharedReading
 from kasa_tune.components.models.loading import block_linears, build_on_meta
-from kasa_tune.components.processes.world import World, distribute_jobs
+from kasa_tune.components.processes import World, distribute_jobs
 from kasa_tune.components.quantized.base import base_bytes
+from kasa_tune.components.training import Step
 from kasa_tune.components.training.loss import return_hidden_states
 from kasa_tune.components.training.memory import (
     SET_UP,
@@ -133,13 +134,13 @@ class Parts:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        before = self._now()
+        before = self.now()
         yield
         self.seconds[name] = [
-            a + n - b for a, n, b in zip(self.seconds[name], self._now(), before, strict=True)
+            a + n - b for a, n, b in zip(self.seconds[name], self.now(), before, strict=True)
         ]
 
-    def _now(self) -> tuple[float, float]:
+    def now(self) -> tuple[float, float]:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
@@ -196,17 +197,24 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     result["held"] = sum(
         state_bytes([local(t)]) for t in [*recipe._model.parameters(), *recipe._model.buffers()]
     )
-    recipe._model.train()
-    recipe._stop, recipe._stopping = SimpleNamespace(received=None), False
-    recipe._loader.batch_sampler.set_position(0, 0)
-    steps, losses, meter = Parts(args.device), [], Meter(args.device)
-    seconds, ledger, windows = [], Ledger(world.size), recipe._windows(cfg)
-    for number in range(args.steps + 2):
-        window = next(windows)
-        counting = ledger if number == args.steps + 1 else contextlib.nullcontext()
-        with steps(str(number)), counting:
-            losses.append(recipe.train_step(cfg, window)["loss"])
-        seconds.append(steps.seconds[str(number)])
+    losses, seconds, meter, ledger = [], [], Meter(args.device), Ledger(world.size)
+    begin, apply = Step.__init__, Step.apply
+
+    def begun(step: Step, *inputs: Any) -> None:
+        if len(losses) == args.steps + 1:  # the last one is counted
+            ledger.__enter__()
+        step.began = parts.now()
+        begin(step, *inputs)
+
+    def applied(step: Step, *inputs: Any, **options: Any) -> None:
+        apply(step, *inputs, **options)
+        seconds.append([now - then for now, then in zip(parts.now(), step.began, strict=True)])
+        losses.append(step.metrics["loss"])
+        if len(losses) == args.steps + 2:
+            ledger.__exit__(None, None, None)
+
+    Step.__init__, Step.apply = begun, applied
+    recipe.train(cfg)
     result |= {"steps": seconds[1:-1], "losses": losses, "training": meter.read()}
     result |= {"step sent": ledger.sent(), "step calls": sum(ledger.calls.values())}
     recipe.cleanup()
@@ -228,6 +236,7 @@ def overrides(method: str, args: argparse.Namespace) -> list[str]:
         "lr_scheduler": "null",  # else the first steps hardly learn, and differences of losses say nothing
         "dataset_val": "null",
         "run_val_every_n_steps": "null",
+        "max_steps": args.steps + 2,
         "model.rank": rank,
         "model.alpha": rank,
     }

@@ -33,11 +33,11 @@ from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components import models
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import save_checkpoint, weights_fingerprint
+from kasa_tune.components.checkpoints import save_checkpoint
 from kasa_tune.components.exchange.merged import INDEX, write_merged
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
 
 BUILDER = "kasa_llama3_2"

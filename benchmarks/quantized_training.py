@@ -84,7 +84,7 @@ def fine_tune(
     metrics = read_metrics(folder / "metrics.jsonl")
     result = {"losses": [line["loss"] for line in metrics if "loss" in line]}
     result |= {"val_loss_start": metrics[0]["val_loss"], "val_loss": metrics[-1]["val_loss"]}
-    result["trained"] = sum(parameter.numel() for parameter in recipe._trained)
+    result["trained"] = sum(parameter.numel() for parameter in recipe.steps.trained)
     return result | (score(merged(recipe._model)) if subject == "tiny" else {})
 
 

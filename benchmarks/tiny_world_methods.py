@@ -120,13 +120,13 @@ def train_everything(recipe) -> None:
     own = [
         parameter for name, parameter in recipe._model.named_parameters() if ".lora_" not in name
     ]
-    recipe._trained = [parameter.requires_grad_(True) for parameter in own]
+    recipe.steps.trained = [parameter.requires_grad_(True) for parameter in own]
     group = recipe._optimizer.param_groups[0]
-    group["params"] = recipe._trained
+    group["params"] = recipe.steps.trained
 
 
 def count(recipe) -> int:
-    return sum(parameter.numel() for parameter in recipe._trained)
+    return sum(parameter.numel() for parameter in recipe.steps.trained)
 
 
 def merged(tuned: torch.nn.Module) -> torch.nn.Module:

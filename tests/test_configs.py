@@ -26,11 +26,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
 from kasa_tune import config, registry
 from kasa_tune.components import models
-from kasa_tune.components.checkpoints.checkpoint import (
-    list_checkpoints,
-    load_part,
-    verify_checkpoint,
-)
+from kasa_tune.components.checkpoints import list_checkpoints, load_part, verify_checkpoint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.config import reading

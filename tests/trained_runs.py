@@ -14,10 +14,10 @@ from torchtune.config import instantiate
 
 from kasa_tune.components.adapters.linear import KaSALinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_state_dict
-from kasa_tune.components.checkpoints.checkpoint import save_checkpoint, weights_fingerprint
+from kasa_tune.components.checkpoints import save_checkpoint
 from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.linalg.nf4 import dequantize, quantize
-from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, read_tensor
 from kasa_tune.components.quantized.base import FOLDER, keep_quantized, quantized_linears
 from kasa_tune.components.quantized.start import quantized_start

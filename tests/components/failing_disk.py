@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components.checkpoints import writing
 
 
 def at_each_call(monkeypatch, act):
@@ -30,7 +30,7 @@ def at_each_call(monkeypatch, act):
         (Path, "rename"),
         (Path, "mkdir"),
         (Path, "open"),
-        (checkpointing, "save_file"),
+        (writing, "save_file"),
         (shutil, "rmtree"),
         (os, "unlink"),
     ):

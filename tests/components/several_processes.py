@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kasa_tune.components.processes.world import World
+from kasa_tune.components.processes import World
 
 STARTED_WITHIN, DONE_WITHIN = (
     120,

@@ -20,7 +20,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
-from kasa_tune.components.checkpoints.checkpoint import (
+from kasa_tune.components.checkpoints import (
     list_checkpoints,
     load_part,
     run_lock,

@@ -34,23 +34,19 @@ def rows_by_rank(tokenizer, *, split_of_rank_1: str, split: str, **options):
 
 def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
     """On rank 1, in the step of that number: a signal, a loss that is no number, or, the first time, a sudden end."""
-    real_step, real_loss = recipe.train_step, recipe._loss_sum
-
-    def train_step(cfg, window):
-        if recipe.step + 1 == step and kind == "SIGTERM":
-            signal.raise_signal(signal.SIGTERM)
-        if recipe.step + 1 == step and kind == "SIGKILL" and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real_step(cfg, window)
+    real_loss = recipe._loss_sum
 
     def loss_sum(batch):
-        return real_loss(batch) * (
-            float("nan") if recipe.step + 1 == step and kind == "nan" else 1.0
-        )
+        now = recipe.steps.step + 1 == step
+        if now and kind == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        if now and kind == "SIGKILL" and not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_loss(batch) * (float("nan") if now and kind == "nan" else 1.0)
 
     if RANK == 1:
-        recipe.train_step, recipe._loss_sum = train_step, loss_sum
+        recipe._loss_sum = loss_sum
 
 
 def load(method: str) -> ModuleType:
@@ -83,7 +79,7 @@ def run(entry: dict) -> dict:
         if dist.is_initialized():
             dist.destroy_process_group()
         return {"error": type(error).__name__, "message": str(error)}
-    return {"status": status, "step": recipe.step}
+    return {"status": status, "step": recipe.steps.step}
 
 
 def main() -> None:

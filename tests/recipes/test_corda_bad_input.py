@@ -19,7 +19,7 @@ ONE_STEP = "max_steps=1"
 def not_trained(corda_recipe, monkeypatch):
     """Whatever is wrong is found before the first step."""
     recipe = corda_recipe.CorDAFinetuneRecipeSingleDevice
-    monkeypatch.setattr(recipe, "train_step", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("training began"))
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_no_damping_on_too_few_tokens_still_starts_as_the_base(corda, mode):
 
 def test_too_few_tokens_are_counted_in_a_warning(corda, caplog):
     run = corda("calibration.num_samples=2", "calibration.max_seq_len=32", ONE_STEP)
-    tokens = sum(int(batch["valid"].sum()) for batch in run.recipe._rounds[0])
+    tokens = sum(int(batch["valid"].sum()) for batch in run.recipe._calibrator.rounds[0])
     assert tokens == 2 * 32
     (warning,) = [
         record.getMessage()

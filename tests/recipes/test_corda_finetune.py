@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torchtune.models.llama3 import llama3
 
 from kasa_tune import config
+from kasa_tune.components import checkpoints
 from kasa_tune.components.adapters.linear import CorDALinear, LoRALinear
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.corda import decompose as decomposing
 from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.training import Step
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.registry import PACKAGE_ROOT
 
@@ -108,7 +109,7 @@ def edits(run: Run) -> dict[str, torch.Tensor]:
 def test_it_starts_as_the_base_and_learns(corda, base_model, config_name, overrides):
     run = corda(*overrides, config_name=config_name)
     total, count = 0.0, 0
-    for sample in (run.recipe._dataset[i] for i in range(8)):
+    for sample in (run.recipe._data.dataset[i] for i in range(8)):
         with torch.no_grad():
             logits = base_model(torch.as_tensor(sample["tokens"])[None])[0]
         total += F.cross_entropy(logits, torch.as_tensor(sample["labels"]), reduction="sum").item()
@@ -203,7 +204,7 @@ def test_the_bare_algorithm_may_leave_a_layer_without_an_adapter(corda, run_main
     assert run.metrics[0]["val_loss"] == pytest.approx(run.metrics[0]["val_loss_base"], rel=1e-5)
     assert losses(run)[-1] < losses(run)[0]
     resumed = corda(*bare, "resume_from_checkpoint=True", "max_steps=5", "epochs=5")
-    assert resumed.recipe.step == 5
+    assert resumed.recipe.steps.step == 5
     assert run_main("report_run", "--config", str(run.folder / "config.yaml")) == 0
 
 
@@ -230,7 +231,7 @@ def test_the_edit_is_that_of_the_dense_matrices(corda, base_model, mode):
 
         base_model.get_submodule(name).register_forward_pre_hook(note)
     with torch.no_grad():
-        for sample in (run.recipe._dataset[i] for i in range(8)):
+        for sample in (run.recipe._data.dataset[i] for i in range(8)):
             base_model(torch.as_tensor(sample["tokens"][:40])[None])
     for name in adapted:
         base_model.get_submodule(name)._forward_pre_hooks.clear()
@@ -258,7 +259,11 @@ def test_packing_calibrates_on_the_same_tokens(corda):
         corda(*options, name="plain"),
         corda(*options, "dataset.packed=True", name="packed"),
     )
-    rows = [batch["tokens"].shape[0] for run in (plain, packed) for batch in run.recipe._rounds[0]]
+    rows = [
+        batch["tokens"].shape[0]
+        for run in (plain, packed)
+        for batch in run.recipe._calibrator.rounds[0]
+    ]
     assert rows[0] == 8
     assert rows[1] < 8
     for name, layer in decomposition(plain)["layers"].items():
@@ -380,17 +385,16 @@ def test_resume_under_another_start_is_refused_but_calibration_data_may_move(
 
 
 def test_a_signal_saves_and_resume_goes_on(corda, corda_recipe, plus_plus, monkeypatch):
-    recipe, steps = recipe_class(corda_recipe), []
-    real_step = recipe.train_step
+    steps, apply = [], Step.apply
 
-    def stopped_in_the_third(self, cfg, window):
+    def stopped_in_the_third(self, *args, **options):
         steps.append(1)
         if len(steps) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real_step(self, cfg, window)
+        return apply(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train_step", stopped_in_the_third)
+        patch.setattr(Step, "apply", stopped_in_the_third)
         stopped = corda(*RESUMABLE, "save_every_n_steps=1000", name="stopped")
     assert stopped.status == 128 + signal.SIGTERM
     assert [path.name for path in stopped.checkpoints] == ["step_00000003"]
@@ -572,7 +576,7 @@ def test_a_second_run_in_the_folder_of_a_live_one_touches_nothing(corda, plus_pl
     shutil.rmtree(folder / "checkpoints")  # not one written yet
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with (
-        checkpointing.run_lock(folder / "checkpoints"),
+        checkpoints.run_lock(folder / "checkpoints"),
         pytest.raises(ValueError, match="another run is writing"),
     ):
         corda(

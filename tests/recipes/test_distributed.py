@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from kasa_tune.components.checkpoints.checkpoint import latest_checkpoint, load_part, read_manifest
+from kasa_tune.components.checkpoints import latest_checkpoint, load_part, read_manifest
 from kasa_tune.components.quantized.base import FOLDER
 
 from .conftest import BOTH_WAYS, STEP_OF_ONE, Run, assert_same_tree, copy_run, run_alone

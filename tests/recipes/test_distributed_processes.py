@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kasa_tune.components.checkpoints.checkpoint import run_lock
+from kasa_tune.components.checkpoints import run_lock
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (

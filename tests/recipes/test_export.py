@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import llama3
 from torchtune.training import FullModelHFCheckpointer
 
-from kasa_tune.components.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
+from kasa_tune.components.checkpoints import list_checkpoints, verify_checkpoint
 from kasa_tune.components.checkpoints.files import size_and_digest
 from kasa_tune.components.exchange import trained_run
 from kasa_tune.components.exchange.native import write_adapter

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
 from kasa_tune.components.adapters.state import adapter_state_dict
-from kasa_tune.components.checkpoints.checkpoint import find_checkpoint, load_part
+from kasa_tune.components.checkpoints import find_checkpoint, load_part
 from kasa_tune.components.exchange.native import write_native
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.quantized.base import FOLDER
@@ -103,8 +103,8 @@ def test_the_adapter_is_taken_over_in_every_bit_and_nothing_is_calibrated(
         corda_recipe, tmp_path / "run", *overrides, f"adapter_checkpoint={first.folder}", **options
     )
     assert_same_tensors(adapter_state_dict(run.recipe._model), first.part("adapter"))
-    assert run.recipe._rounds == []
-    assert run.recipe.step == 0
+    assert run.recipe._calibrator is None
+    assert run.recipe.steps.step == 0
     ranks = {linear.rank for linear in run.recipe._linears.values()}
     assert len(ranks) > 1
 
@@ -145,7 +145,7 @@ def test_a_quantized_run_brings_its_base(whole_quantized, qcorda_recipe, tmp_pat
     assert_same_tensors(nf4_weights(run.recipe._model), nf4_weights(first.recipe._model))
     assert_same_tensors(adapter_state_dict(run.recipe._model), first.part("adapter"))
     assert run.recipe._fingerprints["quantized_base"] == first.part("run")["quantized_base"]
-    assert run.recipe._rounds == []
+    assert run.recipe._calibrator is None
     assert (run.folder / FOLDER).is_dir()
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
+from kasa_tune.components import checkpoints
 from kasa_tune.components.adapters.linear import KaSALinear, LoRALinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
 from kasa_tune.registry import PACKAGE_ROOT
 
 TINY_MODEL = PACKAGE_ROOT / "tiny_world" / "model"
@@ -97,7 +97,7 @@ def test_the_last_partial_window_is_used_and_weighted_by_tokens(finetune):
     ]
     run = finetune(*few, "batch_size=2", "gradient_accumulation_steps=3")
     assert len(run.metrics) == 2
-    labelled = [int((run.recipe._dataset[i]["labels"] != -100).sum()) for i in range(10)]
+    labelled = [int((run.recipe._data.dataset[i]["labels"] != -100).sum()) for i in range(10)]
     assert [line["num_tokens"] for line in run.metrics] == [sum(labelled[:6]), sum(labelled[6:])]
     whole = finetune(*few, "batch_size=6", "gradient_accumulation_steps=1", name="whole")
     torch.testing.assert_close(losses(run), losses(whole), rtol=1e-4, atol=1e-5)
@@ -215,8 +215,7 @@ def test_the_profiler_writes_a_trace(finetune, tmp_path):
 def test_saving_does_not_touch_the_live_weights(finetune, tmp_path):
     run = finetune("max_steps=2")
     before = {name: tensor.clone() for name, tensor in run.recipe._model.state_dict().items()}
-    cfg = config.load("tiny_kasa", [f"output_dir={tmp_path / 'run'}"], config.FINETUNE)
-    run.recipe.save_checkpoint(cfg)
+    run.recipe.steps.save()
     after = run.recipe._model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -228,7 +227,7 @@ def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_touches_nothing
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     with (
-        checkpointing.run_lock(tmp_path / "run" / "checkpoints"),
+        checkpoints.run_lock(tmp_path / "run" / "checkpoints"),
         pytest.raises(ValueError, match="another run is writing"),
     ):
         finetune("max_steps=2")
@@ -249,12 +248,12 @@ def test_a_full_disk_while_saving_loses_nothing(finetune, tmp_path, monkeypatch)
     with pytest.raises(OSError, match=r"step_00000006.*No space left.*Earlier checkpoints"):
         finetune()
     monkeypatch.undo()
-    newest, passed_over = checkpointing.latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest.name == "step_00000003"
+    newest, passed_over = checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest.path.name == "step_00000003"
     assert not passed_over
     assert not list((tmp_path / "run" / "checkpoints").glob(".step*"))
     resumed = finetune("resume_from_checkpoint=True")
-    assert resumed.recipe.step == 12
+    assert resumed.recipe.steps.step == 12
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(finetune, monkeypatch):
@@ -355,8 +354,8 @@ def test_a_bad_row_in_the_middle_costs_no_finished_step(finetune, tmp_path):
     ]
     with pytest.raises(ValueError, match=r"row 100.*'output'"):
         finetune(*same, "max_steps=20")
-    newest, _ = checkpointing.latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest.name == "step_00000012"  # 8 samples a step
+    newest, _ = checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest.path.name == "step_00000012"  # 8 samples a step
 
 
 def test_a_model_without_adapters(finetune):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
+from kasa_tune.components import checkpoints
 from kasa_tune.components.quantized.base import FOLDER
 from kasa_tune.registry import PACKAGE_ROOT
 
@@ -26,7 +26,7 @@ RESUME = "resume_from_checkpoint=True"
 def not_trained(qcorda_recipe, monkeypatch):
     """Whatever is wrong is found before the first step."""
     monkeypatch.setattr(
-        recipe_class(qcorda_recipe), "train_step", lambda *_: pytest.fail("training began")
+        recipe_class(qcorda_recipe), "train", lambda *_: pytest.fail("training began")
     )
 
 
@@ -404,7 +404,7 @@ def test_a_full_disk_while_the_quantized_base_is_written(qcorda, monkeypatch, tm
     assert refused.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert not list((tmp_path / "run" / FOLDER).iterdir())
-    assert not checkpointing.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert not checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert qcorda("max_steps=1", config_name="tiny_qlora").status == 0
 
 
@@ -415,7 +415,7 @@ def test_a_second_run_in_the_folder_of_a_live_one_touches_nothing(
     shutil.rmtree(folder / "checkpoints")  # not one written yet
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with (
-        checkpointing.run_lock(folder / "checkpoints"),
+        checkpoints.run_lock(folder / "checkpoints"),
         pytest.raises(ValueError, match="another run is writing"),
     ):
         qcorda("max_steps=1", config_name="tiny_qlora")

@@ -97,7 +97,7 @@ def forbid(monkeypatch, owner, name: str) -> None:
 def test_it_starts_near_the_base_and_learns(method, whole_quantized, base_model):
     run = whole_quantized(method)
     total, count = 0.0, 0
-    for sample in (run.recipe._loader_val.dataset[i] for i in range(8)):
+    for sample in (run.recipe._data.dataset_val[i] for i in range(8)):
         with torch.no_grad():
             logits = base_model(torch.as_tensor(sample["tokens"])[None])[0]
         total += F.cross_entropy(logits, torch.as_tensor(sample["labels"]), reduction="sum").item()
@@ -452,7 +452,9 @@ def test_a_corda_run_and_a_qcorda_run_share_what_they_find(corda, qcorda, monkey
 @pytest.mark.parametrize("method", QUANTIZED)
 def test_only_qcorda_looks_at_data_beforehand(method, whole_quantized):
     run = whole_quantized(method)
-    assert len(run.recipe._rounds) == {"qcorda": 1, "qcorda++": 3}.get(method, 0)
+    calibrator = run.recipe._calibrator
+    rounds = len(calibrator.rounds) if calibrator else 0
+    assert rounds == {"qcorda": 1, "qcorda++": 3}.get(method, 0)
     assert (run.folder / "decomposition").exists() == method.startswith("qcorda")
     assert (run.folder / "decomposition.json").exists() == (method not in ("qlora", "qkasa"))
 

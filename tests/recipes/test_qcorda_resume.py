@@ -13,6 +13,7 @@ from kasa_tune import config
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.quantized import start as quantized_start
 from kasa_tune.components.quantized.base import FOLDER
+from kasa_tune.components.training import Step
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
@@ -101,7 +102,7 @@ def test_resume_into_another_folder_takes_the_base_along(
     assert contents(elsewhere.folder / FOLDER) == contents(whole.folder / FOLDER)
     shutil.rmtree(tmp_path / "first")
     alone = qcorda(*same, RESUME, "max_steps=7", "epochs=3", name="elsewhere")
-    assert alone.recipe.step == 7
+    assert alone.recipe.steps.step == 7
     assert_same_tree(nf4_weights(alone.recipe._model), nf4_weights(whole.recipe._model))
 
 
@@ -170,17 +171,17 @@ def test_a_crash_before_the_first_checkpoint_costs_only_time(
 
 
 def test_a_signal_saves_and_resume_goes_on(qcorda, qcorda_recipe, whole_quantized, monkeypatch):
-    whole, recipe, steps = whole_quantized("qcorda++"), recipe_class(qcorda_recipe), []
-    same, real_step = [*RESUMABLE, *QUANTIZED["qcorda++"][1]], recipe.train_step
+    whole, steps, apply = whole_quantized("qcorda++"), [], Step.apply
+    same = [*RESUMABLE, *QUANTIZED["qcorda++"][1]]
 
-    def stopped_in_the_third(self, cfg, window):
+    def stopped_in_the_third(self, *args, **options):
         steps.append(1)
         if len(steps) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real_step(self, cfg, window)
+        return apply(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train_step", stopped_in_the_third)
+        patch.setattr(Step, "apply", stopped_in_the_third)
         stopped = qcorda(*same, "save_every_n_steps=1000")
     assert stopped.status == 128 + signal.SIGTERM
     assert [path.name for path in stopped.checkpoints] == ["step_00000003"]

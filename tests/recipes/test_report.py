@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kasa_tune import config
-from kasa_tune.components.checkpoints.checkpoint import load_part
+from kasa_tune.components.checkpoints import load_part
 from kasa_tune.components.reports import plots
 from kasa_tune.components.reports.plots import DrawnSpectrum, layer_ranks, singular_values
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from kasa_tune.components.checkpoints.checkpoint import list_checkpoints, load_part
+from kasa_tune.components.checkpoints import list_checkpoints, load_part
 
 from .conftest import Run, assert_same_run, assert_same_tree, copy_run, run_recipe, wait_for_steps
 
@@ -49,7 +49,7 @@ def test_resume_does_not_decompose_again(finetune, monkeypatch):
     finetune("max_steps=3")
     monkeypatch.setattr("torch.linalg.eigh", lambda *_: pytest.fail("the SVD was repeated"))
     resumed = finetune("max_steps=6", "resume_from_checkpoint=True")
-    assert resumed.recipe.step == 6
+    assert resumed.recipe.steps.step == 6
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(finetune, whole, tmp_path):

@@ -31,6 +31,8 @@ class TrainingData:
         world_size: number of processes, each of which gets its share of every step's samples.
 
     Attributes:
+        dataset: what is learned from, see ``build_dataset``.
+        dataset_val: held-out samples, or None.
         fingerprint: SHA-256 of what is learned from; a resumed run must have the same.
         steps_per_epoch: optimizer steps of an epoch.
         total_steps: optimizer steps of the run.
@@ -62,13 +64,15 @@ class TrainingData:
             rank=rank,
             world_size=world_size,
         )
-        dataset = build_dataset(cfg.dataset, tokenizer, name="dataset")
+        self.dataset = dataset = build_dataset(cfg.dataset, tokenizer, name="dataset")
         check_token_ids(dataset, vocab_size)
         self.fingerprint = data_fingerprint(dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
         self._batches = loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
-        self._validation = None
+        self._validation = self.dataset_val = None
         if cfg.dataset_val:
-            dataset_val = build_dataset(cfg.dataset_val, tokenizer, name="dataset_val")
+            self.dataset_val = dataset_val = build_dataset(
+                cfg.dataset_val, tokenizer, name="dataset_val"
+            )
             check_token_ids(dataset_val, vocab_size)
             self._validation = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
         self.num_batches = len(self._batches.batch_sampler)

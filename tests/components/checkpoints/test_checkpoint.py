@@ -1,6 +1,7 @@
 """Checkpoints: everything comes back as it was, and nothing that goes wrong while saving costs an earlier one."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -20,11 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from kasa_tune.components.checkpoints import checkpoint as checkpointing
-from kasa_tune.components.checkpoints.checkpoint import (
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
     CheckpointError,
-    StopSignals,
-    check_belongs,
     check_saveable,
     find_checkpoint,
     latest_checkpoint,
@@ -35,9 +34,10 @@ from kasa_tune.components.checkpoints.checkpoint import (
     save_checkpoint,
     set_rng_state,
     verify_checkpoint,
-    weights_fingerprint,
 )
 from kasa_tune.components.linalg.nf4 import quantize
+from kasa_tune.components.models.base_weights import weights_fingerprint
+from kasa_tune.components.training.stop_signals import StopSignals
 from tests.components.failing_disk import (
     at_each_call,
     died_by_kill,
@@ -46,6 +46,12 @@ from tests.components.failing_disk import (
     killed,
 )
 from tests.tolerances import assert_same_bits
+
+
+def newest(folder):
+    """The path of the newest good checkpoint, if any, and why newer ones were passed over."""
+    checkpoint, reasons = latest_checkpoint(folder)
+    return checkpoint and checkpoint.path, reasons
 
 
 def same(left, right):
@@ -342,7 +348,7 @@ def steps_in(folder):
 
 def assert_all_good(folder):
     """What can be seen is whole; returns the newest step."""
-    path, reasons = latest_checkpoint(folder)
+    path, reasons = newest(folder)
     assert not reasons
     steps = steps_in(folder)
     for step in steps:
@@ -363,12 +369,12 @@ def test_newest_is_by_number_not_by_name(tmp_path):
     (tmp_path / "step_notes.txt").touch()
     (tmp_path / "step_best").mkdir()
     assert steps_in(tmp_path) == [5, 20, 99_999_999, 100_000_000]
-    assert latest_checkpoint(tmp_path) == (tmp_path / "step_100000000", [])
+    assert newest(tmp_path) == (tmp_path / "step_100000000", [])
 
 
 def test_no_checkpoints_yet(tmp_path):
-    assert latest_checkpoint(tmp_path) == (None, [])
-    assert latest_checkpoint(tmp_path / "absent") == (None, [])
+    assert newest(tmp_path) == (None, [])
+    assert newest(tmp_path / "absent") == (None, [])
     assert list_checkpoints(tmp_path / "absent") == []
 
 
@@ -386,7 +392,7 @@ def test_keep_last_never_removes_what_was_just_saved(tmp_path):
     save(tmp_path, 5), save(tmp_path, 9)
     (tmp_path / "step_00000009" / "run.json").write_text("{}")
     save(tmp_path, 6, keep_last=1)
-    path, reasons = latest_checkpoint(tmp_path)
+    path, reasons = newest(tmp_path)
     assert_good(path, 6)
     assert "step_00000009" in reasons[0]
 
@@ -440,11 +446,11 @@ def test_a_run_is_its_newest_good_checkpoint_and_a_checkpoint_is_itself(tmp_path
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         save(checkpoints, step)
-    assert find_checkpoint(tmp_path) == checkpoints / "step_00000003"
-    assert find_checkpoint(checkpoints / "step_00000001") == checkpoints / "step_00000001"
+    assert find_checkpoint(tmp_path).path == checkpoints / "step_00000003"
+    assert find_checkpoint(checkpoints / "step_00000001").path == checkpoints / "step_00000001"
     assert caplog.text == ""
     truncate(checkpoints / "step_00000003" / "run.json")
-    assert find_checkpoint(tmp_path) == checkpoints / "step_00000002"
+    assert find_checkpoint(tmp_path).path == checkpoints / "step_00000002"
     assert "step_00000003 is damaged: run.json" in caplog.text
     with pytest.raises(CheckpointError, match=r"step_00000003 is damaged: run\.json"):
         find_checkpoint(checkpoints / "step_00000003")
@@ -483,7 +489,7 @@ def checkpoint_of(folder, model=MODEL):
     "model", [MODEL, MODEL | {"dropout": 0.0}, {k: v for k, v in MODEL.items() if k != "dropout"}]
 )
 def test_a_checkpoint_belongs_to_its_model_whatever_the_dropout(model, tmp_path):
-    check_belongs(checkpoint_of(tmp_path), base_fingerprint="abc", model=model)
+    Checkpoint(checkpoint_of(tmp_path)).check_belongs(base_fingerprint="abc", model=model)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +509,9 @@ def test_a_checkpoint_belongs_to_its_model_whatever_the_dropout(model, tmp_path)
 )
 def test_a_checkpoint_of_another_model_is_refused(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=f"belongs to another model: .*{message}"):
-        check_belongs(checkpoint_of(tmp_path), base_fingerprint="abc", model=MODEL | change)
+        Checkpoint(checkpoint_of(tmp_path)).check_belongs(
+            base_fingerprint="abc", model=MODEL | change
+        )
 
 
 def test_a_key_that_the_config_no_longer_sets_is_a_difference(tmp_path):
@@ -511,12 +519,12 @@ def test_a_key_that_the_config_no_longer_sets_is_a_difference(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"truncation: checkpoint 'published', config 'unset'"
     ):
-        check_belongs(checkpoint, base_fingerprint="abc", model=MODEL)
+        Checkpoint(checkpoint).check_belongs(base_fingerprint="abc", model=MODEL)
 
 
 def test_a_checkpoint_on_another_base_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"belongs to other base weights than.*checkpointer"):
-        check_belongs(checkpoint_of(tmp_path), base_fingerprint="abd", model=MODEL)
+        Checkpoint(checkpoint_of(tmp_path)).check_belongs(base_fingerprint="abd", model=MODEL)
 
 
 # --------------------------------------------------------------------------------- damage
@@ -541,7 +549,7 @@ def test_damage_is_named_and_the_previous_checkpoint_taken(harm, name, tmp_path)
     harm(tmp_path / "step_00000002" / name)
     with pytest.raises(CheckpointError, match=f"step_00000002 is damaged: {name}"):
         verify_checkpoint(tmp_path / "step_00000002")
-    path, reasons = latest_checkpoint(tmp_path)
+    path, reasons = newest(tmp_path)
     assert_good(path, 1)
     assert len(reasons) == 1
     assert "step_00000002" in reasons[0]
@@ -561,7 +569,7 @@ def test_a_manifest_that_is_none_is_no_checkpoint(content, tmp_path):
         manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=r"no complete checkpoint.*manifest\.json"):
         verify_checkpoint(tmp_path / "step_00000002")
-    assert latest_checkpoint(tmp_path)[0] == tmp_path / "step_00000001"
+    assert newest(tmp_path)[0] == tmp_path / "step_00000001"
 
 
 def test_a_checkpoint_of_another_format_says_so(tmp_path):
@@ -595,7 +603,7 @@ def test_a_checkpoint_may_be_copied_under_another_name(tmp_path):
 def test_all_damaged_is_none_with_all_reasons(tmp_path):
     for step in (1, 2):
         truncate(save(tmp_path, step) / "run.json")
-    path, reasons = latest_checkpoint(tmp_path)
+    path, reasons = newest(tmp_path)
     assert path is None
     assert ["step_00000002" in reasons[0], "step_00000001" in reasons[1]] == [True, True]
 
@@ -753,7 +761,7 @@ def test_a_kill_between_the_two_renames_hides_no_checkpoint(tmp_path):
     assert os.waitpid(in_a_process_that_dies(work), 0)[1] == 7 << 8
     assert steps_in(tmp_path) == [1]
     for _ in range(2):
-        assert latest_checkpoint(tmp_path) == (tmp_path / "step_00000002", [])
+        assert newest(tmp_path) == (tmp_path / "step_00000002", [])
     assert_good(tmp_path / "step_00000002", 2)
 
 
@@ -765,7 +773,7 @@ def test_a_reader_between_the_two_renames_does_not_stop_the_writer(tmp_path, mon
         done = rename(old, new)
         if "replaced" in new.name and not reads:
             reads.append(new)  # the reader renames too
-            reads.append(latest_checkpoint(tmp_path)[0])
+            reads.append(newest(tmp_path)[0])
         return done
 
     monkeypatch.setattr(Path, "rename", rename_and_read)
@@ -783,7 +791,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path, monkeypatch):
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert latest_checkpoint(tmp_path) == (tmp_path / "step_00000001", [])
+    assert newest(tmp_path) == (tmp_path / "step_00000001", [])
 
 
 # --------------------------------------------------------------------------------- one writer at a time
@@ -842,7 +850,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     def unsupported(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpointing.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with run_lock(tmp_path):
         assert "cannot be locked" in caplog.text
 

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kasa_tune.components.checkpoints.checkpoint import CheckpointError, save_checkpoint
-from kasa_tune.components.checkpoints.resuming import RESUMABLE_KEYS, resume_point, resume_position
+from kasa_tune.components.checkpoints import (
+    CheckpointError,
+    resume_point,
+    resume_position,
+    save_checkpoint,
+)
+from kasa_tune.components.checkpoints.resuming import RESUMABLE_KEYS
 from kasa_tune.components.data.batches import FILLER, EpochBatches
 
 CONFIG = {
@@ -22,6 +27,13 @@ CONFIG = {
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "run" / "checkpoints"
+
+
+def resume(*args, **options):
+    """The path that a run resumes from, if any."""
+    checkpoint = resume_point(*args, **options)
+    assert checkpoint is None or checkpoint.resumes
+    return checkpoint and checkpoint.path
 
 
 def save(folder, step, config=CONFIG):
@@ -41,14 +53,14 @@ def damage(checkpoint):
 def test_a_first_run_starts_from_the_beginning(folder, choice, made):
     if made:
         folder.mkdir(parents=True)
-    assert resume_point(folder, choice, CONFIG) is None
+    assert resume(folder, choice, CONFIG) is None
     assert folder.exists() is made
 
 
 def test_true_takes_the_newest(folder):
     save(folder, 9)
     newest = save(folder, 10)
-    assert resume_point(folder, True, CONFIG) == newest
+    assert resume(folder, True, CONFIG) == newest
 
 
 def test_true_passes_over_damaged_ones_and_says_so(folder, monkeypatch):
@@ -56,7 +68,7 @@ def test_true_passes_over_damaged_ones_and_says_so(folder, monkeypatch):
     monkeypatch.setattr("kasa_tune.components.checkpoints.resuming.log.warning", said.append)
     good, bad = save(folder, 5), save(folder, 6)
     damage(bad)
-    assert resume_point(folder, True, CONFIG) == good
+    assert resume(folder, True, CONFIG) == good
     (message,) = said
     assert str(bad) in message
     assert "damaged" in message
@@ -68,7 +80,7 @@ def test_true_with_nothing_but_damaged_ones_starts_from_the_beginning_and_says_s
     said = []
     monkeypatch.setattr("kasa_tune.components.checkpoints.resuming.log.warning", said.append)
     damage(save(folder, 6))
-    assert resume_point(folder, True, CONFIG) is None
+    assert resume(folder, True, CONFIG) is None
     assert len(said) == 1
 
 
@@ -77,36 +89,36 @@ def test_false_does_not_overwrite_another_run(folder):
     save(folder, 12)
     told = r"already holds checkpoints, the newest step_00000012\. .*resume_from_checkpoint=True"
     with pytest.raises(ValueError, match=told):
-        resume_point(folder, False, CONFIG)
+        resume(folder, False, CONFIG)
 
 
 def test_a_path_is_a_checkpoint_or_a_run(folder, tmp_path):
     elsewhere = tmp_path / "other" / "checkpoints"
     early, late = save(elsewhere, 2), save(elsewhere, 4)
-    assert resume_point(folder, str(early), CONFIG) == early
-    assert resume_point(folder, str(elsewhere.parent), CONFIG) == late
+    assert resume(folder, str(early), CONFIG) == early
+    assert resume(folder, str(elsewhere.parent), CONFIG) == late
 
 
 def test_going_on_from_another_run_does_not_overwrite_ones_own(folder, tmp_path):
     save(folder, 1)
     other = save(tmp_path / "other" / "checkpoints", 4)
     with pytest.raises(ValueError, match="already holds checkpoints, the newest step_00000001"):
-        resume_point(folder, str(other), CONFIG)
+        resume(folder, str(other), CONFIG)
 
 
 def test_the_newest_of_ones_own_by_its_path(folder):
     save(folder, 1)
     newest = save(folder, 2)
-    assert resume_point(folder, str(newest), CONFIG) == newest
-    assert resume_point(folder, str(folder.parent), CONFIG) == newest
-    assert resume_point(folder.parent / ".." / "run" / "checkpoints", str(newest), CONFIG) == newest
+    assert resume(folder, str(newest), CONFIG) == newest
+    assert resume(folder, str(folder.parent), CONFIG) == newest
+    assert resume(folder.parent / ".." / "run" / "checkpoints", str(newest), CONFIG) == newest
 
 
 def test_an_earlier_one_of_ones_own_would_be_run_over(folder):
     early = save(folder, 1)
     save(folder, 2)
     with pytest.raises(ValueError, match="already holds checkpoints, the newest step_00000002"):
-        resume_point(folder, str(early), CONFIG)
+        resume(folder, str(early), CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["absent", "no checkpoint", "damaged"])
@@ -119,7 +131,7 @@ def test_a_path_to_nothing_is_refused(folder, tmp_path, kind):
         if kind == "no checkpoint":
             path.mkdir()
     with pytest.raises(CheckpointError, match=str(path)):
-        resume_point(folder, str(path), CONFIG)
+        resume(folder, str(path), CONFIG)
 
 
 # --------------------------------------------------------------------------------- whether it may
@@ -151,20 +163,20 @@ def changed(**changes):
 def test_other_settings_are_refused_with_both_values(folder, changes, named):
     save(folder, 1)
     with pytest.raises(ValueError, match=f"other settings.*Different: {named}") as caught:
-        resume_point(folder, True, changed(**changes))
+        resume(folder, True, changed(**changes))
     assert "step_00000001" in str(caught.value)
 
 
 def test_all_that_differs_is_named(folder):
     save(folder, 1)
     with pytest.raises(ValueError, match=r"optimizer: .*; seed: saved 1, now 3"):
-        resume_point(folder, True, changed(seed=3, optimizer__lr=1.0))
+        resume(folder, True, changed(seed=3, optimizer__lr=1.0))
 
 
 def test_a_key_that_is_gone_is_a_difference(folder):
     save(folder, 1)
     with pytest.raises(ValueError, match="seed: saved 1, now None"):
-        resume_point(folder, True, {key: value for key, value in CONFIG.items() if key != "seed"})
+        resume(folder, True, {key: value for key, value in CONFIG.items() if key != "seed"})
 
 
 @pytest.mark.parametrize(
@@ -181,26 +193,24 @@ def test_a_key_that_is_gone_is_a_difference(folder):
 )
 def test_what_computes_the_same_may_change(folder, changes):
     saved = save(folder, 1)
-    assert resume_point(folder, True, changed(**changes)) == saved
+    assert resume(folder, True, changed(**changes)) == saved
 
 
 def test_a_dotted_key_frees_that_key_alone(folder):
     save(folder, 1)
     with pytest.raises(ValueError, match="calibration: ") as caught:
-        resume_point(folder, True, changed(calibration__num_samples=9, calibration__batch_size=64))
+        resume(folder, True, changed(calibration__num_samples=9, calibration__batch_size=64))
     assert "batch_size" not in str(caught.value)  # what may differ is not shown as a difference
 
 
 def test_which_keys_may_change_is_up_to_the_recipe(folder):
     saved = save(folder, 1)
-    assert (
-        resume_point(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer.lr"}) == saved
-    )
+    assert resume(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer.lr"}) == saved
     with pytest.raises(ValueError, match="epochs: saved 1, now 2"):
-        resume_point(folder, True, changed(epochs=2), may_change={"optimizer.lr"})
+        resume(folder, True, changed(epochs=2), may_change={"optimizer.lr"})
     with pytest.raises(ValueError, match="optimizer"):
-        resume_point(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer.l"})
-    assert resume_point(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer"}) == saved
+        resume(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer.l"})
+    assert resume(folder, True, changed(optimizer__lr=0.3), may_change={"optimizer"}) == saved
 
 
 def test_nothing_that_shapes_the_result_is_free_to_change():
@@ -222,7 +232,7 @@ def save_sizes(folder, batch_size, accumulation, processes):
 
 def resume_with(folder, batch_size, accumulation, processes):
     config = CONFIG | {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    return resume_point(folder, True, config, **({"world_size": processes} if processes else {}))
+    return resume(folder, True, config, **({"world_size": processes} if processes else {}))
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_worker_processes_give_the_same_batches_also_after_a_resume():
 
 WORKERS = """
 import sys
-from kasa_tune.components.checkpoints.checkpoint import StopSignals
+from kasa_tune.components.training.stop_signals import StopSignals
 from tests.components.data.test_batches import Numbers, flat, loader
 numbers = loader(Numbers(400), num_workers=2, batch_size=1)
 """

@@ -18,17 +18,14 @@ from kasa_tune.components.adapters.state import (
     adapter_update,
     load_adapter_state_dict,
 )
-from kasa_tune.components.checkpoints.checkpoint import (
-    CheckpointError,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from kasa_tune.components.checkpoints import CheckpointError, save_checkpoint
 from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.exchange.adapter_set import AdapterSet, SwitchedLinear
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize, quantize, to_parts
+from kasa_tune.components.models.base_weights import weights_fingerprint
 from kasa_tune.components.models.loading import block_linears, put_weight
 from kasa_tune.components.quantized.base import FOLDER, keep_quantized
 from kasa_tune.components.quantized.start import quantized_start

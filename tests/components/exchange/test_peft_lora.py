@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import load_part, save_checkpoint
+from kasa_tune.components.checkpoints import load_part, save_checkpoint
 from kasa_tune.components.exchange.deviations import Deviation, Deviations, deviation
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import CheckpointError, load_part, save_checkpoint
+from kasa_tune.components.checkpoints import CheckpointError, load_part, save_checkpoint
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.quantized.base import FOLDER
 from tests.tolerances import FP64

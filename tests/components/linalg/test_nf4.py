@@ -15,7 +15,7 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
-from kasa_tune.components.checkpoints.checkpoint import check_saveable, load_part, save_checkpoint
+from kasa_tune.components.checkpoints import check_saveable, load_part, save_checkpoint
 from kasa_tune.components.linalg.nf4 import (
     check_quantizable,
     dequantize,

@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torchtune.training import FullModelTorchTuneCheckpointer
 
-from kasa_tune.components.checkpoints.checkpoint import weights_fingerprint
 from kasa_tune.components.models import base_weights
-from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights, shapes_of
+from kasa_tune.components.models.base_weights import (
+    StreamedWeights,
+    read_base_weights,
+    shapes_of,
+    weights_fingerprint,
+)
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.toy_checkpoints import MODELS, checkpointer, to_hf, toy, write_checkpoint
 from tests.toy_models import FAMILIES, tokens

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from kasa_tune.components.processes import shard
 from kasa_tune.components.processes.sharding import (
     distribute_like,
     distribute_optimizer_state,
     full_tensor,
     full_tensors,
 )
-from kasa_tune.components.processes.world import shard
 from tests.tolerances import SCALAR_FP32, assert_same_bits
 
 # --------------------------------------------------------------------------------- on one process

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
-from kasa_tune.components.checkpoints.checkpoint import rng_state
+from kasa_tune.components.checkpoints import rng_state
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import (
     Covariance,
@@ -29,8 +29,8 @@ from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models.base_weights import SharedReading, shapes_of
 from kasa_tune.components.models.loading import build_on_meta, put_weight
+from kasa_tune.components.processes import OtherRankError, World, distribute_jobs, shard
 from kasa_tune.components.processes.sharding import full_tensor
-from kasa_tune.components.processes.world import OtherRankError, World, distribute_jobs, shard
 from kasa_tune.methods import METHODS
 from tests.components.corda import test_decompose as test_corda
 from tests.components.several_processes import Processes

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints.checkpoint import (
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
     CheckpointError,
     list_checkpoints,
     save_checkpoint,
@@ -67,7 +68,8 @@ def quantized(name="llama3", kind="corda", dtype=torch.float32, *, seed=0, **opt
 
 
 def checkpoint_of(output_dir, checksum, step=3):
-    return save_checkpoint(output_dir / "checkpoints", step, {"run": {"quantized_base": checksum}})
+    folder = output_dir / "checkpoints"
+    return Checkpoint(save_checkpoint(folder, step, {"run": {"quantized_base": checksum}}))
 
 
 def weights_of(linears):
@@ -341,7 +343,8 @@ def loaded_from(output_dir, checksum=None):
     if checksum:
         checkpoint_of(output_dir, checksum, step)
     _, linears = on_meta(num_layers=1)
-    load_quantized(output_dir / "checkpoints" / f"step_{step:08d}", linears, CPU)
+    checkpoint = Checkpoint(output_dir / "checkpoints" / f"step_{step:08d}")
+    load_quantized(checkpoint, linears, CPU)
     return linears
 
 
