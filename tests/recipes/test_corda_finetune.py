@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torchtune.models.llama3 import llama3
 
 from kasa_tune import config
-from kasa_tune.components.adapters.linear import CorDALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, LoRALinear
 from kasa_tune.components.checkpoints import checkpoint as checkpointing
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.corda import decompose as decomposing

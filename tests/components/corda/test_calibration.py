@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune import modules, training
 
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.attach import ATTN_MODULES
-from kasa_tune.components.adapters.linear import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.corda.allocation import POOLED

@@ -11,7 +11,7 @@ from torch import nn
 from torchtune.training import set_activation_checkpointing
 
 from kasa_tune.components import models
-from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.checkpoints.checkpoint import rng_state
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import (
