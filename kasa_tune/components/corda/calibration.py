@@ -116,58 +116,67 @@ def covariances(
     Raises:
         ValueError: an input holds NaN or infinity; the message names the layer.
     """
-    linears, device, training = (
-        dict(adapter_linears(model)),
-        model.tok_embeddings.weight.device,
-        model.training,
-    )
-    waiting = torch.device("cpu") if offload else device
-    hidden = [
-        [model.tok_embeddings(batch["tokens"].to(device)).to(waiting) for batch in part]
-        for part in rounds
-    ]
+    linears, training = dict(adapter_linears(model)), model.training
+    waiting = torch.device("cpu") if offload else model.tok_embeddings.weight.device
+    hidden = [[_embed(model, batch).to(waiting) for batch in batches] for batches in rounds]
     model.eval()
     try:
         for prefix, block, inside in _blocks(model, groups):
             with loaded(prefix):
-                pooled = {
-                    g: _empty(g, POOLED, linears, dtype) for g in inside if _any(wanted, g, POOLED)
-                }
+                of_all = [g for g in inside if _any(wanted, g, POOLED)]
+                pooled = {g: _empty(g, POOLED, linears, dtype) for g in of_all}
                 for round, batches in enumerate(rounds):
-                    sums = [
-                        _empty(g, round, linears, dtype)
-                        for g in inside
-                        if g in pooled or _any(wanted, g, round)
-                    ]
+                    needed = [g for g in inside if g in pooled or _any(wanted, g, round)]
+                    sums = [_empty(g, round, linears, dtype) for g in needed]
                     receivers = {
                         linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums
                     }
-                    with disable_adapter(model):
-                        for position, batch in enumerate(batches):
-                            valid = batch["valid"].to(device)
-                            with _inputs_to(
-                                {
-                                    linear: partial(add, valid=valid)
-                                    for linear, add in receivers.items()
-                                }
-                            ):
-                                hidden[round][position] = block(
-                                    hidden[round][position].to(device), batch
-                                ).to(waiting)
-                            advance()
+                    _run_block(model, block, batches, hidden[round], receivers, waiting, advance)
                     for total in sums:
                         combine(total)
                         total.finish(per_sample=per_sample)
                         if total.layers in pooled:
-                            pooled[total.layers].matrix += total.matrix / (
-                                len(rounds) if per_sample else 1
-                            )
-                            pooled[total.layers].num_tokens += total.num_tokens
+                            pooled[total.layers].add_sum(total, len(rounds) if per_sample else 1)
                     yield from (total for total in sums if _any(wanted, total.layers, round))
                     sums = receivers = total = None  # or they stand beside the next round's
                 yield from pooled.values()
     finally:
         model.train(training)
+
+
+def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
+    """The first block's input for a batch, ``[b, s, d]``."""
+    return model.tok_embeddings(batch["tokens"].to(model.tok_embeddings.weight.device))
+
+
+def _run_block(
+    model: TransformerDecoder,
+    block: Callable[[Tensor, Batch], Tensor],
+    batches: Sequence[Batch],
+    hidden: list[Tensor],
+    receivers: Mapping[nn.Module, Callable[..., None]],
+    waiting: torch.device,
+    advance: Callable[[], object],
+) -> None:
+    """Run a block over the batches of a round: each ``hidden[i] [b, s, d]`` becomes the block's output for it.
+
+    Args:
+        model: whose adapters are switched off meanwhile.
+        block: from :func:`_blocks`.
+        batches: of the round.
+        hidden: the block's inputs, one a batch, replaced in place.
+        receivers: called with a module's input and with ``valid [b, s]`` before the module runs.
+        waiting: the device that hidden states are kept on.
+        advance: called after each batch.
+    """
+    device = model.tok_embeddings.weight.device
+    with disable_adapter(model):
+        for position, batch in enumerate(batches):
+            valid = batch["valid"].to(device)
+            bound = {module: partial(add, valid=valid) for module, add in receivers.items()}
+            with _inputs_to(bound):
+                hidden[position] = block(hidden[position].to(device), batch).to(waiting)
+            advance()
 
 
 def _blocks(

@@ -55,6 +55,11 @@ class Covariance:
         else:
             self.matrix.addmm_(rows.T, rows)
 
+    def add_sum(self, other: Covariance, share: int) -> None:
+        """Add another sum's matrix divided by ``share``, and its tokens."""
+        self.matrix += other.matrix / share
+        self.num_tokens += other.num_tokens
+
     def finish(self, *, per_sample: bool) -> None:
         """Mirror the lower triangle, divide by the number of samples if that is wanted, look for damage.
 
