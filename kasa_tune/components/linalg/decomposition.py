@@ -122,10 +122,12 @@ class Component:
 
     def to(self, device: torch.device | str) -> Component:
         """The same on a device."""
-        moved = (
-            tensor.to(device) for tensor in (self.vectors, self.singular_values, self.projection)
+        return Component(
+            self.vectors.to(device),
+            self.singular_values.to(device),
+            self.projection.to(device),
+            self.solver,
         )
-        return Component(*moved, self.solver)
 
 
 @torch.no_grad()
