@@ -401,6 +401,7 @@ def test_a_name_for_each_row(names, tmp_path):
 # --------------------------------------------------------------------------------- where the model has been and goes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "by layer"])
 def test_a_compiled_model_sees_every_switch(how, tmp_path):
     torch.compiler.reset()
