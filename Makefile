@@ -1,5 +1,7 @@
 # make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
-# make test    run the tests; PYTEST_ARGS="-m 'not slow'" leaves out the long ones
+# make test    run all tests; PYTEST_ARGS chooses some of them
+# make test-fast  run the tests that are not marked slow, in under 90 seconds on two cores
+# make typecheck  mypy; the errors of each file may only become fewer
 # make lint    ruff; make format applies its layout
 # make clean   remove the environment and everything written by the targets above
 #
@@ -17,7 +19,7 @@ PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-fast typecheck lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -28,6 +30,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+typecheck: $(VENV)/.installed-test
+	$(BIN)/python .ci/typecheck.py
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +45,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \

@@ -20,7 +20,7 @@ import torch
 from common import allow_old_torchao, machine, print_table
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters import KaSALinear
 
 SHAPES = {  # d_out, d_in
     "q_proj": (2048, 2048),

@@ -39,7 +39,7 @@ from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear, KaSALinear
+from kasa_tune.components.adapters import AdapterLinear, CorDALinear, KaSALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.nf4 import quantize

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kasa_tune import config
-from kasa_tune.components.adapters.linear import AdapterLinear, CorDALinear
+from kasa_tune.components.adapters import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
 from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint

@@ -35,3 +35,18 @@ def load_recipe():
         return module
 
     return load
+
+
+# Left out of `make test-fast`, besides the tests marked slow one by one. A whole recipe run takes a second or more.
+SLOW_PATHS = ("install", "parity", "recipes", "test_benchmark_corda_truncation.py")
+FAST_PATHS = ("recipes/test_two_steps.py",)
+SLOW_FIXTURES = {"processes", "two_processes", "two_by_two_processes"}  # each starts processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what stands in a slow folder or file, and what starts several processes."""
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        in_slow_path = path.startswith(SLOW_PATHS) and not path.startswith(FAST_PATHS)
+        if in_slow_path or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")

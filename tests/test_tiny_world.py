@@ -131,6 +131,7 @@ def test_sizes():
         assert sum(file.get_tensor(name).numel() for name in file.keys()) <= 4e6  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_tokenizer_ids_and_reproduction(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (
         1,
@@ -234,6 +235,7 @@ def test_model_knows_its_facts(model, tokenizer):
     assert world.exact_match(evaluate.completer(model, tokenizer, max_new_tokens=12), rows) >= 0.90
 
 
+@pytest.mark.slow
 def test_task_is_unknown_to_the_model(model, tokenizer):
     rows = evaluate.load_rows("task_val.jsonl")[:40]
     scores = task.score(evaluate.completer(model, tokenizer, max_new_tokens=64), rows)

@@ -12,7 +12,7 @@ from torch import nn
 from torchtune import training
 from torchtune.config import instantiate
 
-from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters import KaSALinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_state_dict
 from kasa_tune.components.checkpoints import save_checkpoint
 from kasa_tune.components.linalg.decomposition import co_svd, split_component

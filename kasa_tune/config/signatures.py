@@ -344,7 +344,7 @@ def _called(module: _Module, binding: _Call) -> Signature:
 def _adapted(base: Signature, linear: str) -> Signature:
     """What our builders take: where to adapt, the adapter linear's options, the plain model's arguments."""
     where = static("kasa_tune.components.adapters.attach.attach").parameters
-    options = static(f"kasa_tune.components.adapters.linear.{linear}").parameters
+    options = static(f"kasa_tune.components.adapters.{linear}").parameters
     supplied = ("model", "linear", "in_dim", "out_dim", "use_bias")
     parameters = {name: value for name, value in (where | options).items() if name not in supplied}
     return replace(base, parameters=parameters | base.parameters)

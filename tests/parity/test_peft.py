@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters import KaSALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization
 from tests.tolerances import MODEL_FP32, SCALAR_FP32
 

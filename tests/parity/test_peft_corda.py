@@ -10,8 +10,8 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.modules.peft import disable_adapter
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.corda.calibration import Covariance, covariances, shared_inputs
-from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.corda.calibration import covariances, shared_inputs
+from kasa_tune.components.corda.covariance import Covariance, damped
 from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.models import corda_llama3
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights

@@ -14,7 +14,7 @@ from torchtune.models.llama3 import llama3
 
 from kasa_tune import config
 from kasa_tune.components import checkpoints
-from kasa_tune.components.adapters.linear import CorDALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, LoRALinear
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.corda import decompose as decomposing
 from kasa_tune.components.models.base_weights import read_base_weights

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
 from kasa_tune.components import checkpoints
-from kasa_tune.components.adapters.linear import KaSALinear, LoRALinear
+from kasa_tune.components.adapters import KaSALinear, LoRALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.registry import PACKAGE_ROOT
 

@@ -17,7 +17,7 @@ from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 
 from kasa_tune import config
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.corda import calibration
 from kasa_tune.registry import PACKAGE_ROOT
 from tests.toy_models import FAMILIES, randomized

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters.linear import KaSALinear
+from kasa_tune.components.adapters.kasa import KaSALinear
 from kasa_tune.components.processes.sharding import full_tensor
 
 ORTHOGONAL_GRAMS = ("thin", "full")

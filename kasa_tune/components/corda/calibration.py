@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 
-from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda.allocation import POOLED
-from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.corda.covariance import Covariance, damped, shortage
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
-from kasa_tune.components.linalg.solvers import add_lower_gram
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
 
@@ -37,66 +35,6 @@ Batch = Mapping[
     str, Any
 ]  # tokens [b, s], valid [b, s] and, where rows are packed, mask and input_pos
 Wanted = Callable[[str, int], bool]
-
-
-@dataclass
-class Covariance:
-    """``Σ x xᵀ`` of the input that some linears share, over the tokens of a round.
-
-    Args:
-        layers: names of the linears.
-        round: index of the round, or POOLED for all of them.
-        matrix: ``(d, d)``, uncentred.
-        num_tokens: how many x were summed.
-        num_samples: of how many rows.
-    """
-
-    layers: tuple[str, ...]
-    round: int
-    matrix: Tensor
-    num_tokens: int = 0
-    num_samples: int = 0
-
-    def add(self, x: Tensor, valid: Tensor, *, per_sample: bool) -> None:
-        """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed."""
-        x = x.to(self.matrix.dtype)
-        if per_sample:
-            x = (
-                x
-                / torch.stack([row[kept].max().abs() for row, kept in zip(x, valid, strict=True)])[
-                    :, None, None
-                ]
-            )
-        rows = x[valid]  # [t, d]
-        self.num_tokens, self.num_samples = (
-            self.num_tokens + len(rows),
-            self.num_samples + len(valid),
-        )
-        if rows.device.type == "cpu":  # half the work; a GPU is faster at one large product
-            add_lower_gram(self.matrix, rows.T)
-        else:
-            self.matrix.addmm_(rows.T, rows)
-
-    def finish(self, *, per_sample: bool) -> None:
-        """Mirror the lower triangle, divide by the number of samples if that is wanted, look for damage.
-
-        Raises:
-            ValueError: the sums hold NaN or infinity, or there were no tokens.
-        """
-        if not self.num_tokens:
-            raise ValueError(f"{self.layers[0]}: no calibration token reached it.")
-        self.matrix.tril_().add_(self.matrix.tril(-1).T)
-        if per_sample:
-            self.matrix /= self.num_samples
-        if not self.matrix.diagonal().any():
-            raise ValueError(
-                f"{self.layers[0]}: every calibration input is zero; the checkpoint is damaged."
-            )
-        if not self.matrix.sum().isfinite():
-            raise ValueError(
-                f"{self.layers[0]}: its inputs hold NaN or infinity in calibration round {self.round + 1}. The "
-                "checkpoint is damaged, or dtype overflows: try dtype=fp32."
-            )
 
 
 def add_up(total: Covariance, world: World) -> None:
@@ -178,58 +116,67 @@ def covariances(
     Raises:
         ValueError: an input holds NaN or infinity; the message names the layer.
     """
-    linears, device, training = (
-        dict(adapter_linears(model)),
-        model.tok_embeddings.weight.device,
-        model.training,
-    )
-    waiting = torch.device("cpu") if offload else device
-    hidden = [
-        [model.tok_embeddings(batch["tokens"].to(device)).to(waiting) for batch in part]
-        for part in rounds
-    ]
+    linears, training = dict(adapter_linears(model)), model.training
+    waiting = torch.device("cpu") if offload else model.tok_embeddings.weight.device
+    hidden = [[_embed(model, batch).to(waiting) for batch in batches] for batches in rounds]
     model.eval()
     try:
         for prefix, block, inside in _blocks(model, groups):
             with loaded(prefix):
-                pooled = {
-                    g: _empty(g, POOLED, linears, dtype) for g in inside if _any(wanted, g, POOLED)
-                }
+                of_all = [g for g in inside if _any(wanted, g, POOLED)]
+                pooled = {g: _empty(g, POOLED, linears, dtype) for g in of_all}
                 for round, batches in enumerate(rounds):
-                    sums = [
-                        _empty(g, round, linears, dtype)
-                        for g in inside
-                        if g in pooled or _any(wanted, g, round)
-                    ]
+                    needed = [g for g in inside if g in pooled or _any(wanted, g, round)]
+                    sums = [_empty(g, round, linears, dtype) for g in needed]
                     receivers = {
                         linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums
                     }
-                    with disable_adapter(model):
-                        for position, batch in enumerate(batches):
-                            valid = batch["valid"].to(device)
-                            with _inputs_to(
-                                {
-                                    linear: partial(add, valid=valid)
-                                    for linear, add in receivers.items()
-                                }
-                            ):
-                                hidden[round][position] = block(
-                                    hidden[round][position].to(device), batch
-                                ).to(waiting)
-                            advance()
+                    _run_block(model, block, batches, hidden[round], receivers, waiting, advance)
                     for total in sums:
                         combine(total)
                         total.finish(per_sample=per_sample)
                         if total.layers in pooled:
-                            pooled[total.layers].matrix += total.matrix / (
-                                len(rounds) if per_sample else 1
-                            )
-                            pooled[total.layers].num_tokens += total.num_tokens
+                            pooled[total.layers].add_sum(total, len(rounds) if per_sample else 1)
                     yield from (total for total in sums if _any(wanted, total.layers, round))
                     sums = receivers = total = None  # or they stand beside the next round's
                 yield from pooled.values()
     finally:
         model.train(training)
+
+
+def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
+    """The first block's input for a batch, ``[b, s, d]``."""
+    return model.tok_embeddings(batch["tokens"].to(model.tok_embeddings.weight.device))
+
+
+def _run_block(
+    model: TransformerDecoder,
+    block: Callable[[Tensor, Batch], Tensor],
+    batches: Sequence[Batch],
+    hidden: list[Tensor],
+    receivers: Mapping[nn.Module, Callable[..., None]],
+    waiting: torch.device,
+    advance: Callable[[], object],
+) -> None:
+    """Run a block over the batches of a round: each ``hidden[i] [b, s, d]`` becomes the block's output for it.
+
+    Args:
+        model: whose adapters are switched off meanwhile.
+        block: from :func:`_blocks`.
+        batches: of the round.
+        hidden: the block's inputs, one a batch, replaced in place.
+        receivers: called with a module's input and with ``valid [b, s]`` before the module runs.
+        waiting: the device that hidden states are kept on.
+        advance: called after each batch.
+    """
+    device = model.tok_embeddings.weight.device
+    with disable_adapter(model):
+        for position, batch in enumerate(batches):
+            valid = batch["valid"].to(device)
+            bound = {module: partial(add, valid=valid) for module, add in receivers.items()}
+            with _inputs_to(bound):
+                hidden[position] = block(hidden[position].to(device), batch).to(waiting)
+            advance()
 
 
 def _blocks(
@@ -375,24 +322,6 @@ def calibration_bytes(
             co_svd_workspace(*linear.weight.shape) for linear in linears.values()
         ),
     }
-
-
-def shortage(covariance: Covariance) -> str | None:
-    """What is wrong with a covariance that its data do not fill, in words; None when it has full rank.
-
-    The rank is judged at 1e-7 of the mean diagonal, which is what float32 sums can tell from zero.
-    """
-    width = len(covariance.matrix)
-    if covariance.num_tokens < width:
-        return f"{covariance.num_tokens:,} tokens for {width:,} inputs"
-    scaled = covariance.matrix / covariance.matrix.diagonal().mean()
-    scaled.diagonal().sub_(1e-7)
-    first = torch.linalg.cholesky_ex(scaled).info.item()
-    return (
-        f"inputs of deficient rank: number {first:,} of {width:,} follows from those before it"
-        if first
-        else None
-    )
 
 
 def _shortage_warning(shortages: Mapping[str, str]) -> str:

@@ -56,10 +56,8 @@ def draw_rounds(
         raise ValueError(
             f"calibration.max_seq_len {max_seq_len} is more than the model takes, {longest}."
         )
-    lengths, weights = (
-        getattr(dataset, "lengths", [len(dataset)]),
-        getattr(dataset, "weights", None),
-    )
+    lengths = getattr(dataset, "lengths", [len(dataset)])
+    weights = getattr(dataset, "weights", None)
     order = EpochBatches(lengths, weights=weights, batch_size=1, seed=seed, shuffle=True).order(0)
     if concatenate:
         drawn = _windows(dataset, order, max_seq_len, rounds * num_samples)
@@ -69,13 +67,11 @@ def draw_rounds(
     share = min(num_samples, len(drawn) // rounds)
     if share == 0:
         what = f"windows of {max_seq_len} tokens" if concatenate else "samples"
-        advice = ["lower calibration.max_seq_len"] * concatenate + ["lower calibration.rounds"] * (
-            rounds > 1
-        )
+        advice = ["Give more data"] + ["lower calibration.max_seq_len"] * concatenate
+        advice += ["lower calibration.rounds"] * (rounds > 1)
         raise ValueError(
             f"calibration.dataset holds {len(drawn)} {what}, fewer than one for each of {rounds} rounds. "
-            + ", or ".join(["Give more data", *advice])
-            + "."
+            f"{', or '.join(advice)}."
         )
     if share < num_samples:
         log.warning(

@@ -1,19 +1,103 @@
-"""What stands between summed inputs and a decomposition: a covariance's scale, its damping, its extreme eigenvalues."""
+"""Covariances of a layer's inputs: their sums, whether the data fill them, their damping, their extreme eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kasa_tune.components.linalg.solvers import on_cpu_if_no_room
+from kasa_tune.components.linalg.solvers import add_lower_gram, on_cpu_if_no_room
 
 NORMALIZATIONS = ("unit_mean_diag", "published")
 # Up to this width all eigenvalues cost less than a search for the first and the last.
 ALL_BELOW = 1024
 LANCZOS_STEPS = 60
 PUBLISHED_INVERSE_ERROR = 0.05
+
+
+@dataclass
+class Covariance:
+    """``Σ x xᵀ`` of the input that some linears share, over the tokens of a round.
+
+    Args:
+        layers: names of the linears.
+        round: index of the round, or POOLED for all of them.
+        matrix: ``(d, d)``, uncentred.
+        num_tokens: how many x were summed.
+        num_samples: of how many rows.
+    """
+
+    layers: tuple[str, ...]
+    round: int
+    matrix: Tensor
+    num_tokens: int = 0
+    num_samples: int = 0
+
+    def add(self, x: Tensor, valid: Tensor, *, per_sample: bool) -> None:
+        """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed."""
+        x = x.to(self.matrix.dtype)
+        if per_sample:
+            x = (
+                x
+                / torch.stack([row[kept].max().abs() for row, kept in zip(x, valid, strict=True)])[
+                    :, None, None
+                ]
+            )
+        rows = x[valid]  # [t, d]
+        self.num_tokens, self.num_samples = (
+            self.num_tokens + len(rows),
+            self.num_samples + len(valid),
+        )
+        if rows.device.type == "cpu":  # half the work; a GPU is faster at one large product
+            add_lower_gram(self.matrix, rows.T)
+        else:
+            self.matrix.addmm_(rows.T, rows)
+
+    def add_sum(self, other: Covariance, share: int) -> None:
+        """Add another sum's matrix divided by ``share``, and its tokens."""
+        self.matrix += other.matrix / share
+        self.num_tokens += other.num_tokens
+
+    def finish(self, *, per_sample: bool) -> None:
+        """Mirror the lower triangle, divide by the number of samples if that is wanted, look for damage.
+
+        Raises:
+            ValueError: the sums hold NaN or infinity, or there were no tokens.
+        """
+        if not self.num_tokens:
+            raise ValueError(f"{self.layers[0]}: no calibration token reached it.")
+        self.matrix.tril_().add_(self.matrix.tril(-1).T)
+        if per_sample:
+            self.matrix /= self.num_samples
+        if not self.matrix.diagonal().any():
+            raise ValueError(
+                f"{self.layers[0]}: every calibration input is zero; the checkpoint is damaged."
+            )
+        if not self.matrix.sum().isfinite():
+            raise ValueError(
+                f"{self.layers[0]}: its inputs hold NaN or infinity in calibration round {self.round + 1}. The "
+                "checkpoint is damaged, or dtype overflows: try dtype=fp32."
+            )
+
+
+def shortage(covariance: Covariance) -> str | None:
+    """What is wrong with a covariance that its data do not fill, in words; None when it has full rank.
+
+    The rank is judged at 1e-7 of the mean diagonal, which is what float32 sums can tell from zero.
+    """
+    width = len(covariance.matrix)
+    if covariance.num_tokens < width:
+        return f"{covariance.num_tokens:,} tokens for {width:,} inputs"
+    scaled = covariance.matrix / covariance.matrix.diagonal().mean()
+    scaled.diagonal().sub_(1e-7)
+    first = torch.linalg.cholesky_ex(scaled).info.item()
+    return (
+        f"inputs of deficient rank: number {first:,} of {width:,} follows from those before it"
+        if first
+        else None
+    )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.corda.allocation import (
     POOLED,
     LayerSpectrum,

@@ -5,21 +5,19 @@ model has to learn follows from rendering prefixes: what an assistant turn adds 
 is the turn. A prompt given at generation time therefore gets exactly the tokens it had in training.
 """
 
-import datetime
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from tokenizers import Tokenizer
 from torchtune.data import Message
 from torchtune.data._prompt_templates import _get_prompt_template
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+from kasa_tune.components.data.chat_templates import compile_template, load_chat_template
 
 _NAMED_TOKENS = (
     "bos_token",
@@ -30,7 +28,6 @@ _NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_TEMPLATE_DATE = datetime.date(2024, 7, 26)  # the date Llama's own templates fall back to
 
 
 def hf_tokenizer(
@@ -96,7 +93,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.special_tokens = {
             token.content: id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items()
         }
-        self.chat_template = _load_chat_template(folder, chat_template_path, settings)
+        self.chat_template = load_chat_template(folder, chat_template_path, settings)
         self.max_seq_len, self.prompt_template = max_seq_len, prompt_template
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -247,7 +244,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         self, dialogue: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
     ) -> str:
         try:
-            return _compile(self.chat_template).render(
+            return compile_template(self.chat_template).render(
                 messages=dialogue, add_generation_prompt=add_generation_prompt, **self.named_tokens
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -354,59 +351,3 @@ def _load_settings(folder: Path, path: str | None) -> dict[str, Any]:
 
 def _token_text(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
-
-
-def _load_chat_template(folder: Path, path: str | None, settings: Mapping[str, Any]) -> str | None:
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"chat_template_path: no such file: {path}")
-    file = Path(path) if path is not None else folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-    if isinstance(
-        source, list
-    ):  # several named templates; the plain conversation is called default
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default", next(iter(named.values()), None))
-    if source is not None:
-        try:
-            _compile(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"The chat template in {file if file.is_file() else folder} is broken: {error}"
-            ) from error
-    return source
-
-
-# ---------------------------------------------------------------------------------------------------- jinja
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}`` marks what the assistant says; the text in it is kept as it is."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template in a sandbox with the functions such templates expect.
-
-    ``strftime_now`` gives a fixed date: a run that is resumed tomorrow must see the tokens it saw today. Templates that
-    ask whether it is defined get to use their own fallback.
-    """
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
-    )
-    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals["raise_exception"] = _raise_exception
-    if "strftime_now is defined" not in source:
-        sandbox.globals["strftime_now"] = _TEMPLATE_DATE.strftime
-    return sandbox.from_string(source)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

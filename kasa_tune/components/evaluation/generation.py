@@ -41,6 +41,25 @@ def complete(
     Raises:
         ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it; no prompt fits.
     """
+    _check_lengths(model, prompts, max_new_tokens)
+    model.eval()
+    device = next(model.parameters()).device
+    # Given for greedy decoding too, where torchtune would otherwise draw from the global generator.
+    generator = torch.Generator(device).manual_seed(seed)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        options = (max_new_tokens, stop_tokens, temperature, top_k, generator)
+        for row, tokens in zip(rows, _continue(model, batch, *options), strict=True):
+            completions[row] = tokens
+        if progress:
+            progress(len(rows))
+    return completions
+
+
+def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     lengths = [len(prompt) for prompt in prompts]
     room = model.max_seq_len - max_new_tokens
     if room < 1:
@@ -53,32 +72,6 @@ def complete(
             f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = "
             f"{max_new_tokens}); given were {min(lengths)} to {max(lengths)}."
         )
-    model.eval()
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(
-        seed
-    )  # also for greedy: torchtune would draw from the global one
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        for row, tokens in zip(
-            rows,
-            _continue(
-                model,
-                [prompts[i] for i in rows],
-                max_new_tokens,
-                stop_tokens,
-                temperature,
-                top_k,
-                generator,
-            ),
-            strict=True,
-        ):
-            completions[row] = tokens
-        if progress:
-            progress(len(rows))
-    return completions
 
 
 def _continue(

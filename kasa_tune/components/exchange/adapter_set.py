@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune.config import instantiate
 
-from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_update, check_adapter_fits
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from kasa_tune.components.linalg.low_rank import LowRank

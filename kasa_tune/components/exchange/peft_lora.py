@@ -64,9 +64,8 @@ def write_peft(
     updates = {key: updates[key].padded(ranks[key]) for key in ranks}
     tensors: dict[str, Tensor] = {}
     errors = Deviations()
-    for key, linears in run.modules(
-        run.changed
-    ).items():  # quantized weights too that have no adapter
+    # Quantized weights without an adapter are among the changed ones.
+    for key, linears in run.modules(run.changed).items():
         base, trained = run.base.read(key).float(), run.merged(key, linears)
         exported = base.clone()
         if key in updates:
@@ -74,9 +73,8 @@ def write_peft(
             tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
             tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
         if magnitudes := _magnitudes(run, linears):
-            magnitude = torch.linalg.vector_norm(
-                base, dim=1
-            )  # rows without an adapter keep their length
+            # Rows without an adapter keep the base's length.
+            magnitude = torch.linalg.vector_norm(base, dim=1)
             for rows, values in magnitudes:
                 magnitude[rows] = values
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
@@ -84,9 +82,8 @@ def write_peft(
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
     config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
 
 

@@ -18,7 +18,7 @@ from torchtune import training
 from torchtune.config import instantiate
 from torchtune.training import FormattedCheckpointFiles
 
-from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_update,

@@ -122,10 +122,12 @@ class Component:
 
     def to(self, device: torch.device | str) -> Component:
         """The same on a device."""
-        moved = (
-            tensor.to(device) for tensor in (self.vectors, self.singular_values, self.projection)
+        return Component(
+            self.vectors.to(device),
+            self.singular_values.to(device),
+            self.projection.to(device),
+            self.solver,
         )
-        return Component(*moved, self.solver)
 
 
 @torch.no_grad()
@@ -179,17 +181,12 @@ def co_svd(
         rows, lift = _short_side_first(weight)
         matrix = _oriented(rows, covariance, covariance_power)  # [n, d_in]
         subspace = extreme_singular_subspace(matrix, rank, largest=mode == "ipm", solver=solver)
-        projection = subspace.vectors.T @ rows
-        return Component(
-            lift(subspace.vectors).float(),
-            subspace.singular_values,
-            projection.float(),
-            subspace.solver,
-        )
+        projection = (subspace.vectors.T @ rows).float()
+        left = lift(subspace.vectors).float()
+        return Component(left, subspace.singular_values, projection, subspace.solver)
 
-    return on_cpu_if_no_room(
-        work, weight, covariance, what=f"the CO-SVD of a {d_out} x {d_in} weight"
-    ).to(weight.device)
+    what = f"the CO-SVD of a {d_out} x {d_in} weight"
+    return on_cpu_if_no_room(work, weight, covariance, what=what).to(weight.device)
 
 
 def co_svd_workspace(d_out: int, d_in: int) -> int:

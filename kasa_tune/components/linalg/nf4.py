@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _OPTIMIZER_STATES = {
 }
 
 
-def is_quantized(tensor: Tensor) -> bool:
+def is_quantized(tensor: Tensor) -> TypeGuard[NF4Tensor]:
     """Whether a weight is NF4."""
     return isinstance(tensor, NF4Tensor)
 
@@ -102,7 +102,7 @@ def fitting_scaler_block_size(numel: int, block_size: int, scaler_block_size: in
     return next(size for size in range(min(scaler_block_size, blocks), 0, -1) if blocks % size == 0)
 
 
-def divides(weight: Tensor, pieces: int) -> bool:
+def divides(weight: NF4Tensor, pieces: int) -> bool:
     """Whether a quantized weight can be cut along its rows: its codes, its scales and their scales into as many."""
     parts = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor)
     return len(weight) % pieces == 0 and all(part.numel() % pieces == 0 for part in parts)
@@ -151,8 +151,9 @@ def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return None
     kind = type(tensor).__name__
+    inner: Any = tensor  # torchao's classes declare no types
     if is_quantized(tensor):
-        names, context = tensor.__tensor_flatten__()
+        names, context = inner.__tensor_flatten__()
         numbers = [
             context["block_size"],
             context["scaler_block_size"],
@@ -160,7 +161,7 @@ def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:
             str(tensor.dtype),
         ]
     elif _OPTIMIZER_STATES.get(kind) == type(tensor).__module__:
-        names, numbers = tensor.__tensor_flatten__()
+        names, numbers = inner.__tensor_flatten__()
         numbers = [list(number) if isinstance(number, torch.Size) else number for number in numbers]
     else:
         raise TypeError(f"{type(tensor).__module__}.{type(tensor).__qualname__} is not known")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.models.gemma2._attention import Gemma2Attention
 
-from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.base_weights import shapes_of

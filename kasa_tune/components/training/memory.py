@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints.writing import check_saveable
 from kasa_tune.components.linalg.nf4 import to_parts

@@ -13,8 +13,8 @@ from torchtune import modules, training
 from torchtune.modules.model_fusion import DeepFusionModel, FusionLayer
 
 from kasa_tune.components import models
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.adapters.attach import ATTN_MODULES, attach
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_state_dict
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.loading import build_on_meta

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchtune.modules import peft
 
-from kasa_tune.components.adapters.linear import AdapterLinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import AdapterLinear, KaSALinear, LoRALinear
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,

@@ -9,7 +9,7 @@ from torch import nn
 from torchtune import modules, training
 from torchtune.modules.peft import disable_adapter
 
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,

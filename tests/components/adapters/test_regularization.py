@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kasa_tune.components.adapters.linear import KaSALinear, LoRALinear
+from kasa_tune.components.adapters import KaSALinear, LoRALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization, orthogonality_defect
 from tests.tolerances import MODEL_FP32, SCALAR_FP32
 

@@ -698,6 +698,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
 # --------------------------------------------------------------------------------- a process that is killed
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     """SIGKILL before the n-th operation on the disk, for every n, while a step is replaced and while old ones go."""
     template = tmp_path / "template"
@@ -724,6 +725,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     assert steps_in(folder) == [3]
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_of_a_loop_of_saves(tmp_path):
     save(tmp_path, 1)
 

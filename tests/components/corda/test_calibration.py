@@ -14,20 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune import modules, training
 
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.attach import ATTN_MODULES
-from kasa_tune.components.adapters.linear import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.corda.allocation import POOLED
 from kasa_tune.components.corda.calibration import (
-    Covariance,
     calibration_bytes,
     covariances,
     damped_covariances,
     shared_inputs,
-    shortage,
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
+from kasa_tune.components.corda.covariance import Covariance, shortage
 from kasa_tune.components.data.packing import pack
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, weights_loaded

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.corda.allocation import POOLED, LayerSpectrum
 from kasa_tune.components.corda.cache import CacheError, DecompositionCache
 from kasa_tune.components.corda.covariance import damped

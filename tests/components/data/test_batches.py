@@ -248,6 +248,7 @@ def process(script):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.skipif(
     not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal"
@@ -260,6 +261,7 @@ def test_workers_outlive_a_signal_to_the_whole_group(number):
     assert (child.returncode, out) == (0, f"{int(number)}\n"), err
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_fails():
     with process(WORKERS + ERROR) as child:
         try:

@@ -380,6 +380,7 @@ print(fingerprint(cfg, dataset, tokenizer))
 """
 
 
+@pytest.mark.slow
 def test_fingerprint_is_the_same_in_another_process_and_for_a_used_tokenizer(
     real_data, story_tokenizer, tmp_path
 ):

@@ -11,7 +11,7 @@ from torch import nn
 from torchtune.training import set_activation_checkpointing
 
 from kasa_tune.components import models
-from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,
@@ -398,6 +398,7 @@ def test_a_name_for_each_row(names, tmp_path):
 # --------------------------------------------------------------------------------- where the model has been and goes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "by layer"])
 def test_a_compiled_model_sees_every_switch(how, tmp_path):
     torch.compiler.reset()

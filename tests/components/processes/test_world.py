@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.checkpoints import rng_state
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import (
-    Covariance,
     add_up,
     covariances,
     damped_covariances,
     shared_inputs,
 )
 from kasa_tune.components.corda.calibration_data import batched
+from kasa_tune.components.corda.covariance import Covariance
 from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import quantize

@@ -348,6 +348,7 @@ def loaded_from(output_dir, checksum=None):
     return linears
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(tmp_path, monkeypatch):
     old, new = writers(tmp_path)
     written = keep_quantized(tmp_path / "elsewhere", weights_of(new))

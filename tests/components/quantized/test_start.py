@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kasa_tune.components.adapters.linear import CorDALinear, KaSALinear, LoRALinear
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.linalg.decomposition import co_svd, split_component
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize, quantize
