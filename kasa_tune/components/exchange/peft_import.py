@@ -27,7 +27,7 @@ from kasa_tune.components.linalg.decomposition import check_finite, co_svd, smal
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights
 from kasa_tune.components.models.loading import block_linears, build_on_meta
-from kasa_tune.methods import LINEARS
+from kasa_tune.methods import LINEARS, METHODS, methods_of
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +144,10 @@ class PeftImport:
         if self.peft.start == "corda":
             mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
             return {"method": "corda", "mode": mode, "dtype": "fp32"}
-        return {
-            "method": "pissa" if self.peft.start.startswith("pissa") else "lora",
-            "dtype": "fp32",
-        }
+        start = self.peft.start.partition("_")[0]  # of pissa_niter_16, pissa
+        known = start in METHODS and self.method in METHODS[start].builders
+        trained = known and METHODS[start] in methods_of("corda_finetune")
+        return {"method": start if trained else "lora", "dtype": "fp32"}
 
     def _find_places(self, model: Mapping[str, Any]) -> dict[str, Location]:
         """Of every linear that could be adapted, in the model's order."""
