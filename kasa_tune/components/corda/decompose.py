@@ -22,7 +22,7 @@ from kasa_tune.components.corda.allocation import (
 )
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import Wanted
-from kasa_tune.components.linalg.decomposition import Component, co_svd
+from kasa_tune.components.linalg.decomposition import Component, co_svd, qr_component
 from kasa_tune.components.processes.world import Job
 from kasa_tune.methods import Method
 
@@ -66,7 +66,10 @@ def _co_svd(method: Method, covariance_power: float) -> Decomposition:
 
 
 # By a method's `decomposition`; each takes the method and adapter.covariance_power.
-DECOMPOSITIONS: dict[str, Callable[[Method, float], Decomposition]] = {"co_svd": _co_svd}
+DECOMPOSITIONS: dict[str, Callable[[Method, float], Decomposition]] = {
+    "co_svd": _co_svd,
+    "qr": lambda method, power: Decomposition(lambda weight, _, rank: qr_component(weight, rank)),
+}
 
 
 def decompose(

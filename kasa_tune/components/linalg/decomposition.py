@@ -18,7 +18,7 @@ from kasa_tune.components.linalg.solvers import (
 
 TRUNCATIONS = ("paper", "published")
 MODES = ("ipm", "kpm")
-SPLITS = ("balanced", "paper")
+SPLITS = ("balanced", "paper", "unscaled")
 
 
 def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str = "paper") -> int:
@@ -87,11 +87,11 @@ def _project(vectors: Tensor, matrix: Tensor, *, column_chunk: int = 4096) -> Te
 
 @dataclass(frozen=True)
 class Component:
-    """The part ``U Uᵀ W`` of a weight along some left singular vectors of ``W C^p``, the most extreme one first.
+    """The part ``U Uᵀ W`` of a weight along some directions of its outputs, the most extreme one first.
 
     Args:
-        vectors: ``U (d_out, k)`` float32, orthonormal columns.
-        singular_values: ``(k,)`` float64, of ``W C^p``.
+        vectors: ``U (d_out, k)`` float32, orthonormal columns; of :func:`co_svd` left singular vectors of ``W C^p``.
+        singular_values: ``(k,)`` float64, what the directions count for; of :func:`co_svd` those of ``W C^p``.
         projection: ``Uᵀ W (k, d_in)`` float32.
         solver: what found U.
     """
@@ -192,6 +192,34 @@ def co_svd(
     ).to(weight.device)
 
 
+@torch.no_grad()
+def qr_component(weight: Tensor, rank: int) -> Component:
+    """The first columns of Q and the first rows of R in ``W = Q R`` (OLoRA, arXiv 2406.01775, algorithm 1).
+
+    The first columns of Q follow from those of W alone, and the rows of R are ``Qᵀ W``.
+
+    Args:
+        weight: ``(d_out, d_in)``, any floating dtype.
+        rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
+
+    Returns:
+        ``vectors`` Q, ``projection`` R, and as ``singular_values`` the lengths of R's rows; on the weight's device.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    check_finite(weight)
+
+    def work(weight: Tensor) -> Component:
+        wide = weight.double()
+        q = torch.linalg.qr(wide[:, :rank]).Q  # [d_out, k]
+        r = (q.T @ wide).triu()  # [k, d_in]
+        return Component(q.float(), torch.linalg.vector_norm(r, dim=1), r.float(), "qr")
+
+    what = f"the QR decomposition of a {len(weight)} x {weight.shape[1]} weight"
+    return on_cpu_if_no_room(work, weight, what=what).to(weight.device)
+
+
 def co_svd_workspace(d_out: int, d_in: int) -> int:
     """Bytes that :func:`co_svd` takes at most, all float64: the weight, its reflectors, the covariance, their product
     and that one's factors or basis.
@@ -236,22 +264,25 @@ def _oriented(rows: Tensor, covariance: Tensor | None, power: float) -> Tensor:
 
 @torch.no_grad()
 def split_component(component: Component, scaling: float, split: str = "balanced") -> LowRank:
-    """``B (d_out, k)`` and ``A (k, d_in)`` with ``s · B A = U Uᵀ W``.
+    """``B (d_out, k)`` and ``A (k, d_in)`` with ``s · B A = U Uᵀ W``, unless the split is ``unscaled``.
 
     ``balanced`` gives ``b_i`` and ``a_i`` the same length, with ``t_i = ‖u_iᵀ W‖``: ``b_i = u_i √(t_i / s)``,
     ``a_i = u_iᵀ W / √(t_i s)``. ``paper`` (arXiv 2406.05223, equation 6) uses the singular value of ``W C`` in place of
-    ``t_i``, so that the lengths depend on the scale of C.
+    ``t_i``, so that the lengths depend on the scale of C. ``unscaled`` (arXiv 2406.01775, algorithm 1) gives B and A as
+    ``U`` and ``Uᵀ W`` themselves, so that ``s · B A`` is s times the component.
 
     Args:
         component: from :func:`co_svd`.
         scaling: ``s = alpha / rank``.
-        split: ``balanced`` or ``paper``.
+        split: ``balanced``, ``paper`` or ``unscaled``.
 
     Raises:
         ValueError: an unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}: use balanced or paper.")
+        raise ValueError(f"Unknown split {split!r}: use balanced, paper or unscaled.")
+    if split == "unscaled":
+        return LowRank(component.vectors, component.projection)
     lengths = component.singular_values.to(component.projection.device)
     if split == "balanced":
         lengths = torch.linalg.vector_norm(component.projection, dim=1, dtype=torch.float64)
