@@ -26,6 +26,8 @@ class Method:
             :data:`~kasa_tune.components.corda.decompose.DECOMPOSITIONS`, or ``quantization_error`` (LoftQ). None where
             the update starts at zero without one.
         mode: which end of the singular values the update starts from: ``ipm`` the largest, ``kpm`` the smallest.
+        split: how A and B share what was found, see
+            :func:`~kasa_tune.components.linalg.decomposition.split_component`; None where ``adapter.split`` says so.
         calibrated: whether it looks at data before training.
         quantized: whether the frozen weights are stored in four bits.
         quantization_iterations: the default of that key; None where the method does not read it.
@@ -39,6 +41,7 @@ class Method:
     setting: str | None = None
     decomposition: str | None = None
     mode: str | None = None
+    split: str | None = None
     calibrated: bool = False
     quantized: bool = False
     quantization_iterations: int | None = None
@@ -80,6 +83,10 @@ _ROWS = (
     ),
     _corda("pissa", "PiSSA", "2404.02948", **_LARGEST),
     _corda("milora", "MiLoRA", "2406.09044", **_SMALLEST),
+    _corda("olora", "OLoRA", "2406.01775", decomposition="qr", split="unscaled"),
+    _corda(
+        "eva", "EVA", "2410.07170", decomposition="input_svd", split="unscaled", calibrated=True
+    ),
     _corda("dora", "DoRA", "2402.09353", setting="lora", builders=("lora",)),
     _corda("lora_plus", "LoRA+", "2402.12354", setting="lora", builders=("lora", "corda")),
     _qcorda("qcorda", "QCorDA", "2506.13187", calibrated=True, **_LARGEST),

@@ -227,7 +227,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
         return {
             name: split_component(
-                components.pop(name), self._linears[name].scaling, cfg.adapter.split
+                components.pop(name), self._linears[name].scaling, method.split or cfg.adapter.split
             )
             for name in list(components)
         }

@@ -147,7 +147,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         )
         for name, linear in self._linears.items():
             component = components[name].to(self._device)
-            linear.start_from(split_component(component, linear.scaling, cfg.adapter.split))
+            split = method.split or cfg.adapter.split
+            linear.start_from(split_component(component, linear.scaling, split))
         report = Path(cfg.output_dir) / "decomposition.json"
         write_decomposition(report, components, spectra, mode=method.mode)
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")

@@ -84,7 +84,8 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 
 def _adapts_the_first(cfg: DictConfig) -> bool:
     """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
-    return method_of(cfg.adapter).mode == "ipm"
+    method = method_of(cfg.adapter)
+    return method.decomposition is not None and method.mode != "kpm"
 
 
 def _words(cfg: DictConfig) -> dict[str, str]:

@@ -32,10 +32,13 @@ _READERS = (
 )  # `source` of files; other sources are the hub's
 
 _CALIBRATED = tuple(method.setting for method in METHODS.values() if method.calibrated)
+_CHOOSES_COVARIANCES = tuple(
+    method.setting for method in METHODS.values() if method.calibrated and method.mode
+)
 # A key, the values of adapter.method that read it, and what the others leave it.
 _OF_METHODS: tuple[tuple[str, tuple[str | None, ...], Any], ...] = (
     ("adapter.dynamic_ranks", _CALIBRATED, False),
-    ("calibration.rounds", _CALIBRATED, 1),
+    ("calibration.rounds", _CHOOSES_COVARIANCES, 1),
     (
         "adapter.quantization_iterations",
         tuple(method.setting for method in METHODS.values() if method.quantization_iterations),

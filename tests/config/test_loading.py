@@ -456,9 +456,11 @@ def test_a_fault_of_the_dataset_is_said_once(corda_tree):
     assert only_problem(corda_tree, "~dataset")[0] == "dataset"
 
 
+CORDA_SETTINGS = ", ".join(dict.fromkeys(method.setting for method in methods_of("corda_finetune")))
+
 # override -> the key it is reported under, and what the message must hold
 CORDA_REFUSED = {
-    "adapter.method=cordaa": ("adapter.method", "one of corda, pissa, milora, lora"),
+    "adapter.method=cordaa": ("adapter.method", f"one of {CORDA_SETTINGS}"),
     "adapter.mode=top": ("adapter.mode", "one of ipm, kpm"),
     "adapter.dtype=fp16": ("adapter.dtype", "gradient scaling"),
     "adapter.split=even": ("adapter.split", "one of balanced, paper"),

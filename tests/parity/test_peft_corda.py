@@ -12,9 +12,10 @@ from torchtune.modules.peft import disable_adapter
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda.calibration import covariances, shared_inputs
 from kasa_tune.components.corda.covariance import Covariance, damped
-from kasa_tune.components.linalg.decomposition import co_svd, split_component
+from kasa_tune.components.linalg.decomposition import co_svd, qr_component, split_component
 from kasa_tune.components.models import corda_llama3
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.methods import METHODS
 from tests.tolerances import MODEL_FP32, ROUNDINGS
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.parity
 
 RANK, ALPHA = 4, 6.0
 SCALING = ALPHA / RANK
+FROM_WEIGHTS = ("pissa", "olora")  # starts that need no calibration
 VOCAB, EMBED, HIDDEN, LAYERS, HEADS, KV_HEADS = 96, 64, 112, 2, 4, 2
 ROWS, LENGTH, PAD = 8, 40, 0  # 320 tokens fill a covariance of 112 inputs
 ROPE_BASE = 10_000
@@ -107,7 +109,7 @@ def run_rows(model, tokens):
 
 
 def peft_config(start, **options):
-    """``start`` is ``pissa``, or CorDA's ``ipm`` or ``kpm``."""
+    """``start`` is ``pissa`` or ``olora``, or CorDA's ``ipm`` or ``kpm``."""
     corda = {
         "init_lora_weights": "corda",
         "corda_config": CordaConfig(corda_method=start, **options),
@@ -116,7 +118,7 @@ def peft_config(start, **options):
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=TARGETS,
-        **({"init_lora_weights": "pissa"} if start == "pissa" else corda),
+        **({"init_lora_weights": start} if start in FROM_WEIGHTS else corda),
     )
 
 
@@ -132,7 +134,7 @@ def peft_covariances(llama, calibrate):
 def peft_start(llama, tokens, start):
     """PEFT's model at its start, and of every linear ``(A, B)``."""
     model, config = copy.deepcopy(llama), peft_config(start)
-    if start != "pissa":
+    if start not in FROM_WEIGHTS:
         peft_corda.preprocess_corda(model, config, partial(run_rows, model, tokens))
     model = peft.get_peft_model(model, config).eval()
     linears = {name: model.base_model.model.get_submodule(name) for name in OUR_NAME}
@@ -342,6 +344,21 @@ def test_pissa_is_the_co_svd_without_a_covariance(llama, tokens):
             our_a, our_b = aligned((start.into.double(), start.out.double()), (a, b))
             assert relative_error(our_a, a) < tolerance
             assert relative_error(our_b, b) < tolerance
+
+
+def test_olora_is_pefts(llama, tokens):
+    """B, A and what is left of the weight. PEFT's float32 QR is off by ``eps cond(W[:, :r])``."""
+    theirs, starts = peft_start(llama, tokens, "olora")
+    for name, (a, b) in starts.items():
+        weight = llama.get_submodule(name).weight.detach()
+        start = split_component(qr_component(weight, RANK), SCALING, METHODS["olora"].split)
+        our_a, our_b = aligned((start.into.double(), start.out.double()), (a, b))
+        tolerance = ROUNDINGS * EPS * torch.linalg.cond(weight[:, :RANK]).item()
+        assert tolerance < 1e-3
+        assert relative_error(our_a, a) < tolerance
+        assert relative_error(our_b, b) < tolerance
+        residual = theirs.base_model.model.get_submodule(name).base_layer.weight.detach()
+        assert relative_error(weight - SCALING * our_b @ our_a, residual) < tolerance
 
 
 @pytest.mark.parametrize("start", ["ipm", "kpm", "pissa"])

@@ -1,9 +1,9 @@
 """Linears with an adapter, how they get into a model, their regularizers and their state."""
 
-from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.attach import attach, builders
 from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.kasa import KaSALinear
+from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.lora import LoRALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization
 from kasa_tune.components.adapters.state import (

@@ -8,9 +8,9 @@ from typing import get_type_hints
 
 from torch import nn
 
-from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.kasa import KaSALinear
+from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.lora import LoRALinear
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters import AdapterLinear, check_rank
+from kasa_tune.components.adapters.linear import AdapterLinear, check_rank
 from kasa_tune.components.linalg.decomposition import num_truncated, smallest_triplets
 from kasa_tune.components.linalg.solvers import Subspace
 

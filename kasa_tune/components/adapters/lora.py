@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters import AdapterLinear, add_product
+from kasa_tune.components.adapters.linear import AdapterLinear, add_product
 
 
 class LoRALinear(AdapterLinear):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.corda import CorDALinear
+from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized

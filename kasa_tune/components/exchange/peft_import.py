@@ -23,11 +23,16 @@ from torchtune.config import instantiate
 from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
 from kasa_tune.components.exchange.peft_files import PeftAdapter
-from kasa_tune.components.linalg.decomposition import check_finite, co_svd, smallest_triplets
+from kasa_tune.components.linalg.decomposition import (
+    check_finite,
+    co_svd,
+    qr_component,
+    smallest_triplets,
+)
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.base_weights import StreamedWeights
 from kasa_tune.components.models.loading import block_linears, build_on_meta
-from kasa_tune.methods import LINEARS
+from kasa_tune.methods import LINEARS, METHODS, methods_of
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +149,10 @@ class PeftImport:
         if self.peft.start == "corda":
             mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
             return {"method": "corda", "mode": mode, "dtype": "fp32"}
-        return {
-            "method": "pissa" if self.peft.start.startswith("pissa") else "lora",
-            "dtype": "fp32",
-        }
+        start = self.peft.start.partition("_")[0]  # of pissa_niter_16, pissa
+        known = start in METHODS and self.method in METHODS[start].builders
+        trained = known and METHODS[start] in methods_of("corda_finetune")
+        return {"method": start if trained else "lora", "dtype": "fp32"}
 
     def _find_places(self, model: Mapping[str, Any]) -> dict[str, Location]:
         """Of every linear that could be adapted, in the model's order."""
@@ -246,10 +251,8 @@ class PeftImport:
         if self.peft.start == "pissa":
             component = co_svd(weight, None, layer.rank, "ipm")
             return LowRank(component.vectors.cpu(), component.projection.cpu())
-        q = torch.linalg.qr(
-            weight[:, : layer.rank].double()
-        ).Q  # OLoRA: the first columns of Q, and rows of R
-        return LowRank(q * layer.scaling, q.T @ weight.double()).to("cpu", torch.float32)
+        component = qr_component(weight, layer.rank)
+        return LowRank(component.vectors * layer.scaling, component.projection).to("cpu")
 
     def _weight(self, module: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         weight = self.base.read(f"{module}.weight").to(device=device, dtype=dtype)

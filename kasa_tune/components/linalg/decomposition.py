@@ -18,7 +18,7 @@ from kasa_tune.components.linalg.solvers import (
 
 TRUNCATIONS = ("paper", "published")
 MODES = ("ipm", "kpm")
-SPLITS = ("balanced", "paper")
+SPLITS = ("balanced", "paper", "unscaled")
 
 
 def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str = "paper") -> int:
@@ -87,11 +87,13 @@ def _project(vectors: Tensor, matrix: Tensor, *, column_chunk: int = 4096) -> Te
 
 @dataclass(frozen=True)
 class Component:
-    """The part ``U Uᵀ W`` of a weight along some left singular vectors of ``W C^p``, the most extreme one first.
+    """The part ``U Uᵀ W`` of a weight along some directions of its outputs, the most extreme one first.
+
+    :func:`input_component` is the exception: it has directions of the inputs as ``projection``, and U is zero.
 
     Args:
-        vectors: ``U (d_out, k)`` float32, orthonormal columns.
-        singular_values: ``(k,)`` float64, of ``W C^p``.
+        vectors: ``U (d_out, k)`` float32, orthonormal columns; of :func:`co_svd` left singular vectors of ``W C^p``.
+        singular_values: ``(k,)`` float64, what the directions count for; of :func:`co_svd` those of ``W C^p``.
         projection: ``Uᵀ W (k, d_in)`` float32.
         solver: what found U.
     """
@@ -189,6 +191,62 @@ def co_svd(
     return on_cpu_if_no_room(work, weight, covariance, what=what).to(weight.device)
 
 
+@torch.no_grad()
+def qr_component(weight: Tensor, rank: int) -> Component:
+    """The first columns of Q and the first rows of R in ``W = Q R`` (OLoRA, arXiv 2406.01775, algorithm 1).
+
+    The first columns of Q follow from those of W alone, and the rows of R are ``Qᵀ W``.
+
+    Args:
+        weight: ``(d_out, d_in)``, any floating dtype.
+        rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
+
+    Returns:
+        ``vectors`` Q, ``projection`` R, and as ``singular_values`` the lengths of R's rows; on the weight's device.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    check_finite(weight)
+
+    def work(weight: Tensor) -> Component:
+        wide = weight.double()
+        q = torch.linalg.qr(wide[:, :rank]).Q  # [d_out, k]
+        r = (q.T @ wide).triu()  # [k, d_in]
+        return Component(q.float(), torch.linalg.vector_norm(r, dim=1), r.float(), "qr")
+
+    what = f"the QR decomposition of a {len(weight)} x {weight.shape[1]} weight"
+    return on_cpu_if_no_room(work, weight, what=what).to(weight.device)
+
+
+@torch.no_grad()
+def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
+    """The leading right singular vectors of a layer's inputs, with nothing of its weight (EVA, arXiv 2410.07170).
+
+    They are the leading eigenvectors of ``C = Σ x xᵀ``. With the ``unscaled`` split A holds them and B is zero.
+
+    Args:
+        weight: ``(d_out, d_in)``, of which only the shape and the device count.
+        covariance: ``C (d_in, d_in)``, symmetric and not negative. Damping moves no eigenvector.
+        rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
+
+    Returns:
+        ``vectors`` zero, ``projection`` ``(k, d_in)`` with orthonormal rows, and as ``singular_values`` those of the
+        inputs; on the weight's device.
+    """
+    zero = LowRank.empty(*weight.shape, device=weight.device).padded(rank)
+    if rank == 0:
+        return Component(zero.out, torch.zeros(0, dtype=torch.float64), zero.into, "none")
+
+    def work(covariance: Tensor) -> Component:
+        found = extreme_singular_subspace(covariance.double(), rank, largest=True)
+        directions = found.vectors.T.float().contiguous()  # [k, d_in]
+        return Component(zero.out, found.singular_values.sqrt(), directions, found.solver)
+
+    what = f"the eigenvectors of a covariance of {len(covariance)} inputs"
+    return on_cpu_if_no_room(work, covariance, what=what).to(weight.device)
+
+
 def co_svd_workspace(d_out: int, d_in: int) -> int:
     """Bytes that :func:`co_svd` takes at most, all float64: the weight, its reflectors, the covariance, their product
     and that one's factors or basis.
@@ -233,22 +291,25 @@ def _oriented(rows: Tensor, covariance: Tensor | None, power: float) -> Tensor:
 
 @torch.no_grad()
 def split_component(component: Component, scaling: float, split: str = "balanced") -> LowRank:
-    """``B (d_out, k)`` and ``A (k, d_in)`` with ``s · B A = U Uᵀ W``.
+    """``B (d_out, k)`` and ``A (k, d_in)`` with ``s · B A = U Uᵀ W``, unless the split is ``unscaled``.
 
     ``balanced`` gives ``b_i`` and ``a_i`` the same length, with ``t_i = ‖u_iᵀ W‖``: ``b_i = u_i √(t_i / s)``,
     ``a_i = u_iᵀ W / √(t_i s)``. ``paper`` (arXiv 2406.05223, equation 6) uses the singular value of ``W C`` in place of
-    ``t_i``, so that the lengths depend on the scale of C.
+    ``t_i``, so that the lengths depend on the scale of C. ``unscaled`` (arXiv 2406.01775, algorithm 1) gives B and A as
+    ``U`` and ``Uᵀ W`` themselves, so that ``s · B A`` is s times the component.
 
     Args:
         component: from :func:`co_svd`.
         scaling: ``s = alpha / rank``.
-        split: ``balanced`` or ``paper``.
+        split: ``balanced``, ``paper`` or ``unscaled``.
 
     Raises:
         ValueError: an unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}: use balanced or paper.")
+        raise ValueError(f"Unknown split {split!r}: use balanced, paper or unscaled.")
+    if split == "unscaled":
+        return LowRank(component.vectors, component.projection)
     lengths = component.singular_values.to(component.projection.device)
     if split == "balanced":
         lengths = torch.linalg.vector_norm(component.projection, dim=1, dtype=torch.float64)

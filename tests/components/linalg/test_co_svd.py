@@ -384,7 +384,7 @@ def test_a_damaged_weight_is_refused(bad, rank):
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown split 'even'.*balanced or paper"):
+    with pytest.raises(ValueError, match=r"Unknown split 'even'.*balanced, paper or unscaled"):
         split_component(component_of(), 1.0, "even")
 
 
