@@ -1,6 +1,7 @@
 # make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
 # make test    run the tests; PYTEST_ARGS="-m 'not slow'" leaves out the long ones
 # make lint    ruff; make format applies its layout
+# make docs    write the tables of config keys in docs/configs.md from the schemas
 # make clean   remove the environment and everything written by the targets above
 #
 # Each target creates .venv and installs what it needs, once. PYTHON=python3.12 chooses the interpreter.
@@ -17,7 +18,7 @@ PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -35,6 +36,9 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m kasa_tune.config.describe docs/configs.md
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .hypothesis
