@@ -313,7 +313,7 @@ OPTIMIZER = Component(
             help="added to the denominator of the optimizer's update, to keep it finite",
         ),
     },
-    help="an optimizer of torch, or another with the same interface",
+    help="any optimizer of torch that needs no closure",
 )
 LR_SCHEDULER = Component(
     default=None,
