@@ -3,6 +3,7 @@
 # make test-fast  run the tests that are not marked slow, in under 90 seconds on two cores
 # make typecheck  mypy; the errors of each file may only become fewer
 # make lint    ruff; make format applies its layout
+# make docs    write the tables of config keys in docs/configs.md from the schemas
 # make clean   remove the environment and everything written by the targets above
 #
 # Each target creates .venv and installs what it needs, once. PYTHON=python3.12 chooses the interpreter.
@@ -19,7 +20,7 @@ PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast typecheck lint format clean
+.PHONY: demo test test-fast typecheck lint format docs clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -43,6 +44,9 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m kasa_tune.config.describe docs/configs.md
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -29,8 +29,7 @@ from kasa_tune.components import models
 from kasa_tune.components.checkpoints import list_checkpoints, load_part, verify_checkpoint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.training.loggers import read_metrics
-from kasa_tune.config import reading
-from kasa_tune.config.entries import Ignored
+from kasa_tune.config import describe, reading
 from kasa_tune.config.schemas import SCHEMAS
 from kasa_tune.methods import METHODS
 
@@ -902,88 +901,59 @@ def test_generation_config_completes_a_prompt(name, tmp_path, load_recipe):
 # ------------------------------------------------------------------------------------------------------------- docs
 
 
-def documented(heading):
-    """The rows of a table of docs/configs.md: key to (what it takes, its default)."""
-    text = (
-        (ROOT / "docs" / "configs.md")
-        .read_text(encoding="utf-8")
-        .split(f"## {heading}")[1]
-        .split("\n## ")[0]
-    )
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| `")
-    ]
-    return {key.strip("`"): (takes, default) for key, takes, default, _ in cells}
+SCHEMAS_IN_DOCS = {
+    "kasa_finetune_single_device": config.FINETUNE,
+    "corda_finetune_single_device": config.CORDA,
+    "qcorda_finetune_single_device": config.QCORDA,
+    "generate_text": config.GENERATE,
+    "export_adapter": config.EXPORT,
+    "import_adapter": config.IMPORT,
+}
 
 
-def described(schema, prefix=""):
-    """The same of a schema, in its words; keys of sections and components under their name."""
-    rows = {}
-    for name, spec in ((f"{prefix}{key}", spec) for key, spec in schema.items()):
-        entry = spec.entry if isinstance(spec, config.OneOrMany) else spec
-        if isinstance(spec, config.Section):
-            rows |= described(spec.keys, f"{name}.")
-        elif isinstance(spec, config.Key):
-            rows[name] = (spec.allowed, in_yaml(spec.default))
-        else:
-            kind = (
-                "a component or a list of them"
-                if isinstance(spec, config.OneOrMany)
-                else "a component"
-            )
-            rows[name] = (kind, in_yaml(spec.default))
-            rows |= {
-                f"{name}.{key}": (value.allowed, in_yaml(value.default))
-                for key, value in entry.own.items()
-            }
-            rows |= {f"{name}.{key}": (value.allowed, None) for key, value in entry.values.items()}
-    return rows
+def test_docs_have_the_tables_of_keys_that_the_schemas_give():
+    page = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    assert page == describe.fill(page), "run `make docs`"
+    assert re.findall(r"^<!-- keys of (\w+)", page, re.MULTILINE) == [*SCHEMAS_IN_DOCS]
 
 
-def in_yaml(default):
-    if isinstance(default, dict):
-        return default["_component_"]
-    return "null" if default is None else str(default)
+@pytest.mark.parametrize("recipe", SCHEMAS_IN_DOCS)
+def test_every_key_has_a_help_text(recipe):
+    assert [row.key for row in describe.rows(SCHEMAS_IN_DOCS[recipe]) if not row.help] == []
 
 
-def test_docs_describe_every_key_of_finetuning():
-    expected, rows = described(config.FINETUNE), documented("Keys of `kasa_finetune_single_device`")
-    not_ours = {
-        key for key in expected if key.startswith(("dataset_val.", "model.lora_", "checkpointer."))
+def test_a_table_has_only_the_keys_that_differ_from_the_tables_before():
+    def keys(*schemas):
+        return {row.key for row in describe.rows(schemas[0], schemas[1:])}
+
+    new = keys(config.CORDA, config.FINETUNE)
+    assert {key.split(".")[0] for key in new} == {"adapter", "calibration"}
+    assert "adapter.dtype" not in new
+    assert keys(config.QCORDA, config.FINETUNE, config.CORDA) == {
+        "adapter.method",
+        "adapter.quantization_iterations",
+        "quantization.block_size",
+        "quantization.scaler_block_size",
     }
+    assert {*config.CORDA["adapter"].keys} - {*config.QCORDA["adapter"].keys} == {"mode"}
+    assert {*config.IMPORT} == keys(config.IMPORT, config.FINETUNE) | {*config.QCORDA}
+
+
+def test_the_documented_defaults_of_model_are_the_builders():
     builders = (models.corda_llama3_8b, models.lora_llama3_8b, models.kasa_llama3_8b)
-    builder = {
-        name: taken
+    given = {
+        name: parameter.default
         for build in builders
-        for name, taken in inspect.signature(build).parameters.items()
+        for name, parameter in inspect.signature(build).parameters.items()
     }
-    assert {*rows} - {"model.apply_to_output"} == {*expected} - not_ours
-    for key, (takes, default) in rows.items():
-        if key in expected:
-            assert takes == expected[key][0], key
-        if key.startswith("model."):
-            given = builder[key.removeprefix("model.")].default
-            assert default == (
-                "required" if given is inspect.Parameter.empty else in_yaml(given)
-            ), key
-        else:
-            assert default == (expected[key][1] or "of the component"), key
-
-
-def test_docs_describe_every_key_of_corda():
-    expected, rows = described(config.CORDA), documented("Keys of `corda_finetune_single_device`")
-    own = {key for key in expected if key.startswith(("adapter.", "calibration."))}
-    assert rows == {key: expected[key] for key in own if not key.startswith("calibration.dataset.")}
-    assert {key for key in expected if expected[key] != described(config.FINETUNE).get(key)} <= own
-
-
-def test_docs_describe_every_key_that_is_qcordas_own():
-    expected, rows = described(config.QCORDA), documented("Keys of `qcorda_finetune_single_device`")
-    same = described(config.FINETUNE) | described(config.CORDA)
-    assert rows == {key: row for key, row in expected.items() if same.get(key) != row}
-    assert same.keys() - expected.keys() == {"adapter.mode"}
+    own = {
+        name: key
+        for name, key in config.FINETUNE["model"].values.items()
+        if not name.startswith("lora_")
+    }
+    assert given.pop("attn_modules") is inspect.Parameter.empty
+    assert own.pop("attn_modules").default is config.REQUIRED
+    assert {name: key.default for name, key in own.items()} == given
 
 
 def test_docs_tell_the_recipe_of_every_suffix():
@@ -1010,26 +980,3 @@ def test_header_of_an_exchange_shows_how_it_is_called(name):
     }
     for words in runs:
         config.load(name, words[5:], check_files=False)
-
-
-def test_docs_describe_every_key_of_exporting():
-    assert documented("Keys of `export_adapter`") == described(config.EXPORT)
-
-
-def test_docs_describe_every_key_of_importing():
-    own = {name: spec for name, spec in config.IMPORT.items() if not isinstance(spec, Ignored)}
-    expected = {
-        key: row for key, row in described(own).items() if "." not in key
-    }  # those inside are as in training
-    assert documented("Keys of `import_adapter`") == expected
-    assert {*config.IMPORT} == {*own, *config.QCORDA}
-
-
-def test_docs_describe_every_key_of_generation():
-    expected, rows = described(config.GENERATE), documented("Keys of `generate_text`")
-    same = {key for key, row in described(config.FINETUNE).items() if expected.get(key) == row}
-    assert rows == {
-        key: row
-        for key, row in expected.items()
-        if key not in same and not key.startswith("dataset.")
-    }
