@@ -1,0 +1,105 @@
+"""What a copied recipe may change in its config: any loss that is a sum, any optimizer that steps by itself."""
+
+import contextlib
+import fcntl
+
+import pytest
+import torch
+from torch import nn
+
+from kasa_tune.components.training import Step
+from tests.recipes.conftest import recipe_class, run_recipe
+
+CROSS_ENTROPY = "loss={_component_: torch.nn.CrossEntropyLoss, reduction: sum}"
+FOCAL = "loss={{_component_: tests.recipes.focal_loss.FocalLoss, gamma: {gamma}}}"
+THREE_STEPS = ["max_steps=3", "run_val_every_n_steps=3", "model.dropout=0.0"]
+
+
+def losses(run):
+    return [line[key] for line in run.metrics for key in ("loss", "val_loss") if key in line]
+
+
+@pytest.fixture(scope="module")
+def default_losses(load_recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("default") / "run"
+    return losses(run_recipe(load_recipe("kasa_finetune_single_device"), folder, *THREE_STEPS))
+
+
+@pytest.mark.parametrize("loss", [CROSS_ENTROPY, FOCAL.format(gamma=0.0)])
+def test_cross_entropy_of_torch_and_a_focal_loss_without_focus_train_as_the_default_does(
+    finetune, default_losses, loss
+):
+    run = finetune(loss, *THREE_STEPS)
+    assert losses(run) == pytest.approx(default_losses, rel=1e-5)
+
+
+def test_a_focal_loss_trains_on_what_it_says(finetune, default_losses):
+    run = finetune(FOCAL.format(gamma=2.0), *THREE_STEPS)
+    found = losses(run)
+    assert all(0 < own < default for own, default in zip(found, default_losses, strict=True))
+    model, data = run.recipe._model, run.recipe._data
+    total, count = 0.0, 0
+    for sample in (data.dataset_val[i] for i in range(len(data.dataset_val))):
+        tokens, labels = (torch.as_tensor(sample[key]) for key in ("tokens", "labels"))
+        with torch.no_grad():
+            hidden = model.eval()(tokens[None])[0]
+            p = model.output(hidden).softmax(-1)[torch.arange(len(labels)), labels.clamp_min(0)]
+        kept = labels != -100
+        total += (-((1 - p) ** 2) * p.log())[kept].sum().item()
+        count += int(kept.sum())
+    assert run.metrics[-1]["val_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("loss={_component_: torch.nn.CrossEntropyLoss}", "not a sum over tokens.*reduction=sum"),
+        ("loss={_component_: torch.nn.MSELoss, reduction: sum}", "cannot be called with logits"),
+    ],
+)
+def test_a_loss_that_is_no_sum_is_refused_before_weights_are_read(
+    finetune, load_recipe, monkeypatch, loss, words
+):
+    recipe = recipe_class(load_recipe("kasa_finetune_single_device"))
+    monkeypatch.setattr(recipe, "_setup_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        finetune(loss)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(finetune):
+    with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torch\.optim\.AdamW"):
+        finetune("optimizer={_component_: torch.optim.LBFGS}")
+
+
+def test_a_loop_that_forgets_the_step_is_told_so(finetune, monkeypatch):
+    monkeypatch.setattr(Step, "apply", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"without step\.apply"):
+        finetune("max_steps=2")
+
+
+def test_a_failing_step_gives_back_the_lock_and_the_signals(finetune, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Step, "apply", fail)
+    with pytest.raises(ZeroDivisionError):
+        finetune("max_steps=2")
+    with (tmp_path / "run" / "checkpoints" / ".lock").open("w") as file, contextlib.ExitStack():
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError while it is held
+
+
+class MeanLoss(nn.Module):
+    """Not a sum."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits[torch.arange(len(labels)), labels].mean()
+
+
+def test_a_loss_is_tried_without_touching_the_random_state():
+    from kasa_tune.components.training import ChunkedCrossEntropy, summed_loss
+
+    before = torch.get_rng_state()
+    summed_loss(ChunkedCrossEntropy(), vocab_size=11)
+    with pytest.raises(ValueError, match="MeanLoss is not a sum"):
+        summed_loss(MeanLoss(), vocab_size=11)
+    assert torch.equal(before, torch.get_rng_state())
