@@ -31,6 +31,8 @@ def blocks(markdown: str) -> Iterator[str]:
         if lines and (is_item or not is_prose):
             yield " ".join(lines)
             lines = []
+        if line.startswith("#"):
+            in_list = False
         if is_prose:
             in_list = is_item or (in_list and (bool(lines) or line.startswith(" ")))
             lines.append(_LIST_ITEM.sub("", line, count=1).strip() if is_item else line.strip())

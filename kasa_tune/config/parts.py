@@ -52,7 +52,7 @@ MODEL = Component(
     values={
         "attn_modules": Key(
             list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]],
-            help="the linears of every attention layer that get an adapter",
+            help="the linears of every attention layer that get an adapter; required by our builders",
         ),
         "apply_to_mlp": Key(
             bool | list[Literal["w1", "w2", "w3"]],
