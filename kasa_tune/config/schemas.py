@@ -356,7 +356,10 @@ _OF_IMPORT: Schema = {
     "dtype": replace(DTYPE, help="precision that the base had when the adapter was trained"),
 }
 # Of a base that has a training config, that one will do.
-IMPORT: Schema = _OF_IMPORT | {name: Ignored() for name in QCORDA if name not in _OF_IMPORT}
+IMPORT: Schema = {
+    **_OF_IMPORT,
+    **{name: Ignored() for name in QCORDA if name not in _OF_IMPORT},
+}
 
 _RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
