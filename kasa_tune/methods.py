@@ -59,13 +59,13 @@ class Method:
 
 def _corda(name: str, title: str, paper: str, **more: Any) -> Method:
     """A method of the corda recipes. A config chooses it with ``adapter.method=<name>`` unless ``more`` says else."""
-    more = {"builders": ("corda",), "setting": name} | more
+    more = {"builders": ("corda",), "setting": name, **more}
     return Method(name, title, paper, "corda_finetune", **more)
 
 
 def _qcorda(name: str, title: str, paper: str, **more: Any) -> Method:
     """A method of the qcorda recipes, whose frozen weights are in four bits."""
-    more = {"builders": ("corda",), "setting": name, "quantized": True} | more
+    more = {"builders": ("corda",), "setting": name, "quantized": True, **more}
     return Method(name, title, paper, "qcorda_finetune", **more)
 
 

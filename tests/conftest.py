@@ -44,9 +44,10 @@ SLOW_FIXTURES = {"processes", "two_processes", "two_by_two_processes"}  # each s
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what stands in a slow folder or file, and what starts several processes."""
+    """Mark as slow what stands in a slow folder or file, starts several processes, or imports a peer."""
     for item in items:
         path = item.path.relative_to(ROOT / "tests").as_posix()
         in_slow_path = path.startswith(SLOW_PATHS) and not path.startswith(FAST_PATHS)
-        if in_slow_path or SLOW_FIXTURES & set(item.fixturenames):
+        in_processes = SLOW_FIXTURES & set(item.fixturenames)
+        if in_slow_path or in_processes or item.get_closest_marker("parity"):
             item.add_marker("slow")

@@ -202,7 +202,6 @@ def test_functions_are_short():
     check_bar(lengths, LONGEST_FUNCTION, KNOWN_LONG_FUNCTIONS)
 
 
-@pytest.mark.xfail(strict=False, reason="the recipes are being rewritten around one step loop")
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "recipes").glob("*.py")), ids=lambda file: file.stem
 )

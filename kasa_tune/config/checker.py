@@ -36,7 +36,8 @@ class Checker:
 
     def resolve(self, node: DictConfig, prefix: str = "") -> dict[str, Any]:
         """The config as plain containers, with interpolations and `kasa_tune://` paths resolved."""
-        return {name: self._resolved(node, name, f"{prefix}{name}") for name in node}
+        names: list[Any] = list(node)
+        return {name: self._resolved(node, name, f"{prefix}{name}") for name in names}
 
     def _resolved(self, node: DictConfig | ListConfig, name: Any, key: str) -> Any:
         try:
@@ -52,7 +53,8 @@ class Checker:
         except (OmegaConfBaseException, RecursionError) as error:
             reason = str(getattr(error, "msg", None) or error).splitlines()[0]
             reason = reason.split("raised while resolving interpolation: ")[-1].strip('"')
-            return self.report(key, f"got {show(OmegaConf.to_container(node)[name])}: {reason}")
+            unresolved: Any = OmegaConf.to_container(node)
+            return self.report(key, f"got {show(unresolved[name])}: {reason}")
         except (OSError, ValueError) as error:
             return self.report(key, str(error))
 

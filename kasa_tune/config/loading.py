@@ -211,7 +211,7 @@ def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
                 "missing; give the name of a config (`kasa-tune ls` lists them) or the path of a YAML file",
             )
         )
-    if problems:
+    if problems or not name:
         raise ConfigError("command line", problems)
     return name, overrides
 
@@ -226,9 +226,8 @@ def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
     path, _, value = rest.partition("=")
     name, _, inner = path.partition(".")
     spec, given = schema.get(section), tree.get(section) or {}
-    is_component = isinstance(spec, Section) and isinstance(
-        spec.keys.get(name), (Component, OneOrMany)
-    )
+    keys = spec.keys if isinstance(spec, Section) else {}
+    is_component = isinstance(keys.get(name), (Component, OneOrMany))
     if not is_component or not isinstance(given, dict):
         return reading.override(tree, text, schema)
     if inner and _is_reference(given.get(name)):
@@ -239,7 +238,7 @@ def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
     if not inner and _is_reference(value):
         given[name] = value
     else:
-        reading.override(given, rest, spec.keys)
+        reading.override(given, rest, keys)
 
 
 def _is_reference(value: Any) -> bool:
@@ -256,12 +255,11 @@ def _fill(tree: dict[str, Any], schema: Schema) -> dict[str, Any]:
             given = {} if given is None else given
             filled[name] = _fill(given, spec.keys) if isinstance(given, dict) else given
         elif name in tree:
-            completes = isinstance(spec.default, dict) and isinstance(given, dict)
-            completes = completes and given.get("_component_") in (
-                None,
-                spec.default["_component_"],
-            )
-            filled[name] = spec.default | given if completes else given
+            filled[name] = given
+            if isinstance(spec.default, dict) and isinstance(given, dict):
+                default_component = spec.default["_component_"]
+                if given.get("_component_", default_component) in (None, default_component):
+                    filled[name] = spec.default | given
         elif spec.default is not REQUIRED:
             filled[name] = copy.deepcopy(spec.default)
     return filled | {name: value for name, value in tree.items() if name not in schema}

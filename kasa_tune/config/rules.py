@@ -126,7 +126,7 @@ def of_other_methods(cfg: dict[str, Any]) -> Iterator[Problem]:
         section, _, name = key.partition(".")
         value = (cfg.get(section) or {}).get(name, unset)
         if method in methods and method not in readers and value != unset:
-            belongs = " or ".join(other for other in methods if other in readers)
+            belongs = " or ".join(other for other in methods if other and other in readers)
             wrong = (
                 f"got {value} with adapter.method {method}; it belongs to adapter.method {belongs}"
             )

@@ -283,7 +283,10 @@ GENERATE: Schema = {
 }
 
 # Of a base that has a training config, that one will do.
-IMPORT: Schema = OF_IMPORT | {name: Ignored() for name in QCORDA if name not in OF_IMPORT}
+IMPORT: Schema = {
+    **OF_IMPORT,
+    **{name: Ignored() for name in QCORDA if name not in OF_IMPORT},
+}
 
 _RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,

@@ -366,8 +366,9 @@ def _kind(node: ast.expr | None, default: ast.expr | None = None) -> Any:
         return _union(*map(_kind, inner), *([None] if outer == "Optional" else []))
     if outer in ("list", "List"):
         return list[_kind(inner[0])]  # type: ignore[misc]
-    if outer == "Literal" and all(isinstance(item, ast.Constant) for item in inner):
-        return Literal[tuple(item.value for item in inner)]  # type: ignore[misc]
+    values = [item.value for item in inner if isinstance(item, ast.Constant)]
+    if outer == "Literal" and len(values) == len(inner):
+        return Literal[tuple(values)]
     return _SIMPLE.get(outer, Any)
 
 

@@ -63,7 +63,9 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
 
     build_rotary_caches(model)
     linears = dict(adapter_linears(model))
-    notes = {linear: partial(note, name) for name, linear in linears.items()}
+    notes: dict[nn.Module, Callable[[Tensor], None]] = {
+        linear: partial(note, name) for name, linear in linears.items()
+    }
     # A model that returns hidden states leaves out its output projection, which may be adapted.
     returns_hidden_states = model.__dict__.pop("unembed", None)
     try:
@@ -128,7 +130,7 @@ def covariances(
                 for round, batches in enumerate(rounds):
                     needed = [g for g in inside if g in pooled or _any(wanted, g, round)]
                     sums = [_empty(g, round, linears, dtype) for g in needed]
-                    receivers = {
+                    receivers: dict[nn.Module, Callable[..., None]] = {
                         linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums
                     }
                     _run_block(model, block, batches, hidden[round], receivers, waiting, advance)

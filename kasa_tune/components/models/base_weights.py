@@ -77,7 +77,7 @@ def open_base(
     base = read_base_weights(instantiate(cfg.checkpointer))
     fingerprint = weights_fingerprint(base)
     if checkpoint:
-        model = OmegaConf.to_container(cfg.model, resolve=True)
+        model: Any = OmegaConf.to_container(cfg.model, resolve=True)
         checkpoint.check_belongs(base_fingerprint=fingerprint, model=model)
     return base, fingerprint
 

@@ -99,7 +99,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def sum(self, *values: float) -> list[float]:
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
         """Sums over all processes, in float64."""
         numbers = [float(value) for value in values]
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)

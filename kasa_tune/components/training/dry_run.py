@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
 from torchtune.config import instantiate
+from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.corda import calibration_bytes
 from kasa_tune.components.quantized import base_bytes
@@ -19,7 +20,7 @@ from kasa_tune.components.training.memory import budget_report, memory_budget, p
 
 def dry_run_report(
     cfg: DictConfig,
-    model: nn.Module,
+    model: TransformerDecoder,
     *,
     tokenizer: Any,
     loss: Any,

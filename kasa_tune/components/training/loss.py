@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
+from torchtune.modules import TransformerDecoder
 
 
 class ChunkedCrossEntropy(nn.Module):
@@ -178,7 +180,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *(gradient * upstream for gradient in ctx.saved_tensors)
 
 
@@ -193,7 +195,7 @@ def _trained_parameters(project: Callable[[Tensor], Tensor]) -> list[nn.Paramete
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def return_hidden_states(model: nn.Module) -> None:
+def return_hidden_states(model: TransformerDecoder) -> None:
     """Make a torchtune decoder's forward stop after the final norm, so that the loss can project what it needs.
 
     The decoder's own forward still runs, with whatever hooks compile or FSDP put on it; only its last step changes.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
@@ -104,7 +105,9 @@ def memory_budget(
     }
 
 
-def per_process(budget: Mapping[str, int], model: nn.Module, shards: int) -> dict[str, int]:
+def per_process(
+    budget: Mapping[str, int], model: TransformerDecoder, shards: int
+) -> dict[str, int]:
     """A :func:`memory_budget` of one of ``shards`` processes that hold the model together (FSDP2).
 
     Weights, gradients and optimizer state are cut; the block that computes, the one that is fetched meanwhile, and what
@@ -261,7 +264,7 @@ class _AttentionAsOnDevice(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _recomputed_bytes(model: nn.Module, tokens: Tensor) -> int:
+def _recomputed_bytes(model: TransformerDecoder, tokens: Tensor) -> int:
     """Where blocks are checkpointed, what one of them saves when it is run again in the backward."""
     block = getattr(model.layers[0], "_checkpoint_wrapped_module", None)
     if block is None:

@@ -259,8 +259,8 @@ class Steps:
             utils.batch_to_device(batch, self.device)
             total += self._loss_sum(batch)
         self.model.train()
-        total, num_tokens = self.processes.sum(total.item(), num_tokens)
-        return total / num_tokens
+        total_loss, all_tokens = self.processes.sum(total.item(), num_tokens)
+        return total_loss / all_tokens
 
     # --- checkpoints
 
@@ -369,7 +369,8 @@ class Step:
         checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
         values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
         if not all(map(math.isfinite, values)):
-            newest = (list_checkpoints(steps.folder) or ["none"])[-1]
+            checkpoints = list_checkpoints(steps.folder)
+            newest = checkpoints[-1] if checkpoints else "none"
             raise RuntimeError(
                 f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are "
                 f"still those of step {steps.step}; last checkpoint: {newest}. Lower optimizer.lr, "

@@ -94,6 +94,7 @@ def test_with_shards_the_mesh_is_copies_by_shards(two_by_two_processes):
         assert seen == (rank, 4, rank == 0, "cpu", mesh, ("replicate", "shard"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "mesh", "names"), [(1, [[0], [1]], ("replicate", "shard")), (2, [0, 1], ("shard",))]
 )
@@ -126,6 +127,7 @@ def waits_in_vain(world):
     return world.gather(1) if world.is_rank_zero else "elsewhere"
 
 
+@pytest.mark.slow
 def test_who_waits_for_another_in_vain_gives_up():
     started = Processes(2, timeout=2)
     first, second = started.outcomes(waits_in_vain)
@@ -143,6 +145,7 @@ def dies(world):
     return "lives"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "what"), [(waits_in_vain, "rank 0 hangs"), (dies, "rank 1 died")])
 def test_these_tests_end_when_a_process_does_not(work, what):
     started = Processes(2, done_within=3)
