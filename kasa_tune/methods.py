@@ -84,6 +84,9 @@ _ROWS = (
     _corda("pissa", "PiSSA", "2404.02948", **_LARGEST),
     _corda("milora", "MiLoRA", "2406.09044", **_SMALLEST),
     _corda("olora", "OLoRA", "2406.01775", decomposition="qr", split="unscaled"),
+    _corda(
+        "eva", "EVA", "2410.07170", decomposition="input_svd", split="unscaled", calibrated=True
+    ),
     _corda("dora", "DoRA", "2402.09353", setting="lora", builders=("lora",)),
     _corda("lora_plus", "LoRA+", "2402.12354", setting="lora", builders=("lora", "corda")),
     _qcorda("qcorda", "QCorDA", "2506.13187", calibrated=True, **_LARGEST),

@@ -53,6 +53,7 @@ METHODS = {
     "pissa": ("tiny_pissa", []),
     "milora": ("tiny_milora", []),
     "olora": ("tiny_olora", []),
+    "eva": ("tiny_eva", []),
     "lora": ("tiny_corda", ["adapter.method=lora"]),
     "dora": ("tiny_dora", []),
     "lora+": ("tiny_lora_plus", []),

@@ -281,6 +281,8 @@ class CorDALinear(AdapterLinear):
     def start_from(self, start: LowRank, *, taken_out: bool = False) -> None:
         """Start the update as ``s · out @ into`` and take the same out of the frozen weight.
 
+        A start whose ``out`` is zero takes nothing out, and the edit then has rank 0.
+
         Args:
             start: ``(d_out, d_in)`` of any rank, which becomes the linear's.
             taken_out: the weight has come without it, as a quantized residual does.
@@ -301,6 +303,8 @@ class CorDALinear(AdapterLinear):
         edit = LowRank(
             self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()
         )
+        if not start.out.any():
+            edit = LowRank.empty(*edit.shape, device=edit.out.device)
         self.set_edit(edit, taken_out=taken_out)
 
     def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:

@@ -25,10 +25,10 @@ class LayerSpectrum:
     """What one calibration round tells of a layer.
 
     Args:
-        singular_values: of ``W C``, ``(R,)`` float64 on the CPU, descending.
-        log_compactness: ``log π(C)``.
+        singular_values: of ``W C``, ``(R,)`` float64 on the CPU, descending; for EVA see :func:`input_spectra`.
+        log_compactness: ``log π(C)``; 0 for EVA.
         round: the round it is of, or POOLED.
-        scores: of every round seen so far, the smallest is the chosen one's; empty for POOLED.
+        scores: of every round seen so far, the smallest is the chosen one's; empty for POOLED and EVA.
     """
 
     singular_values: Tensor
@@ -88,6 +88,33 @@ def layer_spectra(
         scores = () if round == POOLED else (selection_score(values, compactness),)
         spectra[name] = LayerSpectrum(values, compactness, round, scores)
     return spectra
+
+
+@torch.no_grad()
+def input_spectra(
+    weights: Mapping[str, Tensor], covariance: Tensor, round: int
+) -> dict[str, LayerSpectrum]:
+    """The spectra of the inputs themselves (EVA, arXiv 2410.07170), of layers that share them.
+
+    A ``singular_value`` here is the square root of the share of the inputs' variance that its direction explains, so
+    that the squares of all ``d_in`` would sum to one. The first ``R`` are kept.
+
+    Args:
+        weights: name to ``(d_out, d_in)``, of which only the shapes count.
+        covariance: ``(d_in, d_in)``.
+        round: which it is of.
+    """
+
+    def work(covariance: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(covariance.double()).clamp_min(0).flip(0).cpu()
+
+    what = f"the eigenvalues of a covariance of {len(covariance)} inputs"
+    eigenvalues = on_cpu_if_no_room(work, covariance, what=what)
+    values = (eigenvalues / eigenvalues.sum()).sqrt()  # [d_in]
+    return {
+        name: LayerSpectrum(values[: min(weight.shape)].clone(), 0.0, round)
+        for name, weight in weights.items()
+    }
 
 
 def selection_score(singular_values: Tensor, log_compactness: float) -> float:
@@ -187,3 +214,46 @@ def _filtering_order(spectra: list[LayerSpectrum]) -> tuple[np.ndarray, np.ndarr
     layer, count = np.concatenate(layers), np.concatenate(counts)
     order = np.lexsort((count, layer, np.concatenate(scores)))
     return layer[order], count[order]
+
+
+def ranks_by_explained_variance(
+    spectra: Mapping[str, LayerSpectrum],
+    sizes: Mapping[str, int],
+    *,
+    rank: int,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> dict[str, int]:
+    """EVA's redistribution of ranks (arXiv 2410.07170, section 3.3): the directions that explain most, of all layers.
+
+    The budget is ``rank`` times the number of layers, counted in ranks and not in parameters.
+
+    Args:
+        spectra: from :func:`input_spectra`.
+        sizes: not used; EVA counts ranks.
+        rank: the mean rank of a layer.
+        min_rank: every layer gets at least this (at most R); the paper has 0.
+        max_rank: and at most this; the paper has ``rho · rank`` with ``rho`` 2. None for R.
+
+    Returns:
+        Layer to rank, in the order of ``spectra``. Of directions that explain the same, as those of layers that share
+        their inputs, the earlier layer's is taken first.
+
+    Raises:
+        ValueError: the budget cannot buy ``min_rank`` everywhere.
+    """
+    ranks = {name: min(min_rank, len(each.singular_values)) for name, each in spectra.items()}
+    left = rank * len(ranks) - sum(ranks.values())
+    if left < 0:
+        raise ValueError(
+            f"adapter.min_rank {min_rank} is more than the mean rank of a layer, model.rank {rank}. Lower min_rank or "
+            "raise model.rank."
+        )
+    directions = [
+        (-value, name)
+        for name, each in spectra.items()
+        for value in each.singular_values[ranks[name] : max_rank].tolist()
+    ]
+    for _, name in sorted(directions, key=lambda direction: direction[0])[:left]:
+        ranks[name] += 1
+    return ranks

@@ -17,12 +17,19 @@ from kasa_tune.components.corda.allocation import (
     POOLED,
     LayerSpectrum,
     allocate_ranks,
+    input_spectra,
     layer_spectra,
     more_compact,
+    ranks_by_explained_variance,
 )
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import Wanted
-from kasa_tune.components.linalg.decomposition import Component, co_svd, qr_component
+from kasa_tune.components.linalg.decomposition import (
+    Component,
+    co_svd,
+    input_component,
+    qr_component,
+)
 from kasa_tune.components.processes.world import Job
 from kasa_tune.methods import Method
 
@@ -68,6 +75,9 @@ def _co_svd(method: Method, covariance_power: float) -> Decomposition:
 # By a method's `decomposition`; each takes the method and adapter.covariance_power.
 DECOMPOSITIONS: dict[str, Callable[[Method, float], Decomposition]] = {
     "co_svd": _co_svd,
+    "input_svd": lambda method, power: Decomposition(
+        input_component, input_spectra, ranks_by_explained_variance
+    ),
     "qr": lambda method, power: Decomposition(lambda weight, _, rank: qr_component(weight, rank)),
 }
 

@@ -89,6 +89,8 @@ def _project(vectors: Tensor, matrix: Tensor, *, column_chunk: int = 4096) -> Te
 class Component:
     """The part ``U Uᵀ W`` of a weight along some directions of its outputs, the most extreme one first.
 
+    :func:`input_component` is the exception: it has directions of the inputs as ``projection``, and U is zero.
+
     Args:
         vectors: ``U (d_out, k)`` float32, orthonormal columns; of :func:`co_svd` left singular vectors of ``W C^p``.
         singular_values: ``(k,)`` float64, what the directions count for; of :func:`co_svd` those of ``W C^p``.
@@ -218,6 +220,34 @@ def qr_component(weight: Tensor, rank: int) -> Component:
 
     what = f"the QR decomposition of a {len(weight)} x {weight.shape[1]} weight"
     return on_cpu_if_no_room(work, weight, what=what).to(weight.device)
+
+
+@torch.no_grad()
+def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
+    """The leading right singular vectors of a layer's inputs, with nothing of its weight (EVA, arXiv 2410.07170).
+
+    They are the leading eigenvectors of ``C = Σ x xᵀ``. With the ``unscaled`` split A holds them and B is zero.
+
+    Args:
+        weight: ``(d_out, d_in)``, of which only the shape and the device count.
+        covariance: ``C (d_in, d_in)``, symmetric and not negative. Damping moves no eigenvector.
+        rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
+
+    Returns:
+        ``vectors`` zero, ``projection`` ``(k, d_in)`` with orthonormal rows, and as ``singular_values`` those of the
+        inputs; on the weight's device.
+    """
+    zero = LowRank.empty(*weight.shape, device=weight.device).padded(rank)
+    if rank == 0:
+        return Component(zero.out, torch.zeros(0, dtype=torch.float64), zero.into, "none")
+
+    def work(covariance: Tensor) -> Component:
+        found = extreme_singular_subspace(covariance.double(), rank, largest=True)
+        directions = found.vectors.T.float().contiguous()  # [k, d_in]
+        return Component(zero.out, found.singular_values.sqrt(), directions, found.solver)
+
+    what = f"the eigenvectors of a covariance of {len(covariance)} inputs"
+    return on_cpu_if_no_room(work, covariance, what=what).to(weight.device)
 
 
 def co_svd_workspace(d_out: int, d_in: int) -> int:
