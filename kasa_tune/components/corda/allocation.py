@@ -112,7 +112,7 @@ def input_spectra(
     eigenvalues = on_cpu_if_no_room(work, covariance, what=what)
     values = (eigenvalues / eigenvalues.sum()).sqrt()  # [d_in]
     return {
-        name: LayerSpectrum(values[: min(weight.shape)], 0.0, round)
+        name: LayerSpectrum(values[: min(weight.shape)].clone(), 0.0, round)
         for name, weight in weights.items()
     }
 

@@ -12,8 +12,11 @@ from kasa_tune.components.corda.allocation import (
     ranks_by_explained_variance,
 )
 from kasa_tune.components.corda.covariance import damped
+from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.decomposition import input_component, split_component
 from kasa_tune.components.models.loading import put_weight
+from kasa_tune.methods import METHODS
+from tests.components.corda.test_decompose import OPTIONS, RANK, World, cache, never
 from tests.tolerances import FP64
 
 FACTORS = 2e-6  # of float32 vectors of length one
@@ -123,3 +126,28 @@ def test_no_choice_within_the_budget_explains_more(widths, rank, seed):
 def test_a_budget_below_the_least_rank_is_refused():
     with pytest.raises(ValueError, match=r"adapter\.min_rank 2 .*model\.rank 1"):
         ranks_by_explained_variance(spectra_of(a=[0.6, 0.4]), {}, rank=1, min_rank=2)
+
+
+# --------------------------------------------------------------------------------- over all layers of a model
+
+
+@pytest.mark.parametrize("dynamic_ranks", [False, True])
+def test_every_layer_gets_the_directions_of_its_own_inputs(dynamic_ranks, tmp_path):
+    world = World()
+    options = OPTIONS | {
+        "dynamic_ranks": dynamic_ranks,
+        "max_rank": 2 * RANK * dynamic_ranks or None,
+    }
+    eva = {"method": METHODS["eva"], "options": options}
+    found, spectra = decompose(world.linears, world.source, cache(tmp_path), **eva)
+    assert list(found) == list(world.linears)
+    assert sum(component.rank for component in found.values()) == RANK * len(found)
+    assert bool(spectra) is dynamic_ranks
+    for name, component in found.items():
+        vectors = torch.linalg.eigh(world.covariances[name, 0].double()).eigenvectors
+        leading = vectors[:, -component.rank :]
+        rows = component.projection.double()
+        torch.testing.assert_close(rows.T @ rows, leading @ leading.T, atol=1e-5, rtol=0)
+    again, _ = decompose(world.linears, never, cache(tmp_path), **eva)
+    for name, component in found.items():
+        assert torch.equal(again[name].projection, component.projection)
