@@ -165,8 +165,8 @@ START = {
     "dynamic_ranks": Key(
         bool,
         False,
-        help="CorDA++: choose the rank of each layer; all layers together have as many parameters "
-        "as with `model.rank` everywhere",
+        help="CorDA++, EVA: choose the rank of each layer; all layers together have as many "
+        "parameters (CorDA++) or ranks (EVA) as with `model.rank` everywhere",
     ),
     "min_rank": Key(
         int, 1, NOT_NEGATIVE, help="the smallest rank that dynamic_ranks may give a layer"
@@ -244,8 +244,8 @@ CALIBRATION = Section(
     {
         "dataset": OneOrMany(
             DATASET_OR_NONE,
-            help="the data to calibrate on, with the keys of `dataset`; CorDA and QCorDA need it: "
-            "`${dataset}` for ipm, questions about the knowledge to keep for kpm",
+            help="the data to calibrate on, with the keys of `dataset`; CorDA, QCorDA and "
+            "EVA need it: `${dataset}`, or for kpm questions about the knowledge to keep",
         ),
         "concatenate": Key(
             bool,
