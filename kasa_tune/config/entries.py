@@ -118,7 +118,7 @@ class Key:
         type: an annotation; a default of None allows null besides.
         default: the value when absent; REQUIRED when it must be given.
         check: a condition that every value but null meets: a `Check`, or any function that returns True or False.
-        help: one line.
+        help: what it is for; `--help` prints it and docs/configs.md lists it.
     """
 
     type: Any
@@ -182,7 +182,7 @@ class Component:
         runtime: keyword parameters the recipe supplies, which the target must take.
         own: keys the recipe reads from the node and takes out before the call.
         values: what parameters may be, where that is more than the target's annotations say.
-        help: one line.
+        help: what it is for; `--help` prints it and docs/configs.md lists it.
     """
 
     default: Any = REQUIRED
