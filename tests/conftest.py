@@ -37,17 +37,25 @@ def load_recipe():
     return load
 
 
-# Left out of `make test-fast`, besides the tests marked slow one by one. A whole recipe run takes a second or more.
+# Left out of `make test-fast`, besides the tests marked slow one by one.
 SLOW_PATHS = ("install", "parity", "recipes", "test_benchmark_corda_truncation.py")
-FAST_PATHS = ("recipes/test_two_steps.py",)
-SLOW_FIXTURES = {"processes", "two_processes", "two_by_two_processes"}  # each starts processes
+SLOW_FIXTURES = {
+    "load_recipe",  # a whole run takes a second or more
+    "processes",  # these start processes
+    "two_processes",
+    "two_by_two_processes",
+}
+FAST_PATHS = ("recipes/test_two_steps.py",)  # fast in spite of the lists above
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what stands in a slow folder or file, starts several processes, or imports a peer."""
+    """Mark as slow what stands in a slow folder or file, runs a recipe, starts processes, or imports a peer."""
     for item in items:
         path = item.path.relative_to(ROOT / "tests").as_posix()
-        in_slow_path = path.startswith(SLOW_PATHS) and not path.startswith(FAST_PATHS)
-        in_processes = SLOW_FIXTURES & set(item.fixturenames)
-        if in_slow_path or in_processes or item.get_closest_marker("parity"):
+        slow_path, slow_fixture = (
+            path.startswith(SLOW_PATHS),
+            SLOW_FIXTURES & set(item.fixturenames),
+        )
+        slow = slow_path or slow_fixture or item.get_closest_marker("parity")
+        if slow and not path.startswith(FAST_PATHS):
             item.add_marker("slow")

@@ -18,7 +18,7 @@ from kasa_tune.config import reading
 from kasa_tune.config.entries import Check, Section
 from kasa_tune.methods import methods_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
@@ -137,8 +137,8 @@ def test_strings_may_hold_what_looks_like_an_interpolation(tree):
 
 
 def test_resource_paths_become_absolute(tree):
-    path = load(tree, "tokenizer.path=kasa_tune://schema.py").tokenizer.path
-    assert Path(path) == ROOT / "kasa_tune" / "schema.py"
+    path = load(tree, "tokenizer.path=kasa_tune://registry.py").tokenizer.path
+    assert Path(path) == ROOT / "kasa_tune" / "registry.py"
     key, text = only_problem(tree, "tokenizer.path=kasa_tune://no_such_file")
     assert key == "tokenizer.path"
     assert "no_such_file" in text
