@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from kasa_tune.components.checkpoints import latest_checkpoint, load_part, read_manifest
+from kasa_tune.components.checkpoints import latest_checkpoint
 from kasa_tune.components.quantized.base import FOLDER
 
 from .conftest import BOTH_WAYS, STEP_OF_ONE, Run, assert_same_tree, copy_run, run_alone
@@ -62,8 +62,8 @@ def stored_base(run: Run) -> dict[str, NF4Tensor]:
     stored, _ = latest_checkpoint(run.folder / FOLDER)
     return {
         name: weight
-        for part in read_manifest(stored)["parts"]
-        for name, weight in load_part(stored, part).items()
+        for part in stored.manifest["parts"]
+        for name, weight in stored.part(part).items()
     }
 
 
