@@ -23,7 +23,7 @@ class Method:
         builders: how the names of the model builders begin whose adapters it trains; keys of LINEARS.
         setting: the value of ``adapter.method`` that chooses it; None where the recipe has no such key.
         decomposition: how the update's start is found, a key of
-            :data:`~kasa_tune.components.corda.decompose.DECOMPOSITIONS`, or ``quantization_error`` (LoftQ). None where
+            :data:`~kasa_tune.components.corda.all_layers.DECOMPOSITIONS`, or ``quantization_error`` (LoftQ). None where
             the update starts at zero without one.
         mode: which end of the singular values the update starts from: ``ipm`` the largest, ``kpm`` the smallest.
         split: how A and B share what was found, see

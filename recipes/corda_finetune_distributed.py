@@ -48,7 +48,7 @@ from kasa_tune.components.corda import (
     open_cache,
     write_decomposition,
 )
-from kasa_tune.components.data import Batch, TrainingData, tensors_digest, versions
+from kasa_tune.components.data import Batch, TrainingData, build_tokenizer, tensors_digest, versions
 from kasa_tune.components.linalg import LowRank, split_component
 from kasa_tune.components.models.base_weights import SharedReading, open_base
 from kasa_tune.components.models.loading import (
@@ -138,7 +138,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), self._vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, is_cut=True)
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:
         """Build this process's part of the data and of the calibration rows."""

@@ -42,7 +42,7 @@ from kasa_tune.components.corda import (
     open_cache,
     write_decomposition,
 )
-from kasa_tune.components.data import Batch, TrainingData
+from kasa_tune.components.data import Batch, TrainingData, build_tokenizer
 from kasa_tune.components.linalg import split_component
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
@@ -81,7 +81,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         masks = {"device": self._device, "dense_mask": needs_dense_mask(self._model)}
         self._data = TrainingData(cfg, self._tokenizer, vocab_size=vocab_size, **masks)
         self._calibrator = None

@@ -34,7 +34,7 @@ from kasa_tune.components.adapters import (
     load_adapter,
 )
 from kasa_tune.components.checkpoints import starting_checkpoint
-from kasa_tune.components.data import Batch, TrainingData, tensors_digest, versions
+from kasa_tune.components.data import Batch, TrainingData, build_tokenizer, tensors_digest, versions
 from kasa_tune.components.linalg import LowRank, smallest_triplets
 from kasa_tune.components.models.base_weights import SharedReading, open_base
 from kasa_tune.components.models.loading import (
@@ -118,7 +118,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), self._vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, is_cut=True)
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:
         """Build this process's part of the data."""

@@ -29,7 +29,7 @@ from kasa_tune.components.adapters import (
     load_adapter_state_dict,
 )
 from kasa_tune.components.checkpoints import starting_checkpoint
-from kasa_tune.components.data import Batch, TrainingData
+from kasa_tune.components.data import Batch, TrainingData, build_tokenizer
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
 from kasa_tune.components.training import (
@@ -63,7 +63,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         self._data = TrainingData(
             cfg,
             self._tokenizer,

@@ -7,7 +7,7 @@ import pytest
 
 from kasa_tune import registry
 from kasa_tune.components.adapters import linear
-from kasa_tune.components.corda.decompose import DECOMPOSITIONS
+from kasa_tune.components.corda.all_layers import DECOMPOSITIONS
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
 

@@ -15,8 +15,7 @@ from torchtune.models.llama3 import llama3
 from kasa_tune import config
 from kasa_tune.components import checkpoints
 from kasa_tune.components.adapters import CorDALinear, LoRALinear
-from kasa_tune.components.corda import calibration
-from kasa_tune.components.corda import decompose as decomposing
+from kasa_tune.components.corda import all_layers, calibration, calibrator
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.training import Step
 from kasa_tune.components.training.loggers import read_metrics
@@ -317,7 +316,7 @@ def test_a_second_run_reads_what_the_first_found(corda, plus_plus, found, monkey
 def test_the_other_mode_reads_the_same_spectra(corda, found, monkeypatch):
     other = [*PLUS_PLUS, "dataset.split=train[:20]", "adapter.mode=kpm", "max_steps=1"]
     fresh = corda(*other, name="fresh")
-    forbid(monkeypatch, decomposing, "layer_spectra")
+    forbid(monkeypatch, all_layers, "layer_spectra")
     reusing = corda(*other, f"calibration.cache_dir={found}", name="reusing")
     assert decomposition(reusing) == decomposition(fresh)
     assert_same_tree(reusing.part("adapter"), fresh.part("adapter"))
@@ -341,10 +340,10 @@ def test_a_smaller_rank_is_cut_and_a_larger_found(corda, monkeypatch, tmp_path):
 
 
 def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_path):
-    forbid(monkeypatch, corda_recipe, "draw_rounds")
+    forbid(monkeypatch, calibrator, "draw_rounds")
     cache = f"calibration.cache_dir={tmp_path / 'cache'}"
     corda(cache, "max_steps=1", config_name="tiny_pissa")
-    forbid(monkeypatch, decomposing, "co_svd")
+    forbid(monkeypatch, all_layers, "co_svd")
     again = corda(cache, "max_steps=1", config_name="tiny_pissa", name="again")
     assert decomposition(again)["mode"] == "ipm"
 
@@ -359,8 +358,8 @@ def test_resume_is_bitwise_the_uninterrupted_run(
     """With every layer's own rank, and without looking at calibration data again."""
     copy_run(plus_plus, tmp_path / "resumed", until_step=step)
     shutil.rmtree(tmp_path / "resumed" / "decomposition")
-    for name in ("draw_rounds", "decompose"):
-        forbid(monkeypatch, corda_recipe, name)
+    forbid(monkeypatch, calibrator, "draw_rounds")
+    forbid(monkeypatch, corda_recipe, "decompose")
     resumed = corda(*RESUMABLE, "resume_from_checkpoint=True", name="resumed")
     assert len(plus_plus.metrics) == 6
     assert_same_run(resumed, plus_plus)

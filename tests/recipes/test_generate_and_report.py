@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kasa_tune import config
+from kasa_tune.components.checkpoints import Checkpoint
 
 
 def generate(*overrides: str) -> list[str]:
@@ -87,7 +88,7 @@ def test_the_report_measures_the_base_and_not_the_truncated_weight(finetune, loa
     """Removed singular values are the base's smallest ones."""
     run = finetune("max_steps=1", "model.truncation_rank=3")
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
-    spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
+    spectra = load_recipe("report_run").drawn_spectra(cfg, Checkpoint(run.checkpoints[-1]))
     assert len(spectra) == 6
     for layer in spectra.values():
         assert layer.removed.tolist() == pytest.approx(layer.base[-3:].tolist(), rel=1e-3)

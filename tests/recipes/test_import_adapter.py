@@ -406,7 +406,7 @@ def test_nothing_is_left_behind_and_nothing_overwritten(peft, run_main, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("kasa_tune.components.checkpoints.checkpoint.save_file", full)
+        patched.setattr("kasa_tune.components.checkpoints.writing.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             run_main("import_adapter", *arguments)
     assert list(out.parent.iterdir()) == []

@@ -263,7 +263,9 @@ def test_a_non_finite_loss_never_reaches_the_weights(finetune, monkeypatch):
 
     def poisoned(self, *args):
         calls.append(1)
-        return real(self, *args) * (float("nan") if len(calls) > 8 else 1.0)
+        return real(self, *args) * (
+            float("nan") if len(calls) > 10 else 1.0
+        )  # two are the loss's trial
 
     monkeypatch.setattr(ChunkedCrossEntropy, "_chunk_loss", poisoned)
     updated, real_step = [], torch.optim.AdamW.step
@@ -273,7 +275,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(finetune, monkeypatch):
         return real_step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    with pytest.raises(RuntimeError, match=r"Step 5.*step 4.*step_00000003"):
+    with pytest.raises(RuntimeError, match=r"Step 5.*step 4"):
         finetune()
     assert (
         sum(number > 1 for number in updated) == 4
@@ -381,7 +383,7 @@ def test_an_optimizer_whose_state_cannot_be_saved(finetune, tmp_path, monkeypatc
 
 
 def test_another_loss(finetune):
-    with pytest.raises(ValueError, match=r"loss must be .*ChunkedCrossEntropy"):
+    with pytest.raises(ValueError, match="CEWithChunkedOutputLoss cannot be called"):
         finetune("loss={_component_: torchtune.modules.loss.CEWithChunkedOutputLoss}")
 
 

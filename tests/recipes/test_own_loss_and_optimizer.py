@@ -88,6 +88,87 @@ def test_a_failing_step_gives_back_the_lock_and_the_signals(finetune, tmp_path, 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError while it is held
 
 
+def curve(run):
+    return [
+        {key: value for key, value in line.items() if key != "tokens_per_second"}
+        for line in run.metrics
+    ]
+
+
+def test_a_failing_step_saves_the_finished_ones_and_the_run_resumes_bit_for_bit(
+    finetune, monkeypatch
+):
+    """Of an epoch with dropout, with no checkpoint due before the failure."""
+    options = ["max_steps=6", "save_every_n_steps=1000"]
+    whole = finetune(*options, name="whole")
+    steps, apply = [], Step.apply
+
+    def fails_in_the_fourth(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise ZeroDivisionError
+        apply(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "apply", fails_in_the_fourth)
+        with pytest.raises(ZeroDivisionError):
+            finetune(*options, name="failed")
+    resumed = finetune(*options, "resume_from_checkpoint=True", name="failed")
+    assert resumed.recipe.steps.step == 6
+    assert curve(resumed) == curve(whole)
+
+
+def test_an_optimizer_that_fails_half_way_saves_nothing(finetune, tmp_path, monkeypatch):
+    updates, real = [], torch.optim.AdamW.step
+
+    def half_way(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        updates.append(len(self.param_groups[0]["params"]))
+        if sum(number > 1 for number in updates) == 2:  # the trial before the run has one parameter
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half_way)
+    with pytest.raises(ZeroDivisionError):
+        finetune("max_steps=6", "save_every_n_steps=1000")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_a_step_without_labelled_tokens_changes_no_weight(finetune, caplog):
+    run = finetune("max_steps=1")
+    before = {name: value.clone() for name, value in run.recipe._model.state_dict().items()}
+    steps = run.recipe.steps
+    steps.num_labelled = 0
+    step = Step(steps, [])
+    loss = run.recipe._linears[0].lora_a.weight.sum() / step.num_tokens
+    loss.backward()
+    step.apply(run.recipe._optimizer, run.recipe._lr_scheduler)
+    after = run.recipe._model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (step.metrics["num_tokens"], "loss" in step.metrics) == (0, False)
+    assert "no labelled token" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [513, 1024])
+def test_a_tokenizer_may_not_give_more_than_the_model_takes(finetune, limit):
+    with pytest.raises(ValueError, match=rf"max_seq_len {limit} is more .*takes, 512"):
+        finetune(f"tokenizer.max_seq_len={limit}")
+
+
+def test_without_a_limit_of_its_own_the_tokenizer_takes_the_models(finetune, tmp_path):
+    row = '{"input": "Data: %s", "output": "it is long"}\n' % ("a b c d " * 600)
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": "b"}\n' * 3 + row)
+    run = finetune(
+        "tokenizer.max_seq_len=null",
+        f"dataset.data_files={tmp_path / 'rows.jsonl'}",
+        "dataset.split=train",
+        "batch_size=1",
+        "gradient_accumulation_steps=4",
+        "max_steps=1",
+    )
+    assert run.status == 0
+    assert run.recipe._tokenizer.max_seq_len == 512
+
+
 class MeanLoss(nn.Module):
     """Not a sum."""
 

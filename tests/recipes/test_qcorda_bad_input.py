@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune import config
 from kasa_tune.components import checkpoints
+from kasa_tune.components.data import training_data
 from kasa_tune.components.quantized.base import FOLDER
 from kasa_tune.registry import PACKAGE_ROOT
 
@@ -33,9 +34,9 @@ def not_trained(qcorda_recipe, monkeypatch):
 @pytest.fixture
 def not_loaded(qcorda_recipe, monkeypatch, not_trained):
     """Whatever is wrong is found before data and weights are read."""
-    for name in ("build_dataset", "read_base_weights"):
+    for owner, name in ((training_data, "build_dataset"), (qcorda_recipe, "open_base")):
         monkeypatch.setattr(
-            qcorda_recipe, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called")
+            owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called")
         )
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kasa_tune import config
-from kasa_tune.components.corda import calibration
+from kasa_tune.components.checkpoints import Checkpoint
+from kasa_tune.components.corda import calibration, calibrator
 from kasa_tune.components.quantized import start as quantized_start
 from kasa_tune.components.quantized.base import FOLDER
 from kasa_tune.components.training import Step
@@ -51,7 +52,8 @@ def contents(folder) -> dict[str, bytes]:
 def find_nothing_again(qcorda_recipe, monkeypatch):
     """From its call on no calibration row is drawn, no weight decomposed or quantized."""
     names = {
-        qcorda_recipe: ("draw_rounds", "decompose", "quantize", "quantized_start"),
+        qcorda_recipe: ("decompose", "quantize", "quantized_start"),
+        calibrator: ("draw_rounds",),
         quantized_start: ("co_svd", "fit_quantization", "smallest_triplets", "split_component"),
         calibration: ("covariances",),
     }
@@ -329,7 +331,7 @@ def test_the_report_shows_what_was_learned(method, whole_quantized, load_recipe)
     run, report = whole_quantized(method), load_recipe("report_run")
     cfg = config.load(run.folder / "config.yaml", [], config.QCORDA)
     adapter, starts_inside = run.part("adapter"), method in ("qcorda", "qpissa")
-    for name, layer in report.drawn_spectra(cfg, run.checkpoints[-1]).items():
+    for name, layer in report.drawn_spectra(cfg, Checkpoint(run.checkpoints[-1])).items():
         part = {
             key.removeprefix(f"{name}."): value.double()
             for key, value in adapter.items()

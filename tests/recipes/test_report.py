@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kasa_tune import config
-from kasa_tune.components.checkpoints import load_part
+from kasa_tune.components.checkpoints import Checkpoint, load_part
 from kasa_tune.components.reports import plots
 from kasa_tune.components.reports.plots import DrawnSpectrum, layer_ranks, singular_values
 
@@ -35,7 +35,7 @@ def dense_singular_values(matrix, count):
 def test_spectra_are_those_of_the_dense_matrices(config_name, finetune, load_recipe):
     run = finetune("max_steps=3", "optimizer.lr=1e-2", "model.rank=5", config_name=config_name)
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
-    spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
+    spectra = load_recipe("report_run").drawn_spectra(cfg, Checkpoint(run.checkpoints[-1]))
     adapter = load_part(run.checkpoints[-1], "adapter")
     assert len(spectra) == 6
     assert len({name.rpartition(".")[2] for name in spectra}) > 3
@@ -62,7 +62,7 @@ def test_spectra_are_those_of_the_dense_matrices(config_name, finetune, load_rec
 def test_the_base_spectrum_is_the_files(finetune, load_recipe):
     run = finetune("max_steps=1")
     cfg = config.load(run.folder / "config.yaml", [], config.FINETUNE)
-    spectra = load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1])
+    spectra = load_recipe("report_run").drawn_spectra(cfg, Checkpoint(run.checkpoints[-1]))
     weights = load_file(f"{cfg.checkpointer.checkpoint_dir}/{cfg.checkpointer.checkpoint_files[0]}")
     norms = {
         round(float(weight.double().norm()), 3) for weight in weights.values()
@@ -77,7 +77,9 @@ def test_a_start_inside_the_weight_is_no_learned_update(method, from_start, cord
     run = corda("max_steps=1", "model.rank=5", config_name=f"tiny_{method}")
     cfg = config.load(run.folder / "config.yaml", [], config.CORDA)
     adapter = run.part("adapter")
-    for name, layer in load_recipe("report_run").drawn_spectra(cfg, run.checkpoints[-1]).items():
+    for name, layer in (
+        load_recipe("report_run").drawn_spectra(cfg, Checkpoint(run.checkpoints[-1])).items()
+    ):
         assert layer.from_start == from_start
         taken = layer.base[:5] if from_start else layer.base[-5:]
         assert layer.removed.tolist() == pytest.approx(taken.tolist(), rel=1e-3)
@@ -123,15 +125,20 @@ def test_a_folder_without_metrics(report, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        '{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n',
-        '{"loss": 1.0}\n{"step": 2, "loss": 1.0}\n',
-        "[1]\n",
+        b'{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n',
+        b'{"loss": 1.0}\n{"step": 2, "loss": 1.0}\n',
+        b'[1]\n{"step": 2, "loss": 1.0}\n',
+        b'{"step": "1", "loss": 2.0}\n{"step": 2, "loss": 1.0}\n',
+        b'{"step": 1, "l\xffss": 2.0}\n{"step": 2, "loss": 1.0}\n',
     ],
 )
-def test_metrics_that_are_damaged(content, report, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+def test_unreadable_lines_are_left_out_with_a_warning(content, report, tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds no finished checkpoint"):
         report(tmp_path)
+    assert (tmp_path / "loss_curve.png").is_file()
+    assert "1 lines of" in caplog.text
 
 
 def test_a_run_without_a_checkpoint_yet(report, tmp_path):

@@ -10,6 +10,7 @@ from kasa_tune.components.checkpoints.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from kasa_tune.components.checkpoints.locking import run_lock
 from kasa_tune.components.checkpoints.random_state import rng_state, set_rng_state
 from kasa_tune.components.checkpoints.resuming import (
     adapter_start,
@@ -17,14 +18,14 @@ from kasa_tune.components.checkpoints.resuming import (
     resume_position,
     starting_checkpoint,
 )
-from kasa_tune.components.checkpoints.run_lock import run_lock
-from kasa_tune.components.checkpoints.writing import check_saveable, save_checkpoint
+from kasa_tune.components.checkpoints.writing import check_saveable, clean_up, save_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "adapter_start",
     "check_saveable",
+    "clean_up",
     "find_checkpoint",
     "latest_checkpoint",
     "list_checkpoints",

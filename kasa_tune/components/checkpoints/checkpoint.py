@@ -143,11 +143,14 @@ def put_back(folder: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders that look like checkpoints, oldest first; none of them verified."""
-    found = [
-        path
-        for path in folder.glob(f"{PREFIX}*")
-        if path.is_dir() and path.name[len(PREFIX) :].isdigit()
-    ]
+    try:
+        entries = list(
+            folder.iterdir()
+        )  # unlike glob, it does not take an unreadable folder for an empty one
+    except FileNotFoundError:
+        return []
+    named = [path for path in entries if path.name.startswith(PREFIX)]
+    found = [path for path in named if path.name[len(PREFIX) :].isdigit() and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -198,7 +201,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says, compared with no file. Raises CheckpointError if it is missing or damaged."""
+    """What a checkpoint's manifest says, compared with no file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        OSError: it is there and cannot be read.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         (
@@ -207,7 +215,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             list(manifest["parts"]),
             manifest["files"].items(),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise _unreadable(path / MANIFEST, error) from error
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: its {MANIFEST} is missing."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
         ) from None
@@ -228,7 +242,18 @@ def load_part(path: Path, name: str) -> Any:
 
 
 def _matches(path: Path, expected: Any) -> bool:
+    """Whether a file has the recorded content. A file that cannot be read for now is no damaged one: OSError."""
     try:
         return size_and_digest(path) == expected
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{path} cannot be read ({error.strerror}). That does not mean it is damaged, so nothing was "
+        "changed: mend permissions, disk or network, and start again.",
+    )

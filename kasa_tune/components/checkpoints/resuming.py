@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from kasa_tune.components.checkpoints.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
 )
+from kasa_tune.components.checkpoints.locking import check_unlocked, run_lock
 
 log = utils.get_logger("INFO")  # prints on rank 0
+
+# Beside its checkpoints, what a run writes into its output_dir and a restarted one would write anew.
+OF_A_RUN = ("metrics.jsonl", "config.yaml", "quantized_base", "decomposition.json")
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
 # computed, how long it is, and where its inputs lie. That weights and data are the same is checked
@@ -31,22 +36,37 @@ RESUMABLE_KEYS = {
 }  # fmt: skip
 
 
-def starting_checkpoint(cfg: DictConfig, *, world_size: int = 1) -> Checkpoint | None:
+RESTART = "restart"  # of resume_from_checkpoint
+
+
+def starting_checkpoint(
+    cfg: DictConfig, *, rank: int = 0, world_size: int = 1
+) -> Checkpoint | None:
     """The checkpoint that a fine-tuning run starts from, or None for a run that starts from the base.
 
     Its ``resumes`` is True where the run goes on from it, and False where the run takes its adapters alone.
 
+    With ``resume_from_checkpoint=restart`` the run starts at step 0, and what an earlier run left in the output folder
+    is moved aside, see :func:`set_aside`.
+
     Args:
         cfg: the checked config of a fine-tuning recipe.
+        rank: of this process; rank 0 moves files for all.
         world_size: number of processes.
 
     Raises:
-        ValueError: as :func:`resume_point` and :func:`adapter_start`.
+        ValueError: another run writes to the output folder; or as :func:`resume_point` and :func:`adapter_start`.
+        OSError: the output folder or a checkpoint cannot be read.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run:
         folder = Path(cfg.output_dir) / "checkpoints"
         choice = cfg.resume_from_checkpoint
+        if choice != RESTART:
+            check_unlocked(folder)
+        elif rank == 0:
+            set_aside(Path(cfg.output_dir))
+        choice = False if choice == RESTART else choice
         resumed = resume_point(folder, choice, settings, world_size=world_size)
         if resumed:
             return resumed
@@ -54,6 +74,28 @@ def starting_checkpoint(cfg: DictConfig, *, world_size: int = 1) -> Checkpoint |
     if "quantization" in settings:
         quantized = {key: settings[key] for key in ("quantization", "dtype")}
     return adapter_start(cfg.adapter_checkpoint, quantized=quantized)
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move what an earlier run left in ``output_dir`` to a new folder ``restarted_<n>`` inside it; nothing is deleted.
+
+    Raises:
+        ValueError: another run writes to the folder.
+        OSError: something cannot be moved.
+    """
+    folder = output_dir / "checkpoints"
+    left = [*list_checkpoints(folder), *(output_dir / name for name in OF_A_RUN)]
+    left = [path for path in left if path.exists()]
+    if not left:
+        return
+    number = next(n for n in itertools.count(1) if not (output_dir / f"restarted_{n}").exists())
+    aside = output_dir / f"restarted_{number}"
+    with run_lock(folder):
+        for path in left:
+            target = aside / path.relative_to(output_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    log.info(f"Restarting: what the earlier run left is in {aside}.")
 
 
 def resume_point(
@@ -79,6 +121,11 @@ def resume_point(
     """
     if choice is True:
         checkpoint, passed_over = latest_checkpoint(folder)
+        if passed_over and checkpoint is None:
+            raise ValueError(
+                f"{folder} holds checkpoints and none of them is intact. {' '.join(passed_over)} To "
+                f"start over, set resume_from_checkpoint={RESTART}, which moves them aside."
+            )
         for reason in passed_over:
             log.warning(reason)
     else:
@@ -91,8 +138,8 @@ def resume_point(
         ]:
             raise ValueError(
                 f"{folder} already holds checkpoints, the newest {ahead[-1].name}. Set "
-                "resume_from_checkpoint=True to go on from it, choose another output_dir, or delete "
-                "them."
+                "resume_from_checkpoint=True to go on from it, choose another output_dir, or set "
+                f"resume_from_checkpoint={RESTART} to move them aside."
             )
     if checkpoint is None:
         log.info("Starting from the beginning.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,9 +20,11 @@ from kasa_tune.components.checkpoints.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
     PREFIX,
+    CheckpointError,
     list_checkpoints,
     put_back,
     step_of,
+    verify_checkpoint,
 )
 from kasa_tune.components.checkpoints.files import (
     error_number,
@@ -90,6 +93,27 @@ def save_checkpoint(
         not_later = [path for path in list_checkpoints(folder) if step_of(path) <= step]
         _remove(not_later[:-keep_last])
     return final
+
+
+def clean_up(folder: Path, *, keep_last: int) -> None:
+    """Remove what a run left behind that was killed between writing a checkpoint and removing old ones.
+
+    Args:
+        folder: holds the checkpoints of a run, whose lock this process holds.
+        keep_last: the newest this many intact checkpoints stay, and so do damaged ones that are newer than these.
+    """
+    _clear_leftovers(folder)
+    found = list_checkpoints(folder)
+    if len(found) <= keep_last:
+        return
+    intact = 0
+    for path in reversed(found):
+        with contextlib.suppress(CheckpointError):
+            verify_checkpoint(path)
+            intact += 1
+        if intact == keep_last:
+            _remove([old for old in found if step_of(old) < step_of(path)])
+            return
 
 
 def check_saveable(tree: Any) -> None:

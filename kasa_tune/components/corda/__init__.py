@@ -1,5 +1,6 @@
 """Calibration, covariances, ranks and decompositions of CorDA and CorDA++, and their cache."""
 
+from kasa_tune.components.corda.all_layers import decompose
 from kasa_tune.components.corda.allocation import LayerSpectrum, allocate_ranks
 from kasa_tune.components.corda.cache import (
     DecompositionCache,
@@ -16,7 +17,6 @@ from kasa_tune.components.corda.calibration import (
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
 from kasa_tune.components.corda.calibrator import Calibrator
-from kasa_tune.components.corda.decompose import decompose
 
 __all__ = [
     "Calibrator",

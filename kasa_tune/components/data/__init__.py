@@ -23,7 +23,7 @@ from kasa_tune.components.data.datasets import (
 )
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
 from kasa_tune.components.data.tokenizers import HFTokenizer, hf_tokenizer
-from kasa_tune.components.data.training_data import Batch, TrainingData
+from kasa_tune.components.data.training_data import Batch, TrainingData, build_tokenizer
 
 __all__ = [
     "Batch",
@@ -37,6 +37,7 @@ __all__ = [
     "alpaca_dataset",
     "build_dataloader",
     "build_dataset",
+    "build_tokenizer",
     "check_batches",
     "check_token_ids",
     "collate",

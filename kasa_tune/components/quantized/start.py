@@ -78,7 +78,7 @@ def quantized_start(
         linear: that will hold it, for ranks and scaling; None for one without an adapter.
         method: a row of the table, of those with a quantized base.
         quantize: float32 to a quantized weight.
-        component: of a calibrated method, see :func:`~kasa_tune.components.corda.decompose.decompose`.
+        component: of a calibrated method, see :func:`~kasa_tune.components.corda.all_layers.decompose`.
         iterations: of QPiSSA and LoftQ; None for the method's own.
         split: see :func:`~kasa_tune.components.linalg.decomposition.split_component`.
         adapter_dtype: of the adapter; what is taken out is what A and B hold after rounding to it.

@@ -22,12 +22,14 @@ from kasa_tune.components.training.memory import (
     per_process,
 )
 from kasa_tune.components.training.model import build_training_model
-from kasa_tune.components.training.steps import Step, Steps
+from kasa_tune.components.training.step import NonFiniteError, Step
+from kasa_tune.components.training.steps import Steps
 
 __all__ = [
     "ChunkedCrossEntropy",
     "JSONLLogger",
     "LossOnLogits",
+    "NonFiniteError",
     "SilentLogger",
     "Step",
     "Steps",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
 
 
 class JSONLLogger:
@@ -26,15 +29,21 @@ class JSONLLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Drop lines of steps after ``step``, and a torn last line: a resumed run writes them again."""
-        kept = [
-            line
-            for line in self.path.read_text(encoding="utf-8").splitlines()
-            if _step_of(line) <= step
-        ]
+        """Drop the lines of steps after ``step``, which a resumed run writes again.
+
+        A last line that a kill cut short goes with them. Other lines that cannot be read are moved to
+        ``<filename>.unreadable``, with a warning.
+        """
+        good, unreadable = _split_lines(self.path.read_bytes())
+        kept = [line for number, line in good if number <= step]
         self._file.close()
+        if unreadable:
+            aside = self.path.with_name(f"{self.path.name}.unreadable")
+            with aside.open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in unreadable))
+            log.warning(f"{len(unreadable)} lines of {self.path} could not be read; see {aside}.")
         rewritten = self.path.with_name(f".{self.path.name}.tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(rewritten, self.path)  # a kill in between loses no line
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -52,12 +61,22 @@ class JSONLLogger:
             name: value.item() if hasattr(value, "item") else value
             for name, value in payload.items()
         }
+        self._reopen_if_removed()
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _reopen_if_removed(self) -> None:
+        """Begin the file anew where it, or its folder, was removed while the run goes on."""
+        if self.path.exists():
+            return
+        log.warning(f"{self.path} was removed while the run was writing it; it begins anew.")
+        self._file.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
 
 
 class SilentLogger:
@@ -114,15 +133,30 @@ class TrackioLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last one that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if lines and _step_of(lines[-1]) == float("inf"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    """The lines of a metrics file. Those that cannot be read are left out, with a warning."""
+    good, unreadable = _split_lines(path.read_bytes())
+    if unreadable:
+        log.warning(f"{len(unreadable)} lines of {path} could not be read and are left out.")
+    return [json.loads(line) for _, line in good]
 
 
-def _step_of(line: str) -> float:
+def _split_lines(content: bytes) -> tuple[list[tuple[int, bytes]], list[bytes]]:
+    """Lines that are JSON objects with a step, each behind its step; and lines that are something else.
+
+    A last line without an end, which a kill cut short, is neither.
+    """
+    *lines, torn = content.split(b"\n")
+    steps = [_step_of(line) for line in lines]
+    good = [(step, line) for step, line in zip(steps, lines, strict=True) if step is not None]
+    bad = [line for step, line in zip(steps, lines, strict=True) if step is None and line.strip()]
+    last = _step_of(torn)
+    return good if last is None else [*good, (last, torn)], bad
+
+
+def _step_of(line: bytes) -> int | None:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        entry = json.loads(line)
+    except ValueError:  # no JSON, or not UTF-8
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -16,9 +16,7 @@ output folder, shows progress, resumes, validates, saves, logs, and stops at a s
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -38,7 +36,7 @@ from tqdm import tqdm
 from kasa_tune.components.adapters.state import adapter_state_dict
 from kasa_tune.components.checkpoints import (
     Checkpoint,
-    list_checkpoints,
+    clean_up,
     resume_position,
     rng_state,
     run_lock,
@@ -50,10 +48,10 @@ from kasa_tune.components.processes import (
     SingleProcess,
     World,
     distribute_optimizer_state,
-    full_tensor,
     full_tensors,
 )
 from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.step import NonFiniteError, Step
 from kasa_tune.components.training.stop_signals import StopSignals
 
 log = utils.get_logger("INFO")  # prints on rank 0
@@ -111,8 +109,11 @@ class Steps:
         self._loss_sum = loss_sum
         self.folder = Path(cfg.output_dir) / "checkpoints"
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.step = self.epoch = self.batches_done = 0
+        self.step = self.epoch = self.batches_done = self._first_step = 0
+        self._current: Step | None = None
         self.stopping = False  # the same on all processes
+        self._saved_step = -1
+        self._saved: Path | None = None  # the newest checkpoint of this run
         self._resumed = checkpoint is not None and checkpoint.resumes
         if checkpoint is not None and checkpoint.resumes:
             self._restore(checkpoint)
@@ -127,6 +128,7 @@ class Steps:
             with self.processes.all_succeed("Opening the output folder"):
                 if leads:
                     held.enter_context(run_lock(self.folder))
+                    clean_up(self.folder, keep_last=cfg.keep_last)
             self.signals = held.enter_context(StopSignals())
             self._logger = instantiate(cfg.metric_logger) if leads else SilentLogger()
             held.callback(self._logger.close)
@@ -145,7 +147,9 @@ class Steps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._held.close()
+        with self._held:
+            if isinstance(error, Exception):
+                self._save_finished_steps(error)
         if error is not None:
             return
         if self.stopping and self.step < self.data.total_steps:
@@ -153,9 +157,29 @@ class Steps:
                 f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on "
                 "from here."
             )
+        elif self._saved:
+            log.info(f"Finished. Adapter: {self._saved / 'adapter.safetensors'}")
+
+    def _save_finished_steps(self, error: Exception) -> None:
+        """After a failure inside a step, save the steps before it, with the random state from before it.
+
+        Several processes save where all of them have failed alike. Where one failed alone, the others are still inside
+        the step and cannot save with it.
+        """
+        step, together = (
+            self._current,
+            self.processes.size == 1 or isinstance(error, NonFiniteError),
+        )
+        unsaved = self.step > max(self._saved_step, self._first_step)
+        if step is None or step.applying or not unsaved or not together:
+            return
+        self.batches_done -= step.num_batches
+        try:
+            self.save(rng=step.rng)
+        except OSError as unwritable:
+            log.warning(f"The finished steps could not be saved: {unwritable}")
         else:
-            newest = list_checkpoints(self.folder)[-1]
-            log.info(f"Finished. Adapter: {newest / 'adapter.safetensors'}")
+            log.warning(f"The {self.step} finished steps are saved in {self._saved}.")
 
     @property
     def exit_status(self) -> int:
@@ -172,9 +196,10 @@ class Steps:
         save_every = self.cfg.save_every_n_steps
         while not self._done:
             for batches in self._batches_of_steps():
-                step = Step(self, batches)
+                self._current = step = Step(self, batches)
                 yield step
                 self._finish_step(step)
+                self._current = None
                 if self._done or (save_every and self.step % save_every == 0):
                     self.save()
                 if self._done:
@@ -264,8 +289,12 @@ class Steps:
 
     # --- checkpoints
 
-    def save(self) -> None:
-        """Write a checkpoint: the adapter, and everything that resuming bit for bit needs. All processes must call."""
+    def save(self, *, rng: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint: the adapter, and everything that resuming bit for bit needs. All processes must call.
+
+        Args:
+            rng: state of the random generators to store; None for the present one.
+        """
         scheduler = self.lr_scheduler
         run = {
             "step": self.step,
@@ -277,7 +306,7 @@ class Steps:
             "config": OmegaConf.to_container(self.cfg, resolve=True),
             "world_size": self.processes.size,
         }
-        first, *others = self.processes.gather(rng_state())
+        first, *others = self.processes.gather(rng or rng_state())
         parts = {
             "adapter": adapter_state_dict(self.model),
             "optimizer": full_tensors(self.optimizer.state_dict()),
@@ -286,7 +315,8 @@ class Steps:
         }
         keep_last = self.cfg.keep_last
         write = partial(save_checkpoint, self.folder, self.step, parts, keep_last=keep_last)
-        self.processes.on_rank_zero(lambda: write() and None, "Saving")
+        self._saved = self.processes.on_rank_zero(write, "Saving")
+        self._saved_step = self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Bring back optimizer, schedule, position in the data and random state."""
@@ -304,87 +334,4 @@ class Steps:
                     f"{run['total_steps']}."
                 )
         self.processes.set_rng_state(checkpoint.part("rng"))
-
-
-class Step:
-    """One optimizer step: its batches, what it logs, and the update at its end.
-
-    Attributes:
-        num_tokens: labelled tokens in the batches of all processes, at least 1; the loss is a mean over them.
-        is_last_batch: whether the batch that was drawn from ``batches`` last is the step's last.
-        metrics: what is logged.
-        applied: whether :meth:`apply` was called.
-    """
-
-    def __init__(self, steps: Steps, batches: list[Batch]) -> None:
-        self._steps, self._batches = steps, batches
-        self.num_tokens = max(1, steps.num_labelled)
-        self.is_last_batch = self.applied = False
-        self.metrics: dict[str, Any] = {}
-        self._loss = torch.zeros((), device=steps.device)
-        self._logged: dict[str, Tensor] = {}
-        self._num_seen = sum(batch["tokens"].numel() for batch in batches)  # padding included
-        self._started = time.perf_counter()
-
-    @property
-    def batches(self) -> Iterator[Batch]:
-        """The step's batches, each moved to the device when it is drawn."""
-        for number, batch in enumerate(self._batches, start=1):
-            self.is_last_batch = number == len(self._batches)
-            utils.batch_to_device(batch, self._steps.device)
-            yield batch
-
-    def add_loss(self, loss: Tensor) -> None:
-        """Count a batch's part of the step's loss, for the log: ``loss_sum / step.num_tokens``."""
-        self._loss += loss.detach()
-
-    def log(self, **values: Tensor) -> None:
-        """Log more scalars with the step, a regularizer for example. They must be finite, and
-        equal on all processes.
-        """
-        self._logged |= {name: value.detach() for name, value in values.items()}
-
-    def apply(
-        self,
-        optimizer: Optimizer,
-        lr_scheduler: LRScheduler | None = None,
-        *,
-        clip_grad_norm: float | None = None,
-    ) -> None:
-        """Clip the gradient, see that it and the losses are finite, update the weights, step the schedule.
-
-        Args:
-            optimizer: its gradients are cleared afterwards.
-            lr_scheduler: None for a constant rate.
-            clip_grad_norm: largest norm of the gradient of all trained parameters; None for no limit.
-
-        Raises:
-            RuntimeError: a loss or the gradient is not finite. No weight has been touched.
-        """
-        steps = self._steps
-        loss, heard = steps.processes.sum(self._loss, steps.signals.received is not None)
-        steps.stopping |= heard > 0
-        max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
-        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
-        checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
-        values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
-        if not all(map(math.isfinite, values)):
-            checkpoints = list_checkpoints(steps.folder)
-            newest = checkpoints[-1] if checkpoints else "none"
-            raise RuntimeError(
-                f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are "
-                f"still those of step {steps.step}; last checkpoint: {newest}. Lower optimizer.lr, "
-                "set clip_grad_norm, or look at the data."
-            )
-        # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
-        lr = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if lr_scheduler:
-            lr_scheduler.step()
-        steps.step += 1
-        self.applied = True
-        self.metrics |= dict(zip(checked, values, strict=True))
-        self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
-        seconds = time.perf_counter() - self._started
-        self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
+        self._first_step, self._saved = self.step, checkpoint.path

@@ -1,8 +1,11 @@
 """From where a run goes on: every choice, and every reason not to."""
 
+import errno
 import math
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,14 +77,44 @@ def test_true_passes_over_damaged_ones_and_says_so(folder, monkeypatch):
     assert "damaged" in message
 
 
-def test_true_with_nothing_but_damaged_ones_starts_from_the_beginning_and_says_so(
-    folder, monkeypatch
-):
-    said = []
-    monkeypatch.setattr("kasa_tune.components.checkpoints.resuming.log.warning", said.append)
+def test_true_with_nothing_but_damaged_ones_stops_and_says_how_to_start_over(folder):
     damage(save(folder, 6))
-    assert resume(folder, True, CONFIG) is None
-    assert len(said) == 1
+    told = r"none of them is intact.*step_00000006 is damaged.*resume_from_checkpoint=restart"
+    with pytest.raises(ValueError, match=told):
+        resume(folder, True, CONFIG)
+
+
+@pytest.mark.parametrize("unreadable", ["manifest.json", "run.json", "adapter.safetensors"])
+def test_a_file_that_cannot_be_read_for_now_is_no_damage(folder, monkeypatch, unreadable):
+    """Permissions, a disk or a network that fails: the run stops, and no earlier checkpoint takes the place."""
+    save(folder, 3)
+    newest = save_checkpoint(
+        folder, 6, {"run": {"config": CONFIG}, "adapter": {"a": torch.ones(2)}}
+    )
+    real_open = Path.open
+
+    def failing(self, *args, **kwargs):
+        if self == newest / unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return real_open(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(OSError, match=rf"{unreadable}.*Input/output error.*does not mean") as told:
+        resume(folder, True, CONFIG)
+    assert told.value.errno == errno.EIO
+    assert {path.name for path in folder.iterdir()} == {"step_00000003", "step_00000006"}
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(folder, monkeypatch):
+    save(folder, 3)
+
+    def denied(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for choice in (True, False):
+        with pytest.raises(PermissionError):
+            resume(folder, choice, CONFIG)
 
 
 def test_false_does_not_overwrite_another_run(folder):

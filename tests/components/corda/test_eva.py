@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.corda.all_layers import decompose
 from kasa_tune.components.corda.allocation import (
     LayerSpectrum,
     input_spectra,
     ranks_by_explained_variance,
 )
 from kasa_tune.components.corda.covariance import damped
-from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.decomposition import input_component, split_component
 from kasa_tune.components.models.loading import put_weight
 from kasa_tune.methods import METHODS
-from tests.components.corda.test_decompose import OPTIONS, RANK, World, cache, never
+from tests.components.corda.test_all_layers import OPTIONS, RANK, World, cache, never
 from tests.tolerances import FP64
 
 FACTORS = 2e-6  # of float32 vectors of length one

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.checkpoints import rng_state
+from kasa_tune.components.corda.all_layers import decompose
 from kasa_tune.components.corda.cache import DecompositionCache
 from kasa_tune.components.corda.calibration import (
     add_up,
@@ -24,7 +25,6 @@ from kasa_tune.components.corda.calibration import (
 )
 from kasa_tune.components.corda.calibration_data import batched
 from kasa_tune.components.corda.covariance import Covariance
-from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models.base_weights import SharedReading, shapes_of
@@ -32,7 +32,7 @@ from kasa_tune.components.models.loading import build_on_meta, put_weight
 from kasa_tune.components.processes import OtherRankError, World, distribute_jobs, shard
 from kasa_tune.components.processes.sharding import full_tensor
 from kasa_tune.methods import METHODS
-from tests.components.corda import test_decompose as test_corda
+from tests.components.corda import test_all_layers as test_corda
 from tests.components.several_processes import Processes
 from tests.tolerances import FP64, MODEL_FP32, assert_same_bits
 from tests.toy_models import FAMILIES, VOCAB, randomized

@@ -1,7 +1,7 @@
 """The metrics file: nothing lost in a float, nothing left over after a resume."""
 
-import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -95,13 +95,54 @@ def test_a_kill_while_rewinding_loses_no_line(logger, monkeypatch):
     assert [line["step"] for line in read_metrics(logger.path)] == [1, 2, 3]
 
 
-def test_a_torn_last_line_is_left_out_when_read_and_damage_before_it_is_not_hidden(tmp_path):
+def test_a_torn_last_line_is_left_out_silently_and_damage_before_it_with_a_warning(
+    tmp_path, caplog
+):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    assert not caplog.text
     path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 2.0}\n')
-    with pytest.raises(json.JSONDecodeError):
-        read_metrics(path)
+    assert read_metrics(path) == [{"step": 2, "loss": 2.0}]
+    assert "1 lines of" in caplog.text
+
+
+DAMAGED = [
+    b'{"step": 1, "lo',
+    b"[1]",
+    b"null",
+    b'{"step": "1"}',
+    b'{"step": true}',
+    b'{"loss": 1.0}',
+    b'{"step": 1, "\xff": 2}',
+    b"\x00\x00",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_an_unreadable_line_is_kept_aside_and_costs_no_other(logger, line, caplog):
+    logger.log("loss", 1.0, step=1)
+    logger.close()
+    with logger.path.open("ab") as file:
+        file.write(line + b"\n")
+    again = JSONLLogger(str(logger.path.parent))
+    again.log("loss", 2.0, step=2)
+    again.log("loss", 3.0, step=3)
+    again.rewind(2)
+    again.close()
+    assert [entry["step"] for entry in read_metrics(logger.path)] == [1, 2]
+    assert (logger.path.parent / "metrics.jsonl.unreadable").read_bytes() == line + b"\n"
+    assert "metrics.jsonl.unreadable" in caplog.text
+
+
+@pytest.mark.parametrize("removed", ["file", "folder"])
+def test_a_log_that_is_removed_while_the_run_writes_it_begins_anew(logger, removed, caplog):
+    logger.log("loss", 1.0, step=1)
+    logger.path.unlink() if removed == "file" else shutil.rmtree(logger.path.parent)
+    logger.log("loss", 2.0, step=2)
+    logger.log("loss", 3.0, step=3)
+    assert [entry["step"] for entry in read_metrics(logger.path)] == [2, 3]
+    assert caplog.text.count("was removed") == 1
 
 
 def test_the_config_is_kept_beside_the_metrics_resolved(logger):

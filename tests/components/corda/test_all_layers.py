@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kasa_tune.components.adapters import CorDALinear
+from kasa_tune.components.corda.all_layers import decompose
 from kasa_tune.components.corda.allocation import POOLED, LayerSpectrum
 from kasa_tune.components.corda.cache import CacheError, DecompositionCache
 from kasa_tune.components.corda.covariance import damped
-from kasa_tune.components.corda.decompose import decompose
 from kasa_tune.components.linalg.decomposition import co_svd
 from kasa_tune.components.models.loading import put_weight
 from kasa_tune.methods import METHODS
