@@ -20,6 +20,7 @@ from kasa_tune.components.corda import decompose as decomposing
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.training import Step
 from kasa_tune.components.training.loggers import read_metrics
+from kasa_tune.methods import methods_of
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
@@ -47,19 +48,12 @@ RESUMABLE = [
     "max_steps=6",
     SCHEDULE,
 ]
-METHODS = {
-    "corda, ipm": ("tiny_corda", []),
-    "corda, kpm": ("tiny_corda_kpm", []),
+STARTS = {
+    **{method.name: (f"tiny_{method.name}", []) for method in methods_of("corda_finetune")},
     "corda++": ("tiny_corda", PLUS_PLUS),
-    "pissa": ("tiny_pissa", []),
-    "milora": ("tiny_milora", []),
-    "olora": ("tiny_olora", []),
-    "eva": ("tiny_eva", []),
     "lora": ("tiny_corda", ["adapter.method=lora"]),
-    "dora": ("tiny_dora", []),
-    "lora+": ("tiny_lora_plus", []),
 }
-LORA_LINEARS = ("tiny_dora", "tiny_lora_plus")
+LORA_LINEARS = [f"tiny_{m.name}" for m in methods_of("corda_finetune") if "lora" in m.builders]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +101,7 @@ def edits(run: Run) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ it learns
 
 
-@pytest.mark.parametrize(("config_name", "overrides"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("config_name", "overrides"), STARTS.values(), ids=STARTS)
 def test_it_starts_as_the_base_and_learns(corda, base_model, config_name, overrides):
     run = corda(*overrides, config_name=config_name)
     total, count = 0.0, 0
