@@ -2,6 +2,7 @@
 what was found once is found again.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -15,8 +16,7 @@ from torchtune.models.llama3 import llama3
 from kasa_tune import config
 from kasa_tune.components import checkpoints
 from kasa_tune.components.adapters import CorDALinear, LoRALinear
-from kasa_tune.components.corda import calibration
-from kasa_tune.components.corda import decompose as decomposing
+from kasa_tune.components.corda import calibration, calibrator
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.training import Step
 from kasa_tune.components.training.loggers import read_metrics
@@ -48,6 +48,8 @@ RESUMABLE = [
     "max_steps=6",
     SCHEDULE,
 ]
+# The package gives its function the same name as this module.
+decomposing = importlib.import_module("kasa_tune.components.corda.decompose")
 STARTS = {
     **{method.name: (f"tiny_{method.name}", []) for method in methods_of("corda_finetune")},
     "corda++": ("tiny_corda", PLUS_PLUS),
@@ -334,8 +336,8 @@ def test_a_smaller_rank_is_cut_and_a_larger_found(corda, monkeypatch, tmp_path):
     } == {12}
 
 
-def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_path):
-    forbid(monkeypatch, corda_recipe, "draw_rounds")
+def test_pissa_needs_no_calibration_data(corda, monkeypatch, tmp_path):
+    forbid(monkeypatch, calibrator, "draw_rounds")
     cache = f"calibration.cache_dir={tmp_path / 'cache'}"
     corda(cache, "max_steps=1", config_name="tiny_pissa")
     forbid(monkeypatch, decomposing, "co_svd")
@@ -353,8 +355,8 @@ def test_resume_is_bitwise_the_uninterrupted_run(
     """With every layer's own rank, and without looking at calibration data again."""
     copy_run(plus_plus, tmp_path / "resumed", until_step=step)
     shutil.rmtree(tmp_path / "resumed" / "decomposition")
-    for name in ("draw_rounds", "decompose"):
-        forbid(monkeypatch, corda_recipe, name)
+    forbid(monkeypatch, calibrator, "draw_rounds")
+    forbid(monkeypatch, corda_recipe, "decompose")
     resumed = corda(*RESUMABLE, "resume_from_checkpoint=True", name="resumed")
     assert len(plus_plus.metrics) == 6
     assert_same_run(resumed, plus_plus)

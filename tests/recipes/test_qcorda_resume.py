@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kasa_tune import config
-from kasa_tune.components.corda import calibration
+from kasa_tune.components.corda import calibration, calibrator
 from kasa_tune.components.quantized import start as quantized_start
 from kasa_tune.components.quantized.base import FOLDER
 from kasa_tune.components.training import Step
@@ -51,7 +51,8 @@ def contents(folder) -> dict[str, bytes]:
 def find_nothing_again(qcorda_recipe, monkeypatch):
     """From its call on no calibration row is drawn, no weight decomposed or quantized."""
     names = {
-        qcorda_recipe: ("draw_rounds", "decompose", "quantize", "quantized_start"),
+        calibrator: ("draw_rounds",),
+        qcorda_recipe: ("decompose", "quantize", "quantized_start"),
         quantized_start: ("co_svd", "fit_quantization", "smallest_triplets", "split_component"),
         calibration: ("covariances",),
     }
