@@ -6,14 +6,14 @@ A rule takes the config as plain containers, with only such entries as are good 
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kasa_tune import registry
 from kasa_tune.config import signatures
 from kasa_tune.config.entries import Problem, show
-from kasa_tune.methods import METHODS
+from kasa_tune.methods import METHODS, Method
 
 _TOKENIZER_FILES = (
     "path",
@@ -31,19 +31,19 @@ _READERS = (
     "text",
 )  # `source` of files; other sources are the hub's
 
-_CALIBRATED = tuple(method.setting for method in METHODS.values() if method.calibrated)
-_CHOOSES_COVARIANCES = tuple(
-    method.setting for method in METHODS.values() if method.calibrated and method.mode
-)
+
+def _settings(chosen: Callable[[Method], Any]) -> tuple[str | None, ...]:
+    """The values of adapter.method whose methods are chosen."""
+    return tuple(method.setting for method in METHODS.values() if chosen(method))
+
+
+_CALIBRATED = _settings(lambda method: method.calibrated)
 # A key, the values of adapter.method that read it, and what the others leave it.
 _OF_METHODS: tuple[tuple[str, tuple[str | None, ...], Any], ...] = (
+    ("adapter.split", _settings(lambda method: method.split is None), "balanced"),
     ("adapter.dynamic_ranks", _CALIBRATED, False),
-    ("calibration.rounds", _CHOOSES_COVARIANCES, 1),
-    (
-        "adapter.quantization_iterations",
-        tuple(method.setting for method in METHODS.values() if method.quantization_iterations),
-        None,
-    ),
+    ("calibration.rounds", _settings(lambda method: method.calibrated and method.mode), 1),
+    ("adapter.quantization_iterations", _settings(lambda m: m.quantization_iterations), None),
 )
 
 

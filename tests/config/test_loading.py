@@ -532,6 +532,11 @@ CORDA_REFUSED = {
         "adapter.method pissa",
         "set it to 1",
     ),
+    "adapter.method=olora adapter.split=paper ~calibration": (
+        "adapter.split",
+        "set it to 'balanced'",
+    ),
+    "adapter.method=eva calibration.rounds=2": ("calibration.rounds", "adapter.method corda, set"),
     "adapter.method=milora adapter.dynamic_ranks=True": (
         "adapter.dynamic_ranks",
         "adapter.method milora",

@@ -27,6 +27,7 @@ from kasa_tune.components.checkpoints import (
     verify_checkpoint,
 )
 from kasa_tune.components.training.loggers import read_metrics
+from kasa_tune.methods import methods_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "kasa_finetune_single_device"
@@ -65,12 +66,8 @@ SMALL_CALIBRATION = [
 # Every start of an adapter on a base in four bits: config and overrides.
 PLUS_PLUS = ["calibration.rounds=3", "adapter.dynamic_ranks=True"]
 QUANTIZED = {
-    "qcorda": ("tiny_qcorda", []),
+    **{method.name: (f"tiny_{method.name}", []) for method in methods_of("qcorda_finetune")},
     "qcorda++": ("tiny_qcorda", PLUS_PLUS),
-    "qpissa": ("tiny_qpissa", []),
-    "loftq": ("tiny_loftq", []),
-    "qlora": ("tiny_qlora", []),
-    "qkasa": ("tiny_qkasa", []),
 }
 # 3 steps an epoch, random numbers in each; validated before the first step and after the last.
 RESUMABLE = [

@@ -2,6 +2,7 @@
 what was found once is found again.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from kasa_tune.components.corda import all_layers, calibration, calibrator
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.training import Step
 from kasa_tune.components.training.loggers import read_metrics
+from kasa_tune.methods import methods_of
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
@@ -46,19 +48,14 @@ RESUMABLE = [
     "max_steps=6",
     SCHEDULE,
 ]
-METHODS = {
-    "corda, ipm": ("tiny_corda", []),
-    "corda, kpm": ("tiny_corda_kpm", []),
+# The package gives its function the same name as this module.
+decomposing = importlib.import_module("kasa_tune.components.corda.decompose")
+STARTS = {
+    **{method.name: (f"tiny_{method.name}", []) for method in methods_of("corda_finetune")},
     "corda++": ("tiny_corda", PLUS_PLUS),
-    "pissa": ("tiny_pissa", []),
-    "milora": ("tiny_milora", []),
-    "olora": ("tiny_olora", []),
-    "eva": ("tiny_eva", []),
     "lora": ("tiny_corda", ["adapter.method=lora"]),
-    "dora": ("tiny_dora", []),
-    "lora+": ("tiny_lora_plus", []),
 }
-LORA_LINEARS = ("tiny_dora", "tiny_lora_plus")
+LORA_LINEARS = [f"tiny_{m.name}" for m in methods_of("corda_finetune") if "lora" in m.builders]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +103,7 @@ def edits(run: Run) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------ it learns
 
 
-@pytest.mark.parametrize(("config_name", "overrides"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("config_name", "overrides"), STARTS.values(), ids=STARTS)
 def test_it_starts_as_the_base_and_learns(corda, base_model, config_name, overrides):
     run = corda(*overrides, config_name=config_name)
     total, count = 0.0, 0
@@ -339,7 +336,7 @@ def test_a_smaller_rank_is_cut_and_a_larger_found(corda, monkeypatch, tmp_path):
     } == {12}
 
 
-def test_pissa_needs_no_calibration_data(corda, corda_recipe, monkeypatch, tmp_path):
+def test_pissa_needs_no_calibration_data(corda, monkeypatch, tmp_path):
     forbid(monkeypatch, calibrator, "draw_rounds")
     cache = f"calibration.cache_dir={tmp_path / 'cache'}"
     corda(cache, "max_steps=1", config_name="tiny_pissa")

@@ -14,6 +14,7 @@ from kasa_tune import config
 from kasa_tune.components import checkpoints
 from kasa_tune.components.data import training_data
 from kasa_tune.components.quantized.base import FOLDER
+from kasa_tune.methods import methods_of
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import RESUMABLE, SMALL_CORDA_RUN, copy_run, recipe_class, run_recipe
@@ -218,7 +219,7 @@ def test_a_rank_above_a_layers_names_it(qcorda, not_loaded):
 
 
 @pytest.mark.usefixtures("not_trained")
-@pytest.mark.parametrize("method", ["qcorda", "qpissa", "loftq", "qlora", "qkasa"])
+@pytest.mark.parametrize("method", [method.name for method in methods_of("qcorda_finetune")])
 def test_a_damaged_weight_is_named(qcorda, base, method):
     def damage(weights):
         weights["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
