@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kasa_tune import registry
-from kasa_tune.components.adapters import linear
+from kasa_tune.components import adapters
 from kasa_tune.components.corda.decompose import DECOMPOSITIONS
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
@@ -22,7 +22,7 @@ def test_a_row_names_what_there_is(method: Method):
     names = {recipe.name for recipe in registry.recipes()}
     assert {f"{method.recipe}_single_device", f"{method.recipe}_distributed"} <= names
     for builder in method.builders:
-        assert hasattr(linear, LINEARS[builder])
+        assert hasattr(adapters, LINEARS[builder])
     assert method.decomposition in {None, "quantization_error", *DECOMPOSITIONS}
     assert (method.mode is not None) == (method.decomposition in ("co_svd", "quantization_error"))
 

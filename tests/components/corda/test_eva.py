@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kasa_tune.components.adapters.linear import CorDALinear
+from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.corda.allocation import (
     LayerSpectrum,
     input_spectra,
