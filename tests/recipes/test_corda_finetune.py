@@ -2,7 +2,6 @@
 what was found once is found again.
 """
 
-import importlib
 import json
 import math
 import shutil
@@ -49,7 +48,6 @@ RESUMABLE = [
     SCHEDULE,
 ]
 # The package gives its function the same name as this module.
-decomposing = importlib.import_module("kasa_tune.components.corda.decompose")
 STARTS = {
     **{method.name: (f"tiny_{method.name}", []) for method in methods_of("corda_finetune")},
     "corda++": ("tiny_corda", PLUS_PLUS),
