@@ -47,7 +47,6 @@ RESUMABLE = [
     "max_steps=6",
     SCHEDULE,
 ]
-# The package gives its function the same name as this module.
 STARTS = {
     **{method.name: (f"tiny_{method.name}", []) for method in methods_of("corda_finetune")},
     "corda++": ("tiny_corda", PLUS_PLUS),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.checkpoints import CheckpointError, load_part, save_checkpoint
+from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, load_part, save_checkpoint
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.quantized.base import FOLDER
 from tests.tolerances import FP64
@@ -98,10 +98,8 @@ def test_a_nan_in_the_base_is_told_by_its_layer(tmp_path):
 
 
 def open_with_any_base(run):
-    from kasa_tune.components.exchange import trained_run
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained_run, "check_belongs", lambda *_, **__: None)
+        patch.setattr(Checkpoint, "check_belongs", lambda *_, **__: None)
         return open_run(run.path)
 
 
@@ -132,8 +130,8 @@ def test_linears_are_listed_by_the_tensor_that_they_lie_in(name, fused, tmp_path
 def test_a_run_may_be_given_by_its_folder_or_one_of_its_checkpoints(tmp_path):
     run = toy_run(tmp_path, "llama2", "kasa")
     assert (
-        open_run(run.path).checkpoint
-        == open_run(checkpoint_of(run)).checkpoint
+        open_run(run.path).checkpoint.path
+        == open_run(checkpoint_of(run)).checkpoint.path
         == checkpoint_of(run)
     )
 
