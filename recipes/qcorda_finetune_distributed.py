@@ -108,7 +108,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         world = self._world
         world.check_same({"config": OmegaConf.to_yaml(cfg, resolve=True), "software": versions()})
         with world.all_succeed("Preparing model and data"):
-            self._checkpoint = starting_checkpoint(cfg, world_size=world.size)
+            self._checkpoint = starting_checkpoint(cfg, rank=world.rank, world_size=world.size)
             self._setup_model(cfg)
             self._setup_data(cfg)
         facts = {"resume point": str(self._checkpoint), "data": self._fingerprints["data"]}

@@ -64,12 +64,11 @@ def starting_checkpoint(
         choice = cfg.resume_from_checkpoint
         if choice != RESTART:
             check_unlocked(folder)
+            resumed = resume_point(folder, choice, settings, world_size=world_size)
+            if resumed:
+                return resumed
         elif rank == 0:
             set_aside(Path(cfg.output_dir))
-        choice = False if choice == RESTART else choice
-        resumed = resume_point(folder, choice, settings, world_size=world_size)
-        if resumed:
-            return resumed
     quantized = None
     if "quantization" in settings:
         quantized = {key: settings[key] for key in ("quantization", "dtype")}

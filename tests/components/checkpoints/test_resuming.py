@@ -1,6 +1,7 @@
 """From where a run goes on: every choice, and every reason not to."""
 
 import errno
+import fcntl
 import math
 from pathlib import Path
 
@@ -8,13 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from kasa_tune.components.checkpoints import (
     CheckpointError,
+    clean_up,
     resume_point,
     resume_position,
+    run_lock,
     save_checkpoint,
+    starting_checkpoint,
 )
+from kasa_tune.components.checkpoints.locking import check_unlocked
 from kasa_tune.components.checkpoints.resuming import RESUMABLE_KEYS
 from kasa_tune.components.data.batches import FILLER, EpochBatches
 
@@ -347,3 +353,85 @@ def test_the_rest_of_the_epoch_has_the_steps_it_would_have_had(sizes, samples, d
     assert steps_of(samples, *now, start=batches_done) == whole_epoch[done:]
     if now == (batch_size, accumulation, processes):
         assert batches_done == run["batches_done"]
+
+
+# ------------------------------------------------------------------------------------------ starting over, cleaning up
+
+
+def run_config(output_dir, **changes):
+    plain = {"output_dir": str(output_dir), "dry_run": False, "adapter_checkpoint": None}
+    return OmegaConf.create(CONFIG | plain | {"resume_from_checkpoint": False} | changes)
+
+
+def test_restart_moves_what_was_there_aside_and_deletes_nothing(folder):
+    output = folder.parent
+    save(folder, 3)
+    damage(save(folder, 6))
+    (output / "metrics.jsonl").write_text('{"step": 3}\n')
+    (output / "quantized_base").mkdir()
+    (output / "my_notes.txt").write_text("not the run's")
+    before = {
+        path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()
+    }
+    for number in (1, 2):
+        cfg = run_config(output, resume_from_checkpoint="restart")
+        assert starting_checkpoint(cfg) is None
+        assert list(folder.glob("step_*")) == []
+        aside = output / f"restarted_{number}"
+        assert (aside / "checkpoints" / "step_00000003" / "manifest.json").is_file()
+        save(folder, 3)
+        (output / "metrics.jsonl").write_text("new\n")
+    moved = {
+        path.relative_to(output / "restarted_1"): path.read_bytes()
+        for path in (output / "restarted_1").rglob("*")
+        if path.is_file()
+    }
+    kept = {Path("my_notes.txt"), Path("checkpoints/.lock")}
+    assert moved == {path: data for path, data in before.items() if path not in kept}
+    assert (output / "my_notes.txt").is_file()
+
+
+def test_another_rank_waits_for_rank_zero_to_move_the_files(folder):
+    save(folder, 3)
+    cfg = run_config(folder.parent, resume_from_checkpoint="restart")
+    assert starting_checkpoint(cfg, rank=1, world_size=2) is None
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("choice", [True, False, "restart"])
+def test_a_second_run_in_a_live_folder_is_told_so_before_anything_else(folder, choice):
+    """Even while the first one is writing, when its newest checkpoint looks unfinished."""
+    (save(folder, 3) / "manifest.json").unlink()
+    with run_lock(folder), pytest.raises(ValueError, match="another run is writing"):
+        starting_checkpoint(run_config(folder.parent, resume_from_checkpoint=choice))
+    assert (folder / "step_00000003").is_dir()
+
+
+def test_several_processes_may_look_at_the_lock_at_once(folder):
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        check_unlocked(folder)
+
+
+def test_what_a_kill_left_between_writing_and_removing_goes_at_the_next_start(folder):
+    for step in (1, 2, 3, 4):
+        save(folder, step)
+    (folder / ".step_00000001.removed.tmp").mkdir()
+    clean_up(folder, keep_last=2)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "step_00000003",
+        "step_00000004",
+    ]
+
+
+def test_a_damaged_newest_one_does_not_count_as_one_that_is_kept(folder):
+    for step in (1, 2, 3, 4):
+        saved = save(folder, step)
+    damage(saved)
+    clean_up(folder, keep_last=2)
+    assert sorted(path.name for path in folder.glob("step_*")) == [
+        "step_00000002",
+        "step_00000003",
+        "step_00000004",
+    ]
