@@ -193,12 +193,10 @@ def test_a_signal_to_one_rank_saves_once_and_two_processes_go_on_bit_for_bit(run
 def test_a_loss_on_one_rank_that_is_no_number_stops_both_before_the_step(runs):
     run, whole = runs[1]["nan"], runs[1]["rough"]
     for end in run.ends:
-        assert end["error"] == "RuntimeError"
-        assert re.match(
-            r"Step 4: loss nan, .*those of step 3; last checkpoint: .*step_00000002\. Lower",
-            end["message"],
-        )
+        assert end["error"] == "NonFiniteError"
+        assert re.match(r"Step 4: loss nan, .*those of step 3\. Lower", end["message"])
     assert run.curve == whole.curve[:4]
+    assert run.checkpoints[-1].name == "step_00000003"  # saved by both when they stopped
 
 
 def test_a_folder_that_holds_a_run_or_is_written_to_is_refused_on_both(runs):
@@ -208,12 +206,8 @@ def test_a_folder_that_holds_a_run_or_is_written_to_is_refused_on_both(runs):
             "already holds checkpoints, the newest step_00000015. Set resume_from_checkpoint"
             in end["message"]
         )
-    leader, other = runs[1]["locked"].ends
-    assert "another run is writing to" in leader["message"]
-    assert other == {
-        "error": "OtherRankError",
-        "message": "Opening the output folder failed on rank 0; its message says why.",
-    }
+    for end in runs[1]["locked"].ends:
+        assert "another run is writing to" in end["message"]
 
 
 @pytest.mark.parametrize(("name", "what"), [("other config", "config"), ("other rows", "data")])

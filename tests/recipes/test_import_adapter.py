@@ -420,7 +420,7 @@ def test_nothing_is_left_behind_and_nothing_overwritten(peft, run_main, tmp_path
     assert list(out.parent.iterdir()) == []
     weights.write_bytes(good)
     assert run_main("import_adapter", *arguments) == 0
-    assert find_checkpoint(out) == out
+    assert find_checkpoint(out).path == out
     with pytest.raises(FileExistsError, match="exists already; choose another output_dir"):
         run_main("import_adapter", *arguments)
 
