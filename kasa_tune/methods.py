@@ -145,7 +145,8 @@ _ROWS = (
     ),
     _qcorda(
         "qkasa", "KaSA on an NF4 base", "2412.06071",
-        "each weight loses its smallest singular values and is frozen in four bits (NF4), and each adapter has trained ones",
+        "each weight loses its smallest singular values and is frozen in four bits (NF4), and each adapter has trained "
+        "ones",
         builders=("kasa",),
     ),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def checked(config: TrainingConfig) -> DictConfig:
         return configs.load(path, schema=SCHEMAS[config.method.suffix], check_files=False)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _figures(text: str) -> Figures:
     """Of the keys that are counted, as YAML: tasks that differ in their data share what is counted."""
     cfg = OmegaConf.create(text)
