@@ -178,7 +178,7 @@ def test_names_of_a_star_import(tmp_path, monkeypatch):
         "__init__": "from .sizes import *\nfrom star_example.later import *\ndef own(): ...\n",
         "sizes": "from .base import inner as _inner\ndef shared(a: int): ...\n_private = _inner\n",
         "later": "from .sizes import *\nfrom .base import *\ndef shared(b: int): ...\n",
-        "base": "from .later import *\ndef inner(size: int): ...\n",
+        "base": "def inner(size: int): ...\nfrom .later import *\n",
         "listed": "from .exports import *\ndef own(): ...\n",
         "exports": "__all__ = ['one']\ndef one(): ...\ndef two(): ...\n",
         "absent": "from no_such_module_at_all import *\n",

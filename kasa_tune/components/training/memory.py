@@ -288,6 +288,7 @@ def _recomputed_bytes(model: TransformerDecoder, tokens: Tensor) -> int:
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes of distinct storages, parameters and ``x`` aside, that a forward leaves for the backward."""
+    build_rotary_caches(module)  # before its buffers are listed, as they are no activations
     own = {
         tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers(), x]
     }
@@ -299,7 +300,6 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
-    build_rotary_caches(module)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         _AttentionAsOnDevice(),
