@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
@@ -35,14 +37,24 @@ from kasa_tune.methods import METHODS, method_of
 PERIOD = 2  # blocks after which a model repeats itself
 _TRAINED = "trained parameters"
 # The keys of a config that its budget depends on.
-_COUNTED = ("model", "adapter", "quantization", "calibration", "optimizer", "loss", "batch_size")
-_COUNTED += ("dtype", "enable_activation_checkpointing", "tokenizer")
+_COUNTED = (
+    "tokenizer",
+    "model",
+    "adapter",
+    "quantization",
+    "calibration",
+    "batch_size",
+    "optimizer",
+    "loss",
+    "dtype",
+    "enable_activation_checkpointing",
+)
 
 
 def figures_of(config: TrainingConfig) -> Figures:
     """What ``dry_run=true`` counts for a config, with every row, of calibration too, as long as it may be."""
     cfg = checked(config)
-    tree = OmegaConf.to_container(cfg, resolve=True)
+    tree: Any = OmegaConf.to_container(cfg, resolve=True)
     counted = {key: tree[key] for key in _COUNTED if key in tree}
     counted["tokenizer"] = {"max_seq_len": counted["tokenizer"]["max_seq_len"]}
     if config.method.calibrated:
@@ -63,8 +75,7 @@ def checked(config: TrainingConfig) -> DictConfig:
 @cache
 def _figures(text: str) -> Figures:
     """Of the keys that are counted, as YAML: tasks that differ in their data share what is counted."""
-    cfg = OmegaConf.create(text)
-    budget = budget_of(cfg)
+    budget = budget_of(DictConfig(OmegaConf.create(text)))
     trained = budget.pop(_TRAINED)
     set_up, step = peaks(budget)
     base = budget["base weights"] + budget.get("base weights in NF4", 0)
@@ -94,7 +105,7 @@ def budget_of(cfg: DictConfig, *, shallow: bool = True) -> dict[str, int]:
 
 def _cut(model: TransformerDecoder, depth: int) -> TransformerDecoder:
     """The model with its first blocks alone, in place."""
-    model.layers = model.layers[:depth]
+    model.layers = nn.ModuleList([*model.layers][:depth])
     return model
 
 
