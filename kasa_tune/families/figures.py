@@ -89,10 +89,9 @@ def budget_of(cfg: DictConfig, *, shallow: bool = True) -> dict[str, int]:
         cfg: a checked config.
         shallow: count two shallow models in place of the whole one; the result is the same.
     """
-    model = build_training_model(
-        cfg, dtype=training.get_dtype(cfg.dtype, device=torch.device("cpu"))
-    )
-    depth = len(model.layers)
+    dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
+    model = build_training_model(cfg, dtype=dtype)
+    depth = len([*model.layers])
     lower = PERIOD + depth % PERIOD
     upper = lower + PERIOD
     if not shallow or depth <= upper:
