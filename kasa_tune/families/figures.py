@@ -91,7 +91,8 @@ def budget_of(cfg: DictConfig, *, shallow: bool = True) -> dict[str, int]:
     """
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
     model = build_training_model(cfg, dtype=dtype)
-    depth = len([*model.layers])
+    assert isinstance(model.layers, nn.ModuleList)
+    depth = len(model.layers)
     lower = PERIOD + depth % PERIOD
     upper = lower + PERIOD
     if not shallow or depth <= upper:
