@@ -4,6 +4,7 @@
 # make typecheck  mypy; the errors of each file may only become fewer
 # make lint    ruff; make format applies its layout
 # make docs    write the tables of config keys in docs/configs.md from the schemas
+# make configs write configs/ and the memory tables of docs/configs.md from the table of models
 # make clean   remove the environment and everything written by the targets above
 #
 # Each target creates .venv and installs what it needs, once. PYTHON=python3.12 chooses the interpreter.
@@ -20,7 +21,7 @@ PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast typecheck lint format docs clean
+.PHONY: demo test test-fast typecheck lint format docs configs clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -47,6 +48,9 @@ format: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m kasa_tune.config.describe docs/configs.md
+
+configs: $(VENV)/.installed
+	$(BIN)/python -W ignore -m kasa_tune.families configs docs/configs.md
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -169,3 +169,41 @@ def test_ways_of_binding_a_name(tmp_path, monkeypatch):
     for unclear in ("computed", "globals_free", "plain.attribute", "Data"):
         with pytest.raises(signatures.UnreadableError):
             parameters(unclear)
+
+
+def test_names_of_a_star_import(tmp_path, monkeypatch):
+    package = tmp_path / "star_example"
+    package.mkdir()
+    sources = {
+        "__init__": "from .sizes import *\nfrom star_example.later import *\ndef own(): ...\n",
+        "sizes": "from .base import inner as _inner\ndef shared(a: int): ...\n_private = _inner\n",
+        "later": "from .sizes import *\nfrom .base import *\ndef shared(b: int): ...\n",
+        "base": "def inner(size: int): ...\nfrom .later import *\n",
+        "listed": "from .exports import *\ndef own(): ...\n",
+        "exports": "__all__ = ['one']\ndef one(): ...\ndef two(): ...\n",
+        "absent": "from no_such_module_at_all import *\n",
+    }
+    for name, source in sources.items():
+        (package / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [*signatures.static("star_example.shared").parameters] == ["b"]  # the later one holds
+    assert [*signatures.static("star_example.inner").parameters] == ["size"]
+    for name in ("shared", "inner"):
+        assert_as_python_says(f"star_example.{name}")
+    for hidden in ("_private", "_inner", "inners"):
+        with pytest.raises(signatures.NoSuchNameError) as caught:
+            signatures.static(f"star_example.{hidden}")
+        assert {"shared", "own"} <= {*caught.value.names}
+    for unclear in ("listed.two", "absent.anything"):
+        with pytest.raises(signatures.UnreadableError):
+            signatures.static(f"star_example.{unclear}")
+
+
+def test_the_models_room_exports_builders_alone():
+    from kasa_tune.components import models
+
+    names = {name for name in vars(models) if not name.startswith("_")}
+    modules = {name for name in names if inspect.ismodule(getattr(models, name))}
+    assert modules == {"base_weights", "gemma", "loading", "phi", "rotary", "sizes"}
+    others = names - modules - {"attach", "builders"}
+    assert {name.partition("_")[0] for name in others} == {"kasa", "lora", "corda"}

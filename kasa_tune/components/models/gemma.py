@@ -1,4 +1,4 @@
-"""Gemma and Gemma 2 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.adapters.builders`.
+"""Gemma 2 as it was published.
 
 torchtune 0.6.1's Gemma 2 is not the published model. It caps the last hidden state where the logits should be capped,
 reads the norms before and after the MLP from a checkpoint into each other's place, and its 2B, 9B and 27B swap the two
@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torchtune.models import gemma2 as torchtune_gemma2
-from torchtune.models.gemma import gemma, gemma_2b, gemma_7b
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
-
-from kasa_tune.components.adapters.attach import builders
 
 
 class CappedTiedLinear(TiedLinear):
@@ -110,12 +107,3 @@ def gemma2_9b() -> TransformerDecoder:
 def gemma2_27b() -> TransformerDecoder:
     """Gemma 2 27B."""
     return _corrected(torchtune_gemma2.gemma2_27b(), attention_cap=50.0, logit_cap=30.0)
-
-
-kasa_gemma, lora_gemma, corda_gemma = builders(gemma)
-kasa_gemma_2b, lora_gemma_2b, corda_gemma_2b = builders(gemma_2b)
-kasa_gemma_7b, lora_gemma_7b, corda_gemma_7b = builders(gemma_7b)
-kasa_gemma2, lora_gemma2, corda_gemma2 = builders(gemma2)
-kasa_gemma2_2b, lora_gemma2_2b, corda_gemma2_2b = builders(gemma2_2b)
-kasa_gemma2_9b, lora_gemma2_9b, corda_gemma2_9b = builders(gemma2_9b)
-kasa_gemma2_27b, lora_gemma2_27b, corda_gemma2_27b = builders(gemma2_27b)

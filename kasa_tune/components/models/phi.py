@@ -1,9 +1,7 @@
-"""Phi-3 and Phi-4 with KaSA, LoRA or CorDA linears; see :func:`~kasa_tune.components.adapters.builders`."""
+"""Phi-4 as it was published."""
 
-from torchtune.models.phi3 import phi3, phi3_mini
+from torchtune.models.phi3 import phi3
 from torchtune.modules import TransformerDecoder
-
-from kasa_tune.components.adapters.attach import builders
 
 
 def phi4_14b() -> TransformerDecoder:
@@ -19,8 +17,3 @@ def phi4_14b() -> TransformerDecoder:
         norm_eps=1e-5,
         rope_base=250_000,
     )
-
-
-kasa_phi3, lora_phi3, corda_phi3 = builders(phi3)
-kasa_phi3_mini, lora_phi3_mini, corda_phi3_mini = builders(phi3_mini)
-kasa_phi4_14b, lora_phi4_14b, corda_phi4_14b = builders(phi4_14b)

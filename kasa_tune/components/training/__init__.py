@@ -1,6 +1,6 @@
 """What a training run is made of besides its mathematics: the step loop, losses, schedules, loggers, memory."""
 
-from kasa_tune.components.training.dry_run import dry_run_report
+from kasa_tune.components.training.dry_run import dry_run_budget, dry_run_report
 from kasa_tune.components.training.loggers import (
     JSONLLogger,
     SilentLogger,
@@ -19,6 +19,7 @@ from kasa_tune.components.training.memory import (
     budget_report,
     check_optimizer,
     memory_budget,
+    peaks,
     per_process,
 )
 from kasa_tune.components.training.model import build_training_model
@@ -39,9 +40,11 @@ __all__ = [
     "build_training_model",
     "check_optimizer",
     "cosine_schedule",
+    "dry_run_budget",
     "dry_run_report",
     "linear_schedule",
     "memory_budget",
+    "peaks",
     "per_process",
     "read_metrics",
     "return_hidden_states",

@@ -40,6 +40,22 @@ def dry_run_report(
         shards: processes that hold the model together; the report is of one of them.
     """
     seq_len = tokenizer.max_seq_len or model.max_seq_len
+    budget = dry_run_budget(
+        cfg, model, seq_len=seq_len, loss=loss, quantized=quantized, calibration=calibration
+    )
+    return budget_report(model, per_process(budget, model, shards))
+
+
+def dry_run_budget(
+    cfg: DictConfig,
+    model: TransformerDecoder,
+    *,
+    seq_len: int,
+    loss: Any,
+    quantized: Mapping[str, nn.Module] | None = None,
+    calibration: tuple[Any, Any] | None = None,
+) -> dict[str, int]:
+    """Bytes by purpose of a run on one device. Arguments as of :func:`dry_run_report`; ``seq_len`` in tokens."""
     budget = memory_budget(
         model,
         partial(instantiate, cfg.optimizer),
@@ -58,4 +74,4 @@ def dry_run_report(
         sums_dtype = training.get_dtype(cfg.calibration.accumulate)  # fp32 or fp64
         offload = cfg.calibration.offload
         budget |= calibration_bytes(model, *calibration, dtype=sums_dtype, offload=offload)
-    return budget_report(model, per_process(budget, model, shards))
+    return budget

@@ -144,18 +144,28 @@ def budget_report(model: nn.Module, budget: Mapping[str, int]) -> list[str]:
         sum(n for name, n in trained.items() if name.endswith("lora_diag")),
     )
     parts = f" ({total - diagonals:,} + {diagonals:,} in diagonals)" if diagonals else ""
-    phases = [sum(budget.get(purpose, 0) for purpose in phase) for phase in SET_UP]
-    # On many processes what is outside the blocks, and one of them, is whole until all are filled.
-    set_up = sum(budget.get(purpose, 0) for purpose in (*WEIGHTS, "gathered weights")) + max(phases)
-    over = {purpose for phase in SET_UP for purpose in phase} - {"base weights in NF4"}
-    step = sum(size for purpose, size in budget.items() if purpose not in over)
+    set_up, step = peaks(budget)
     sizes = [(purpose, size) for purpose, size in budget.items() if size]
-    sizes += [("set-up, at most", set_up)] * any(phases)
+    sizes += [("set-up, at most", set_up)] if set_up else []
     lines = [
         f"{purpose:>25} {size / 2**20:>12,.1f} MiB"
         for purpose, size in [*sizes, ("training step", step)]
     ]
     return [f"Trainable parameters: {total:,}{parts}", *lines]
+
+
+def peaks(budget: Mapping[str, int]) -> tuple[int, int]:
+    """The most that preparing a run takes at once, 0 if it takes nothing besides the model, and what a step takes.
+
+    Args:
+        budget: bytes by purpose, of :func:`memory_budget` or :func:`per_process`, with what a method adds.
+    """
+    phases = [sum(budget.get(purpose, 0) for purpose in phase) for phase in SET_UP]
+    # On many processes what is outside the blocks, and one of them, is whole until all are filled.
+    held = sum(budget.get(purpose, 0) for purpose in (*WEIGHTS, "gathered weights"))
+    over = {purpose for phase in SET_UP for purpose in phase} - {"base weights in NF4"}
+    step = sum(size for purpose, size in budget.items() if purpose not in over)
+    return (held + max(phases) if any(phases) else 0), step
 
 
 def truncation_workspace(d_out: int, d_in: int) -> int:
@@ -278,6 +288,7 @@ def _recomputed_bytes(model: TransformerDecoder, tokens: Tensor) -> int:
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes of distinct storages, parameters and ``x`` aside, that a forward leaves for the backward."""
+    build_rotary_caches(module)  # before its buffers are listed, as they are no activations
     own = {
         tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers(), x]
     }
@@ -289,7 +300,6 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
             saved[key] = tensor
         return tensor
 
-    build_rotary_caches(module)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         _AttentionAsOnDevice(),

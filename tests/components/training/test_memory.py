@@ -11,7 +11,7 @@ from torchtune import modules, training
 
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.nf4 import dequantize, quantize, to_parts
-from kasa_tune.components.models.llama3 import kasa_llama3_8b
+from kasa_tune.components.models import kasa_llama3_8b
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from kasa_tune.components.processes import shard
 from kasa_tune.components.training.loss import return_hidden_states

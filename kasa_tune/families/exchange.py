@@ -1,0 +1,181 @@
+"""The text of the configs that do not train: completing prompts, export and import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kasa_tune.families.combining import GENERATED, TrainingConfig
+from kasa_tune.families.headers import paragraph
+from kasa_tune.families.table import MODELS
+from kasa_tune.families.tasks import TASKS
+from kasa_tune.families.writing import checkpointer, model_section, tokenizer
+from kasa_tune.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model completes: the data of its task, how many rows of it, how many new tokens, and what to try."""
+
+    dataset: str
+    num_samples: int
+    max_new_tokens: int
+    tried: tuple[str, ...]
+    preparation: str = ""
+
+
+PROMPTS = {
+    "tiny": Prompts(
+        dataset="kasa_tune://tiny_world/data/task_val.jsonl",
+        num_samples=5,
+        max_new_tokens=64,
+        tried=(
+            "adapter_checkpoint=/tmp/my_run num_samples=3",
+            "adapter_checkpoint=null     # the base model alone",
+        ),
+    ),
+    "stories260k": Prompts(
+        dataset="${oc.env:KASA_TUNE_DATA}/datasets/e2e/dev.jsonl\n  split: train",
+        num_samples=8,
+        max_new_tokens=96,
+        tried=("'prompts=[\"Once upon a time\"]' dataset=null",),
+        preparation="KASA_TUNE_DATA names the folder of the data, as for {name}. After that run:",
+    ),
+}
+
+
+def generation_texts() -> Iterator[tuple[str, str]]:
+    """Names and texts of the configs that complete prompts with the adapter of a run."""
+    for model, methods in GENERATED.items():
+        for method in methods:
+            row = MODELS[model]
+            config = TrainingConfig(row, TASKS[row.tasks[0]], METHODS[method])
+            yield f"{config.name}_generate", _generation_text(config, PROMPTS[model])
+
+
+def _generation_text(config: TrainingConfig, prompts: Prompts) -> str:
+    name = f"{config.name}_generate"
+    run = f"#   tune run generate_text --config {name}"
+    title = config.model.title.partition(",")[0]
+    lines = [
+        paragraph(f"What {title[0].lower()}{title[1:]} writes before and after {config.name}."),
+        "#",
+        *([f"# {prompts.preparation.format(name=config.name)}"] if prompts.preparation else []),
+        run,
+        *(f"{run} {overrides}" for overrides in prompts.tried),
+    ]
+    component = config.task.dataset_val.split("\n")[1].strip()
+    return "\n\n".join(
+        [
+            "\n".join(lines),
+            tokenizer(config.model, config.task),
+            model_section(config),
+            f"{checkpointer(config.model, f'/tmp/kasa_tune/{name}')}\n"
+            f"adapter_checkpoint: /tmp/kasa_tune/{config.name}",
+            f"""\
+prompts: []
+dataset:
+  {component}
+  source: json
+  data_files: {prompts.dataset}
+num_samples: {prompts.num_samples}
+max_new_tokens: {prompts.max_new_tokens}
+temperature: 0.0
+top_k: null
+seed: 42
+batch_size: 8""",
+            f"device: {config.task.device}\ndtype: {config.task.dtype}\n",
+        ]
+    )
+
+
+_EXPORT = """\
+{header}
+#
+#   tune run export_adapter --config {form}_export adapter_checkpoint=/tmp/run output_dir={output}{tried}
+
+format: {form}
+adapter_checkpoint: /tmp/kasa_tune/tiny_kasa
+output_dir: ${{adapter_checkpoint}}_{form}
+checkpoint_dir: null
+base_model: null
+{own}"""
+
+
+def _export_text(form: str, about: str, output: str, tried: str = "", own: str = "") -> str:
+    run = f"\n#   tune run export_adapter --config {form}_export adapter_checkpoint=/tmp/run "
+    return _EXPORT.format(
+        header=paragraph(about),
+        form=form,
+        output=output,
+        tried=run + tried if tried else "",
+        own=f"\n{own}\n" if own else "",
+    )
+
+
+def exchange_texts() -> Iterator[tuple[str, str]]:
+    """Names and texts of the configs of exports and of the import."""
+    yield (
+        "merged_export",
+        _export_text(
+            "merged",
+            "A trained adapter merged into its base model: a Hugging Face checkpoint by itself, for transformers, vLLM "
+            "and llama.cpp. One shard at a time is in memory.",
+            output="/tmp/model",
+            tried="dtype=bf16 max_shard_size=1GB",
+            own="dtype: null\nmax_shard_size: 5GB",
+        ),
+    )
+    yield (
+        "native_export",
+        _export_text(
+            "native",
+            "A trained adapter by itself, without optimizer and random state: what generate_text, import into other "
+            "runs (adapter_checkpoint=...) and adapter sets take.",
+            output="/tmp/adapter",
+        ),
+    )
+    yield (
+        "peft_export",
+        _export_text(
+            "peft",
+            "A trained adapter as a plain LoRA on the original base model, for PEFT, vLLM and everything that reads "
+            "PEFT's files. It is exact for every method, and DoRA goes out as PEFT's DoRA. Of a run on an NF4 base, "
+            "whose weights nobody else has, it is an approximation, and its error is printed.",
+            output="/tmp/adapter",
+            tried="tolerance=1e-6     # the numerical rank",
+            own="dtype: fp32\nrank: null\nrank_pattern: False\ntolerance: null",
+        ),
+    )
+    yield "peft_import", _import_text()
+
+
+def _import_text() -> str:
+    model = MODELS["llama3_8b"]
+    about = (
+        "A LoRA, PiSSA, CorDA, OLoRA, KaSA or DoRA adapter saved by PEFT, to train it on here. This one's base is "
+        f"{model.title}. For any other base that has a training config, give import_adapter that config: it ignores "
+        "the keys that are not here."
+    )
+    run = "#   tune run import_adapter --config peft_import peft_adapter=/tmp/"
+    return f"""\
+{paragraph(about)}
+#
+{run}my_lora output_dir=/tmp/imported
+{run}my_corda initial_adapter=/tmp/my_corda_untrained
+#
+# At its end it prints the keys with which a training config takes the adapter.
+
+peft_adapter: /tmp/my_lora
+initial_adapter: null
+output_dir: ${{peft_adapter}}_imported
+
+model:
+  _component_: kasa_tune.components.models.lora_{model.name}
+  attn_modules: [q_proj, v_proj]  # this and the rank come from the adapter
+
+{checkpointer(model, "${output_dir}")}
+
+device: cpu
+dtype: bf16
+"""
