@@ -1,4 +1,6 @@
-"""Low-rank pairs, singular subspaces, decompositions and NF4 tensors: tensors in, tensors out."""
+"""Numerical linear algebra on plain tensors: low-rank matrices, singular subspaces, decompositions
+of weights, and NF4 quantization.
+"""
 
 from kasa_tune.components.linalg.decomposition import (
     Component,

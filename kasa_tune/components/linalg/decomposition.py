@@ -1,4 +1,6 @@
-"""Frozen weight (and the covariance of its inputs) in, low-rank term out. The linears decide what to do with it."""
+"""Decompositions of a frozen weight into a low-rank part, some of them weighted by the covariance
+of the layer's inputs. The adapter linears decide what happens to that part.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,24 @@ SPLITS = ("balanced", "paper", "unscaled")
 
 
 def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str = "paper") -> int:
-    """How many singular triplets KaSA removes from a ``(d_out, d_in)`` weight.
+    """Compute how many singular triplets KaSA removes from a ``(d_out, d_in)`` weight.
 
-    ``paper`` counts from the end of the ``min(d_out, d_in)`` singular values (KaSA, arXiv 2412.06071, equation 5).
-    ``published`` is the authors' code, which keeps the first ``d_in - truncation_rank`` values and so removes fewer,
-    often none, from a weight with ``d_out < d_in`` such as Llama's ``k_proj``, ``v_proj`` and ``down_proj``.
+    ``paper`` counts from the end of the ``min(d_out, d_in)`` singular values (KaSA, arXiv
+    2412.06071, equation 5). ``published`` is the rule of the authors' code, which keeps the first
+    ``d_in - truncation_rank`` values. That removes fewer, often none, from a weight with
+    ``d_out < d_in`` such as Llama's ``k_proj``, ``v_proj`` and ``down_proj``.
 
     Raises:
-        ValueError: ``truncation_rank`` is negative or not below ``min(d_out, d_in)``, or ``truncation`` is unknown.
+        ValueError: ``truncation_rank`` is negative or not below ``min(d_out, d_in)``, or
+            ``truncation`` is unknown.
     """
     full_rank = min(d_out, d_in)
     if truncation not in TRUNCATIONS:
         raise ValueError(f"Unknown truncation {truncation!r}: use one of {', '.join(TRUNCATIONS)}.")
     if not 0 <= truncation_rank < full_rank:
         raise ValueError(
-            f"truncation_rank must be at least 0 and below min(d_out, d_in) = {full_rank}; got {truncation_rank} for a "
-            f"{d_out} x {d_in} weight."
+            f"truncation_rank must be at least 0 and below min(d_out, d_in) = {full_rank}; "
+            f"got {truncation_rank} for a {d_out} x {d_in} weight."
         )
     if truncation == "published":
         return max(0, full_rank - (d_in - truncation_rank))
@@ -48,10 +52,11 @@ def num_truncated(d_out: int, d_in: int, truncation_rank: int, truncation: str =
 def smallest_triplets(
     weight: Tensor, k: int, *, solver: str = "auto"
 ) -> tuple[LowRank, Subspace | None]:
-    """The part of a weight that its ``k`` smallest singular triplets carry: ``E = Σ_{i>R-k} σ_i u_i v_iᵀ``.
+    """Compute the part of a weight that belongs to its ``k`` smallest singular values:
+    ``E = Σ_{i>R-k} σ_i u_i v_iᵀ``.
 
-    With ``U_k`` the singular vectors of the smaller side, ``E = U_k (U_kᵀ W)`` (or ``(W V_k) V_kᵀ``): the other side's
-    vectors and the singular values are never needed.
+    The singular vectors of the smaller side suffice. If ``U_k`` are the left ones,
+    ``E = U_k (U_kᵀ W)``. If ``V_k`` are the right ones, ``E = (W V_k) V_kᵀ``.
 
     Args:
         weight: ``(d_out, d_in)``, any floating dtype.
@@ -59,7 +64,8 @@ def smallest_triplets(
         solver: see :func:`~kasa_tune.components.linalg.solvers.smallest_singular_subspace`.
 
     Returns:
-        ``E`` with float32 factors on the weight's device, and the subspace found (None for ``k = 0``).
+        ``E (d_out, d_in)`` with float32 factors on the weight's device, and the singular subspace
+        it came from. The subspace is None for ``k = 0``.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or ``k`` is out of range.
@@ -79,7 +85,9 @@ def smallest_triplets(
 
 
 def _project(vectors: Tensor, matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
-    """``Uᵀ W`` in float64, ``(k, m)``, converting ``column_chunk`` columns of W at a time."""
+    """Compute ``Uᵀ W (k, m)`` in float64. Only ``column_chunk`` columns of W are converted at a
+    time.
+    """
     return torch.cat(
         [vectors.T @ columns.double() for columns in matrix.split(column_chunk, dim=1)], dim=1
     )
@@ -87,15 +95,19 @@ def _project(vectors: Tensor, matrix: Tensor, *, column_chunk: int = 4096) -> Te
 
 @dataclass(frozen=True)
 class Component:
-    """The part ``U Uᵀ W`` of a weight along some directions of its outputs, the most extreme one first.
+    """The part ``U Uᵀ W`` of a weight along some directions of its outputs, with the most extreme
+    direction first.
 
-    :func:`input_component` is the exception: it has directions of the inputs as ``projection``, and U is zero.
+    A component from :func:`input_component` is different: its projection holds directions of the
+    layer's inputs, and U is zero.
 
     Args:
-        vectors: ``U (d_out, k)`` float32, orthonormal columns; of :func:`co_svd` left singular vectors of ``W C^p``.
-        singular_values: ``(k,)`` float64, what the directions count for; of :func:`co_svd` those of ``W C^p``.
+        vectors: ``U (d_out, k)`` float32 with orthonormal columns. From :func:`co_svd` they are
+            left singular vectors of ``W C^p``.
+        singular_values: ``(k,)`` float64, one for each direction. From :func:`co_svd` they are
+            those of ``W C^p``.
         projection: ``Uᵀ W (k, d_in)`` float32.
-        solver: what found U.
+        solver: name of the method that found U.
     """
 
     vectors: Tensor
@@ -105,16 +117,18 @@ class Component:
 
     @property
     def rank(self) -> int:
-        """Number of vectors."""
+        """Number of directions."""
         return len(self.singular_values)
 
     def first(self, rank: int) -> Component:
-        """The component of the ``rank`` most extreme vectors."""
+        """Return the component of the first ``rank`` directions."""
         cut = self.vectors[:, :rank], self.singular_values[:rank], self.projection[:rank]
         return Component(*cut, self.solver)
 
     def without_vectors(self) -> Component:
-        """What is known of it alone: singular values and solver, with factors of no size."""
+        """Return a component with the singular values ``(k,)`` and the solver's name, whose factors
+        are empty.
+        """
         return Component(
             self.vectors[:, :0].clone(),
             self.singular_values,
@@ -123,7 +137,7 @@ class Component:
         )
 
     def to(self, device: torch.device | str) -> Component:
-        """The same on a device."""
+        """Return the component on another device."""
         return Component(
             self.vectors.to(device),
             self.singular_values.to(device),
@@ -142,30 +156,35 @@ def co_svd(
     covariance_power: float = 1.0,
     solver: str = "auto",
 ) -> Component:
-    """Context-oriented SVD (CorDA, arXiv 2406.05223, equations 2 to 5) without the covariance's inverse.
+    """Compute the context-oriented SVD of CorDA (arXiv 2406.05223, equations 2 to 5) without
+    inverting the covariance.
 
-    ``W C = U S Vᵀ`` gives ``S Vᵀ C⁻¹ = Uᵀ W``: the component of some left vectors is ``U Uᵀ W``, and neither V nor
-    ``C⁻¹`` is formed. For ``d_out > d_in`` the weight is first reduced, ``W = Q R``, so that the bottom vectors are
-    those of the ``d_in`` singular values there are and not of the null space.
+    The paper takes the singular triplets of ``W C = U S Vᵀ`` and multiplies by ``C⁻¹``. Since
+    ``S Vᵀ C⁻¹ = Uᵀ W``, the component of some left singular vectors is ``U Uᵀ W``. Neither V nor
+    ``C⁻¹`` is needed.
+
+    A weight with ``d_out > d_in`` is first reduced to the R of ``W = Q R``. The smallest singular
+    vectors then belong to the ``d_in`` existing singular values, and not to the null space.
+
+    All computation is in float64. If a GPU has no room for it, the CPU does it, and a line in the
+    log says so.
 
     Args:
         weight: ``(d_out, d_in)``, any floating dtype.
-        covariance: ``C (d_in, d_in)``, symmetric and positive definite (see
-            :func:`~kasa_tune.components.corda.covariance.damped`); None stands for the identity: PiSSA (``ipm``, arXiv
-            2404.02948) and MiLoRA (``kpm``, arXiv 2406.09044).
+        covariance: ``C (d_in, d_in)``, symmetric and positive definite, see
+            :func:`~kasa_tune.components.corda.covariance.damped`. None stands for the identity.
+            That gives PiSSA (``ipm``, arXiv 2404.02948) and MiLoRA (``kpm``, arXiv 2406.09044).
         rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
-        mode: ``ipm`` the largest singular values, ``kpm`` the smallest.
-        covariance_power: ``p``, U is that of ``W C^p``: 1 is CorDA, 0 PiSSA and MiLoRA, 1/2 the least error of the
-            outputs.
+        mode: ``ipm`` takes the largest singular values, ``kpm`` the smallest.
+        covariance_power: ``p``; U holds singular vectors of ``W C^p``. 1 is CorDA. 0 is PiSSA and
+            MiLoRA. 1/2 gives the smallest error of the layer's outputs.
         solver: see :func:`~kasa_tune.components.linalg.solvers.extreme_singular_subspace`.
 
     Returns:
-        The component, on the weight's device.
+        The component of rank ``k``, on the weight's device.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or an argument is out of its range.
-
-    Everything before the result is float64. A GPU without room for it is answered by the CPU and a line in the log.
     """
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r}: use ipm or kpm.")
@@ -193,16 +212,18 @@ def co_svd(
 
 @torch.no_grad()
 def qr_component(weight: Tensor, rank: int) -> Component:
-    """The first columns of Q and the first rows of R in ``W = Q R`` (OLoRA, arXiv 2406.01775, algorithm 1).
+    """Compute the first columns of Q and the first rows of R in ``W = Q R`` (OLoRA, arXiv
+    2406.01775, algorithm 1).
 
-    The first columns of Q follow from those of W alone, and the rows of R are ``Qᵀ W``.
+    The first columns of Q depend on the first columns of W alone. The rows of R are then ``Qᵀ W``.
 
     Args:
         weight: ``(d_out, d_in)``, any floating dtype.
         rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
 
     Returns:
-        ``vectors`` Q, ``projection`` R, and as ``singular_values`` the lengths of R's rows; on the weight's device.
+        A component on the weight's device. Its ``vectors (d_out, k)`` are Q, its
+        ``projection (k, d_in)`` is R, and its ``singular_values (k,)`` are the lengths of R's rows.
 
     Raises:
         ValueError: the weight holds NaN or infinity.
@@ -221,18 +242,21 @@ def qr_component(weight: Tensor, rank: int) -> Component:
 
 @torch.no_grad()
 def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
-    """The leading right singular vectors of a layer's inputs, with nothing of its weight (EVA, arXiv 2410.07170).
+    """Compute the leading right singular vectors of a layer's inputs (EVA, arXiv 2410.07170).
 
-    They are the leading eigenvectors of ``C = Σ x xᵀ``. With the ``unscaled`` split A holds them and B is zero.
+    They are the leading eigenvectors of ``C = Σ x xᵀ`` and do not depend on the weight. With the
+    ``unscaled`` split A holds them and B is zero.
 
     Args:
-        weight: ``(d_out, d_in)``, of which only the shape and the device count.
-        covariance: ``C (d_in, d_in)``, symmetric and not negative. Damping moves no eigenvector.
+        weight: ``(d_out, d_in)``. Only its shape and its device are used.
+        covariance: ``C (d_in, d_in)``, symmetric and positive semidefinite. Damping does not change
+            the eigenvectors.
         rank: ``k``, ``0 <= k <= min(d_out, d_in)``.
 
     Returns:
-        ``vectors`` zero, ``projection`` ``(k, d_in)`` with orthonormal rows, and as ``singular_values`` those of the
-        inputs; on the weight's device.
+        A component on the weight's device. Its ``vectors (d_out, k)`` are zero and its
+        ``projection (k, d_in)`` has orthonormal rows. Its ``singular_values (k,)`` are those of the
+        inputs.
     """
     zero = LowRank.empty(*weight.shape, device=weight.device).padded(rank)
     if rank == 0:
@@ -248,8 +272,10 @@ def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
 
 
 def co_svd_workspace(d_out: int, d_in: int) -> int:
-    """Bytes that :func:`co_svd` takes at most, all float64: the weight, its reflectors, the covariance, their product
-    and that one's factors or basis.
+    """Compute the largest number of bytes that :func:`co_svd` takes, all in float64.
+
+    They are the weight, its Householder reflectors, the covariance, the product of weight and
+    covariance, and the factors or the basis of that product.
     """
     n = min(d_out, d_in)
     return 8 * (2 * d_out * d_in + d_in * d_in + n * d_in + 4 * n * n)
@@ -259,12 +285,24 @@ def co_svd_workspace(d_out: int, d_in: int) -> int:
 def oriented_matrix(
     weight: Tensor, covariance: Tensor | None, covariance_power: float = 1.0
 ) -> Tensor:
-    """A matrix ``(n, d_in)`` float64, ``n = min(d_out, d_in)``, with the singular values of ``W C^p``."""
+    """Compute a matrix that has the singular values of ``W C^p`` and no more rows than W has
+    columns.
+
+    Args:
+        weight: ``W (d_out, d_in)``.
+        covariance: ``C (d_in, d_in)``, or None for the identity.
+        covariance_power: ``p``.
+
+    Returns:
+        ``(n, d_in)`` float64 with ``n = min(d_out, d_in)``.
+    """
     return _oriented(_short_side_first(weight)[0], covariance, covariance_power)
 
 
 def _short_side_first(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """``R`` of ``W = Q R`` for a tall weight, else W, in float64; and the map of its left vectors to those of W."""
+    """Return, in float64, R of ``W = Q R`` for a tall W and W itself otherwise. The second value is
+    a function that turns left singular vectors of the result into those of W.
+    """
     wide = weight.double()
     d_out, d_in = wide.shape
     if d_out <= d_in:
@@ -279,32 +317,39 @@ def _short_side_first(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor
 
 
 def _oriented(rows: Tensor, covariance: Tensor | None, power: float) -> Tensor:
+    """Compute ``R C^p (n, d_in)`` of ``rows`` R ``(n, d_in)``, up to a rotation of its columns,
+    which no left singular vector depends on.
+    """
     if covariance is None or power == 0:
         return rows
     if power == 1:
         return rows @ covariance.double()
     eigenvalues, vectors = torch.linalg.eigh(covariance.double())
-    return (rows @ vectors) * eigenvalues.clamp_min(
-        0
-    ) ** power  # the vectors on the right change no left vector
+    # `vectors.T` on the right is left out, because a rotation of the columns changes no left
+    # vector.
+    return (rows @ vectors) * eigenvalues.clamp_min(0) ** power
 
 
 @torch.no_grad()
 def split_component(component: Component, scaling: float, split: str = "balanced") -> LowRank:
-    """``B (d_out, k)`` and ``A (k, d_in)`` with ``s · B A = U Uᵀ W``, unless the split is ``unscaled``.
+    """Split a component into ``B (d_out, k)`` and ``A (k, d_in)``, where an adapter's update
+    starts.
 
-    ``balanced`` gives ``b_i`` and ``a_i`` the same length, with ``t_i = ‖u_iᵀ W‖``: ``b_i = u_i √(t_i / s)``,
-    ``a_i = u_iᵀ W / √(t_i s)``. ``paper`` (arXiv 2406.05223, equation 6) uses the singular value of ``W C`` in place of
-    ``t_i``, so that the lengths depend on the scale of C. ``unscaled`` (arXiv 2406.01775, algorithm 1) gives B and A as
-    ``U`` and ``Uᵀ W`` themselves, so that ``s · B A`` is s times the component.
+    ``balanced`` gives ``b_i`` and ``a_i`` the same length. With ``t_i = ‖u_iᵀ W‖`` they are
+    ``b_i = u_i √(t_i / s)`` and ``a_i = u_iᵀ W / √(t_i s)``. ``paper`` (arXiv 2406.05223, equation
+    6) uses the singular value of ``W C`` in place of ``t_i``, so that the lengths depend on the
+    scale of C. Both give ``s · B A = U Uᵀ W``.
+
+    ``unscaled`` (arXiv 2406.01775, algorithm 1) takes ``U`` and ``Uᵀ W`` themselves as B and A.
+    Then ``s · B A`` is s times the component.
 
     Args:
-        component: from :func:`co_svd`.
+        component: from :func:`co_svd`, :func:`qr_component` or :func:`input_component`.
         scaling: ``s = alpha / rank``.
         split: ``balanced``, ``paper`` or ``unscaled``.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}: use balanced, paper or unscaled.")
@@ -313,7 +358,8 @@ def split_component(component: Component, scaling: float, split: str = "balanced
     lengths = component.singular_values.to(component.projection.device)
     if split == "balanced":
         lengths = torch.linalg.vector_norm(component.projection, dim=1, dtype=torch.float64)
-    # A direction the weight does not use at all would start at B = A = 0 and never move.
+    # A direction that the weight does not use would start at B = A = 0. Both gradients would be
+    # zero.
     lengths = lengths.clamp_min(1e-6 * lengths.mean() + 1e-30)[:, None]
     out = component.vectors.double() * (lengths.T / scaling).sqrt()
     into = component.projection.double() / (lengths * scaling).sqrt()
@@ -321,8 +367,9 @@ def split_component(component: Component, scaling: float, split: str = "balanced
 
 
 def check_finite(weight: Tensor, name: str = "The weight") -> None:
-    """Raise ValueError if a weight holds NaN or infinity."""
-    # A part at a time, because the sum of a half-precision tensor on a CPU first makes a float32 copy of it.
+    """Raise ValueError if a weight ``(d_out, d_in)`` holds NaN or infinity."""
+    # The rows are summed in parts, because a CPU sums a half-precision tensor in a float32 copy of
+    # it.
     sums = [part.sum(dtype=torch.float32) for part in weight.split(1024)]
     if not all(torch.stack(sums).isfinite()):
         raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")

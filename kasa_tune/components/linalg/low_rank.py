@@ -1,4 +1,6 @@
-"""The one currency between decomposition, linears, checkpoints and export: a matrix held as two thin factors."""
+"""A matrix held as two thin factors. Decompositions, linears, checkpoints and exports pass low-rank
+matrices to each other in this form.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix ``out @ into`` of shape ``(d_out, d_in)`` and rank at most ``k``, never formed unless asked for.
+    """The matrix ``out @ into`` of shape ``(d_out, d_in)`` and rank at most ``k``. The full matrix
+    is computed only by :meth:`dense`.
 
     Args:
         out: ``(d_out, k)``, the factor on the output side.
         into: ``(k, d_in)``, the factor on the input side.
 
     Raises:
-        ValueError: the factors are not matrices or their inner sizes differ.
+        ValueError: the factors are not matrices, or their inner sizes differ.
     """
 
     out: Tensor
@@ -32,25 +35,28 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of ``out``: an upper bound of the matrix's rank."""
+        """Number of columns of ``out``, which is an upper bound of the matrix's rank."""
         return self.out.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(d_out, d_in)`` of the matrix."""
+        """Shape ``(d_out, d_in)`` of the matrix."""
         return self.out.shape[0], self.into.shape[1]
 
     def dense(self) -> Tensor:
-        """The full matrix ``(d_out, d_in)``."""
+        """Compute the full matrix ``(d_out, d_in)``."""
         return self.out @ self.into
 
     def balanced(self, tolerance: float = 0.0) -> LowRank:
-        """The same matrix as ``U √S`` and ``√S Vᵀ`` of its singular value decomposition, in float64.
+        """Return the same matrix with the factors ``U √S`` and ``√S Vᵀ`` of its singular value
+        decomposition, in float64.
 
-        Factors whose products cancel, such as those of a difference, become factors as small as what is left.
+        The factors of a difference can be large although their product is small. The factors
+        returned here are as small as the product.
 
         Args:
-            tolerance: singular values of at most this share of the largest are left out; 0 leaves out none.
+            tolerance: singular values of at most this share of the largest are left out. With 0
+                none is left out.
         """
         q_out, r_out = torch.linalg.qr(self.out.double())
         q_into, r_into = torch.linalg.qr(self.into.double().T)
@@ -61,18 +67,22 @@ class LowRank:
         return LowRank(q_out @ (u * s.sqrt()), s.sqrt()[:, None] * vt @ q_into.T)
 
     def norm(self) -> float:
-        """Frobenius norm of the matrix, from the factors' Gram matrices in float64: ``sum(outᵀ out ∘ into intoᵀ)``."""
+        """Compute the Frobenius norm of the matrix as the square root of
+        ``sum(outᵀ out ∘ into intoᵀ)``, in float64.
+        """
         out, into = self.out.double(), self.into.double()
         return ((out.T @ out) * (into @ into.T)).sum().clamp_min(0).sqrt().item()
 
     def padded(self, rank: int) -> LowRank:
-        """The same matrix with zeros appended to its factors up to ``rank``."""
+        """Return the same matrix with zeros appended to its factors: ``(d_out, rank)`` and
+        ``(rank, d_in)``.
+        """
         more = rank - self.rank
         pad = torch.nn.functional.pad
         return LowRank(pad(self.out, (0, more)), pad(self.into, (0, 0, 0, more)))
 
     def to(self, *args, **kwargs) -> LowRank:
-        """Both factors after ``Tensor.to``."""
+        """Return the matrix with ``Tensor.to`` applied to both factors."""
         return LowRank(self.out.to(*args, **kwargs), self.into.to(*args, **kwargs))
 
     @staticmethod
@@ -83,7 +93,7 @@ class LowRank:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> LowRank:
-        """The zero matrix, held as factors of rank 0."""
+        """Return the zero matrix ``(d_out, d_in)`` with factors of rank 0."""
         return LowRank(
             torch.zeros(d_out, 0, dtype=dtype, device=device),
             torch.zeros(0, d_in, dtype=dtype, device=device),

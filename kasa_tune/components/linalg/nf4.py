@@ -1,10 +1,12 @@
-"""Weights in 4-bit NormalFloat (NF4, arXiv 2305.14314) and optimizer states in 8 bits or less: all that is known of
-torchao here.
+"""Weights in 4-bit NormalFloat (NF4, arXiv 2305.14314), and optimizer states in 8 bits or less. No
+other file reads torchao's internals.
 
-An NF4 weight holds 4-bit codes, one int8 scale for every block of weights, and one float scale for every block of those
-scales. Quantizing what was dequantized does not give the same codes again, so a quantized weight is kept and stored as
-it is. To copy one, ``from_parts(*to_parts(weight))`` with cloned parts: torchao's ``clone``, and with it ``deepcopy``,
-quantizes again.
+An NF4 weight holds 4-bit codes, one int8 scale for every block of weights, and one float scale for
+every block of those scales. Dequantizing a weight and quantizing it again can give other codes. A
+quantized weight is therefore stored as it is.
+
+torchao's ``clone`` and ``deepcopy`` quantize again. To copy a quantized weight, clone the parts
+that :func:`to_parts` returns and give the clones to :func:`from_parts`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
 
 BLOCK_SIZE, SCALER_BLOCK_SIZE = 64, 256
 
-# Names in files to torchao's classes of quantized optimizer states; imported when met.
+# Modules of torchao's quantized optimizer states, by the class name that checkpoints store. A
+# module is imported only when a checkpoint holds its class.
 _OPTIMIZER_STATES = {
     "OptimState8bit": "torchao.optim.subclass_8bit",
     "OptimState4bit": "torchao.optim.subclass_4bit",
@@ -29,7 +32,7 @@ _OPTIMIZER_STATES = {
 
 
 def is_quantized(tensor: Tensor) -> TypeGuard[NF4Tensor]:
-    """Whether a weight is NF4."""
+    """Tell whether a weight, of any shape, is stored in NF4."""
     return isinstance(tensor, NF4Tensor)
 
 
@@ -41,21 +44,27 @@ def quantize(
     scaler_block_size: int = SCALER_BLOCK_SIZE,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A weight in NF4, on its device.
+    """Quantize a weight to NF4 on its device.
 
     Args:
-        weight: ``(d_out, d_in)``; float32 gives the codes nearest to what was computed.
-        block_size: weights that share a scale.
-        scaler_block_size: scales that share a scale; a divisor of the number of scales is taken, the largest up to
-            this.
-        dtype: that the weight is dequantized to in a forward pass; default that of ``weight``.
+        weight: ``(d_out, d_in)``. Give it in float32, because the codes are then the nearest ones
+            to what was computed.
+        block_size: number of weights that share a scale.
+        scaler_block_size: number of scales that share a scale. If it does not divide the number of
+            scales, the largest smaller divisor is used.
+        dtype: dtype that a forward pass dequantizes the weight to. The default is that of
+            ``weight``.
+
+    Returns:
+        The quantized weight, a tensor ``(d_out, d_in)`` of torchao's class ``NF4Tensor``.
 
     Raises:
         ValueError: the weight is quantized already, or its shape does not divide into blocks.
     """
     if is_quantized(weight):
         raise ValueError(
-            "The weight is quantized already; doing it again would move it. Quantize the original weight."
+            "The weight is quantized already. Quantizing it again would change its values: "
+            "quantize the original weight."
         )
     check_quantizable(weight.shape, block_size)
     scalers = fitting_scaler_block_size(weight.numel(), block_size, scaler_block_size)
@@ -72,7 +81,7 @@ def quantize(
 
 @torch.no_grad()
 def dequantize(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The plain tensor ``(d_out, d_in)`` that a weight, quantized or not, stands for."""
+    """Return the values of a weight, quantized or not, as a plain tensor ``(d_out, d_in)``."""
     return weight.get_original_weight().to(dtype) if is_quantized(weight) else weight.to(dtype)
 
 
@@ -91,8 +100,8 @@ def check_quantizable(shape: Sequence[int], block_size: int, name: str = "The we
             else "NF4 cannot hold it"
         )
         raise ValueError(
-            f"{name} ({' x '.join(map(str, shape))}) has {numel:,} elements, which do not fill blocks of {block_size}: "
-            f"{remedy}."
+            f"{name} ({' x '.join(map(str, shape))}) has {numel:,} elements, which do not fill "
+            f"blocks of {block_size}: {remedy}."
         )
 
 
@@ -103,7 +112,9 @@ def fitting_scaler_block_size(numel: int, block_size: int, scaler_block_size: in
 
 
 def divides(weight: NF4Tensor, pieces: int) -> bool:
-    """Whether a quantized weight can be cut along its rows: its codes, its scales and their scales into as many."""
+    """Tell whether a quantized weight ``(d_out, d_in)`` can be cut along its rows into ``pieces``.
+    The codes, the scales and the scales of the scales must each divide as well.
+    """
     parts = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor)
     return len(weight) % pieces == 0 and all(part.numel() % pieces == 0 for part in parts)
 
@@ -115,13 +126,17 @@ def quantized_bytes(
     *,
     itemsize: int = 4,
 ) -> int:
-    """Bytes of an NF4 weight that was quantized from float32: codes, scales, their scales and mean, 16 values.
+    """Compute how many bytes an NF4 weight takes that was quantized from float32.
+
+    They are the codes, the scales, the scales of the scales, their mean, and the 16 values of the
+    codes.
 
     Args:
-        numel: elements of the weight.
-        block_size: weights that share a scale.
-        scaler_block_size: scales that share a scale, before it is fitted.
-        itemsize: of the dtype that it is dequantized to.
+        numel: number of elements of the weight.
+        block_size: number of weights that share a scale.
+        scaler_block_size: number of scales that share a scale, as requested. It is reduced as in
+            :func:`quantize`.
+        itemsize: bytes of one element of the dtype that the weight is dequantized to.
     """
     blocks = numel // block_size
     scaler_blocks = blocks // fitting_scaler_block_size(numel, block_size, scaler_block_size)
@@ -129,24 +144,42 @@ def quantized_bytes(
 
 
 def dequantize_workspace(numel: int, itemsize: int, block_size: int = BLOCK_SIZE) -> int:
-    """Bytes that torchao takes at most while it dequantizes a weight of ``numel`` elements of ``itemsize`` bytes, the
-    result included: 8-byte indices of all codes, their values, the scaled values, both halves joined, and the scales.
+    """Compute the largest number of bytes that torchao uses while it dequantizes a weight, the
+    result included.
+
+    They are the 8-byte indices of all codes, their values, the scaled values, both halves joined,
+    and the scales.
+
+    Args:
+        numel: number of elements of the weight.
+        itemsize: bytes of one element of the result.
+        block_size: number of weights that share a scale.
     """
     return numel * (8 + 3 * itemsize) + numel // block_size * itemsize
 
 
 def quantize_workspace(numel: int, block_size: int = BLOCK_SIZE) -> int:
-    """Bytes that quantizing a float32 weight takes at most: the weight as it is, its residual, the latter's scaled
-    copy, a byte for every code, the distances of a chunk of 2^20 weights to all 16 values, and the scales.
+    """Compute the largest number of bytes that quantizing a float32 weight of ``numel`` elements
+    takes.
+
+    They are the weight itself, its residual, a scaled copy of the residual, and a byte for every
+    code. The scales and the distances of 2^20 weights to all 16 values come on top.
     """
     return numel * (4 + 4 + 4 + 1) + 2 * 4 * 16 * 2**20 + 8 * (numel // block_size) + 2**10
 
 
 def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:
-    """A quantized tensor as plain ones: the name of its kind, its parts, and numbers. None for a plain tensor.
+    """Take a quantized tensor apart into plain tensors. The opposite is :func:`from_parts`.
+
+    Args:
+        tensor: a tensor of any shape.
+
+    Returns:
+        The name of its class, its parts by name, and the sizes and dtypes that are needed to
+        rebuild it. None for a plain tensor.
 
     Raises:
-        TypeError: it is of a kind that is not known.
+        TypeError: the tensor is of an unknown class.
     """
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return None
@@ -169,10 +202,16 @@ def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:
 
 
 def from_parts(kind: str, parts: Mapping[str, Tensor], numbers: Sequence[Any]) -> Tensor:
-    """The quantized tensor that :func:`to_parts` took apart, bit for bit.
+    """Rebuild the quantized tensor that :func:`to_parts` took apart, bit for bit and in its
+    original shape.
+
+    Args:
+        kind: the name of its class.
+        parts: its parts by name, of the shapes ``(n,)`` that torchao stores.
+        numbers: the sizes and dtypes that belong to it.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the class is unknown.
     """
     if kind == NF4Tensor.__name__:
         block_size, scaler_block_size, shape, dtype = numbers

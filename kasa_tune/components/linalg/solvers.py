@@ -1,10 +1,13 @@
-"""Singular subspaces, each by the cheapest way that is accurate for its shape.
+"""Solvers for singular subspaces. Each matrix is given to the cheapest solver that is accurate for
+its shape.
 
-Everything runs in float64: the smallest singular values of a trained weight are 1e-3 to 1e-5 of the largest, and
-squaring them into a float32 Gram matrix would leave no correct digit. Those of a weight times a covariance span more
-still; for them nothing is squared at all (`extreme_singular_subspace`).
+All computation is in float64. The smallest singular values of a trained weight are 1e-3 to 1e-5 of
+the largest, and a float32 Gram matrix, which squares them, would hold no correct digit of them. The
+singular values of a weight times a covariance span a wider range still.
+:func:`extreme_singular_subspace` therefore squares nothing.
 
-Shapes: W ``(n, m)`` with ``n <= m``, ``G = W Wᵀ``, k vectors wanted, b in a block, p in a basis.
+Shapes: W is ``(n, m)`` with ``n <= m``, and ``G = W Wᵀ`` is ``(n, n)``. k is the number of vectors
+wanted, b the number of vectors in a block, p the number of vectors in a basis.
 """
 
 from __future__ import annotations
@@ -21,33 +24,37 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Below this size, or for more than a sixteenth of all vectors, a full eigendecomposition of G costs less than a search.
+# For n below EXACT_BELOW, or k above this share of n, a full decomposition is cheaper than a
+# search.
 EXACT_BELOW = 640
 EXACT_ABOVE_SHARE = 1 / 16
-# Vectors of a block beyond the wanted ones; they make the wanted ones converge faster.
+# A block holds this many vectors more than are wanted, because these speed up the convergence.
 OVERSAMPLING = 8
-# The search stops when the correction it proposes to every unit vector is below this; E is then good to some 1e-6.
+# The search for the smallest subspace stops when the next correction to every unit vector is
+# shorter than this. The relative error of E is then about 1e-6.
 TOLERANCE = 1e-6
 MAX_STEPS = 40
-# By this step the smallest values are known well enough to put a shift just under them.
+# At this step the smallest values are known well enough to place a shift just below them.
 SHIFT_AT = 5
-# Blocks a basis may hold; beyond, its best two are kept and the others dropped.
+# Number of blocks a basis may hold. A fuller basis is reduced to its best two blocks.
 MAX_BLOCKS = 12
-# The search for extreme subspaces stops when ‖A v - θ v‖ is below this share of θ for every wanted vector.
+# The search for extreme subspaces stops when ‖A v - θ v‖ is below this share of θ for every vector.
 RELATIVE_RESIDUAL = 1e-6
-# σ² below this share of ‖W‖_F² is the rounding of float32 weights: any vectors from there are as good as the others.
+# A σ² below this share of ‖W‖_F² is rounding noise of float32 weights. Vectors of such values need
+# no further convergence, because none of them is better than another.
 NOISE = 1e-15
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """An orthonormal basis of a singular subspace and how it was found.
+    """An orthonormal basis of a singular subspace, and how it was found.
 
     Args:
-        vectors: ``(n, k)`` float64, orthonormal columns, ascending singular value.
+        vectors: ``(n, k)`` float64 with orthonormal columns, the most extreme singular value first.
         singular_values: ``(k,)`` float64.
-        solver: the name of the method that produced them.
-        residual: length of the largest correction one more step would have made to a vector; 0 for the exact method.
+        solver: name of the method that found them.
+        residual: how far from convergence the search stopped, see TOLERANCE and RELATIVE_RESIDUAL.
+            It is 0 for an exact method.
     """
 
     vectors: Tensor
@@ -57,33 +64,37 @@ class Subspace:
 
 
 def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") -> Subspace:
-    """Left singular vectors of the ``k`` smallest of the ``n`` singular values of a wide matrix.
+    """Compute the left singular vectors of the ``k`` smallest of the ``n`` singular values of a
+    wide matrix.
+
+    If a CUDA device runs out of memory, the CPU does the work. If the search does not converge, the
+    exact method does it on the CPU. Each leaves a line in the log.
 
     Args:
         matrix: ``(n, m)`` with ``n <= m``, any floating dtype and device.
         k: number of vectors, ``1 <= k <= n``.
-        solver: ``auto`` chooses by shape; ``gram_eigh`` (all n eigenvectors of the Gram matrix, exact) or
-            ``inverse_krylov`` (search in the block Krylov space of its inverse, for ``k`` at most ``n / 4 - 8``).
+        solver: ``auto`` chooses by shape. ``gram_eigh`` computes all n eigenvectors of the Gram
+            matrix, which is exact. ``inverse_krylov`` searches the block Krylov space of the Gram
+            matrix's inverse, for ``k`` at most ``n / 4 - 8``.
 
     Returns:
-        The subspace in float64 on the matrix's device.
+        The subspace, ``(n, k)`` in float64, on the matrix's device.
 
     Raises:
-        ValueError: ``n > m``, ``k`` outside what the solver can do, or an unknown solver.
-
-    A CUDA device out of memory is answered by the CPU, a search that does not converge by the exact method on the CPU,
-    both with a line in the log.
+        ValueError: ``n > m``, ``k`` is out of the solver's range, or the solver is unknown.
     """
     n, m = matrix.shape
     if n > m or not 1 <= k <= n:
         raise ValueError(
-            f"smallest_singular_subspace needs n <= m and 1 <= k <= n; got a {n} x {m} matrix and k = {k}."
+            "smallest_singular_subspace needs n <= m and 1 <= k <= n; "
+            f"got a {n} x {m} matrix and k = {k}."
         )
     if solver not in ("auto", "gram_eigh", "inverse_krylov"):
         raise ValueError(f"Unknown solver {solver!r}: use auto, gram_eigh or inverse_krylov.")
     if solver == "inverse_krylov" and n < 4 * (k + OVERSAMPLING):
         raise ValueError(
-            f"inverse_krylov needs n >= 4 (k + {OVERSAMPLING}); got n = {n}, k = {k}. Use gram_eigh."
+            f"inverse_krylov needs n >= 4 (k + {OVERSAMPLING}); got n = {n}, k = {k}. "
+            "Use gram_eigh."
         )
     if solver == "auto":
         solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
@@ -92,7 +103,7 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
         return method(matrix, k)
     except torch.cuda.OutOfMemoryError:
         log.warning(
-            "No room on %s for %s of a %d x %d matrix; doing it on the CPU.",
+            "%s has no room for %s of a %d x %d matrix; doing it on the CPU.",
             matrix.device,
             solver,
             n,
@@ -101,7 +112,7 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
         found = smallest_singular_subspace(matrix.cpu(), k, solver=solver)
     except torch.linalg.LinAlgError as error:
         log.warning(
-            "%s failed for a %d x %d matrix (%s); doing it exactly on the CPU, in minutes.",
+            "%s failed for a %d x %d matrix (%s). The CPU does it exactly, which takes minutes.",
             solver,
             n,
             m,
@@ -115,25 +126,31 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
 def extreme_singular_subspace(
     matrix: Tensor, k: int, *, largest: bool, solver: str = "auto"
 ) -> Subspace:
-    """Left singular vectors of the ``k`` largest, or smallest, singular values, whatever the matrix's condition.
+    """Compute the left singular vectors of the ``k`` largest, or smallest, singular values of a
+    matrix of any condition.
+
+    If the search does not converge, ``svd`` does the work, and a line in the log says so.
 
     Args:
         matrix: ``(n, m)`` with ``n <= m``, float64.
         k: number of vectors, ``1 <= k <= n``.
-        largest: which end; the most extreme vector comes first.
-        solver: ``auto`` chooses by shape; ``svd`` (all of them) or ``krylov`` (a search, for ``k`` at most
-            ``n / 4 - 8``: for the largest of ``M Mᵀ``, for the smallest of its inverse through the LU factors of M, so
-            that the product is never formed).
+        largest: True for the largest singular values, False for the smallest.
+        solver: ``auto`` chooses by shape. ``svd`` computes all singular vectors. ``krylov``
+            searches, for ``k`` at most ``n / 4 - 8``. It applies ``M Mᵀ`` for the largest, and the
+            inverse of ``M Mᵀ`` through the LU factors of M for the smallest. The product ``M Mᵀ``
+            is never formed.
+
+    Returns:
+        The subspace, ``(n, k)`` in float64, on the matrix's device.
 
     Raises:
-        ValueError: ``n > m``, ``k`` outside what the solver can do, or an unknown solver.
-
-    A search that does not converge is answered by ``svd`` and a line in the log.
+        ValueError: ``n > m``, ``k`` is out of the solver's range, or the solver is unknown.
     """
     n, m = matrix.shape
     if n > m or not 1 <= k <= n:
         raise ValueError(
-            f"extreme_singular_subspace needs n <= m and 1 <= k <= n; got a {n} x {m} matrix, k = {k}."
+            "extreme_singular_subspace needs n <= m and 1 <= k <= n; "
+            f"got a {n} x {m} matrix and k = {k}."
         )
     if solver not in ("auto", "svd", "krylov"):
         raise ValueError(f"Unknown solver {solver!r}: use auto, svd or krylov.")
@@ -143,16 +160,18 @@ def extreme_singular_subspace(
         )
     if solver == "auto":
         solver = "svd" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "krylov"
-    if (
-        not largest and n < m
-    ):  # the small side's triangle has the same left vectors and values, and an LU factor
+    if not largest and n < m:
+        # The square triangle has the same left vectors and singular values, and it has LU factors.
         matrix = torch.linalg.qr(matrix.T, mode="r").R.T
     if solver == "krylov":
         try:
             return _krylov(matrix, k, largest=largest)
         except torch.linalg.LinAlgError as error:
             log.warning(
-                "krylov failed for a %d x %d matrix (%s); taking the whole SVD.", n, m, error
+                "krylov failed for a %d x %d matrix (%s). The full SVD does it instead.",
+                n,
+                m,
+                error,
             )
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
     if not largest:
@@ -161,8 +180,13 @@ def extreme_singular_subspace(
 
 
 def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what: str) -> Result:
-    """``work(*tensors)``; where a GPU has no room for it or its solver fails, the same on the CPU, with a line in the
-    log.
+    """Call ``work(*tensors)``. If a GPU has no room for it or its solver fails, call it again with
+    the tensors on the CPU.
+
+    Args:
+        work: the computation.
+        tensors: its arguments, of any shapes; each may be None.
+        what: name of the computation, for the log.
     """
     try:
         return work(*tensors)
@@ -172,13 +196,17 @@ def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what
         ):
             raise
         log.warning(
-            "The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)", what, error
+            "The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)",
+            what,
+            error,
         )
         return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
 
 
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
-    """``W Wᵀ`` in float64 of a ``(n, m)`` matrix, converting ``column_chunk`` columns at a time."""
+    """Compute ``W Wᵀ (n, n)`` in float64 from ``W (n, m)``. Only ``column_chunk`` columns are
+    converted at a time.
+    """
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(column_chunk, dim=1):
         add_lower_gram(gram, columns.double())
@@ -186,7 +214,9 @@ def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
 
 
 def add_lower_gram(gram: Tensor, rows: Tensor) -> None:
-    """Add ``X Xᵀ`` to the lower triangle of ``gram``, in place; leaving most of the upper one out halves the work."""
+    """Add ``X Xᵀ`` to the lower triangle of ``gram (n, n)``, in place, for ``rows`` X ``(n, m)``.
+    Most of the upper triangle is skipped, which halves the work.
+    """
     half = len(rows) // 2
     if half < 192:
         gram.addmm_(rows, rows.T)
@@ -197,18 +227,21 @@ def add_lower_gram(gram: Tensor, rows: Tensor) -> None:
 
 
 def _gram_eigh(matrix: Tensor, k: int) -> Subspace:
+    """Compute all eigenvectors of ``W Wᵀ`` for ``matrix`` W ``(n, m)`` and return the k smallest."""
     eigenvalues, vectors = torch.linalg.eigh(gram_matrix(matrix))
     return Subspace(vectors[:, :k], eigenvalues[:k].clamp_min(0).sqrt(), "gram_eigh", 0.0)
 
 
 def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
-    """Rayleigh-Ritz on a growing basis: a step adds ``G⁻¹ r`` for the residuals ``r = G v − σ² v`` of the best vectors.
+    """Run Rayleigh-Ritz on a growing basis. Each step adds ``G⁻¹ r`` for the residuals
+    ``r = G v − σ² v`` of the best vectors.
 
-    With an exact inverse that is the block Krylov space of ``G⁻¹``; written as a correction, a step also tells how far
-    the vectors still are from their goal, whatever the condition of W.
+    With an exact inverse the basis spans the block Krylov space of ``G⁻¹``. In this form, the
+    length of a correction also tells how far a vector is from convergence, whatever the condition
+    of W.
 
     Raises:
-        torch.linalg.LinAlgError: no factorization, or no convergence.
+        torch.linalg.LinAlgError: there is no factorization, or the search does not converge.
     """
     n, m = matrix.shape
     inverse = _SquareInverse(matrix) if n == m else _WideInverse(matrix)
@@ -224,7 +257,8 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
         )
         ritz, rotation = torch.linalg.eigh(basis.T @ images)
         vectors = basis @ rotation[:, :block]
-        # Orthogonal to the basis but for rounding, which the inverse of a nearly singular W would blow up.
+        # The residuals are orthogonal to the basis except for rounding. The inverse of a nearly
+        # singular W would amplify that rounding, so it is removed first.
         residuals = _outside(images @ rotation[:, :block] - vectors * ritz[:block], basis)
         if step == SHIFT_AT:
             inverse.shift_below(ritz[0], ritz[k - 1] - ritz[0])
@@ -236,7 +270,8 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
             )
         if basis.shape[1] + block > min(n, MAX_BLOCKS * block):
             basis, images = basis @ rotation[:, : 2 * block], images @ rotation[:, : 2 * block]
-        # Twice is enough (Kahan): one pass loses orthogonality where the correction lies almost inside the basis.
+        # Orthogonalizing twice is enough (Kahan). Once is not where the correction lies almost
+        # inside the basis.
         newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(correction, basis)).Q, basis)).Q
     raise torch.linalg.LinAlgError(
         f"no convergence in {MAX_STEPS} steps, last correction {residual:.1e}"
@@ -244,10 +279,11 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
 
 
 def _krylov(matrix: Tensor, k: int, *, largest: bool) -> Subspace:
-    """Rayleigh-Ritz on the block Krylov space of ``A = M Mᵀ``, or of ``A⁻¹``, whose largest eigenvectors are wanted.
+    """Run Rayleigh-Ritz on the block Krylov space of ``A = M Mᵀ`` for the largest singular values,
+    or of ``A⁻¹`` for the smallest.
 
     Raises:
-        torch.linalg.LinAlgError: no convergence.
+        torch.linalg.LinAlgError: the search does not converge.
     """
     inverse = None if largest else _SquareInverse(matrix)
     block = k + OVERSAMPLING
@@ -280,19 +316,23 @@ def _krylov(matrix: Tensor, k: int, *, largest: bool) -> Subspace:
 
 
 def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
-    """The part of ``vectors (n, b)`` that is orthogonal to the orthonormal ``basis (n, p)``."""
+    """Return the part of ``vectors (n, b)`` that is orthogonal to the orthonormal ``basis (n, p)``."""
     return vectors - basis @ (basis.T @ vectors)
 
 
 class _SquareInverse:
-    """``G`` and ``G⁻¹ = W⁻ᵀ W⁻¹`` of a square W by its LU factors: a third of the work of forming and factoring G."""
+    """``G`` and ``G⁻¹ = W⁻ᵀ W⁻¹`` of a square W by its LU factors, which cost a third of forming
+    and factoring G.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.double()
         self.trace = torch.linalg.vector_norm(self.matrix).square()
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(self.matrix)
         diagonal = self.lu.diagonal()
-        tiny = 1e-16 * diagonal.abs().max()  # of a singular W: solutions become large, not infinite
+        # A pivot of a singular W is raised to this, so that solutions become large and not
+        # infinite.
+        tiny = 1e-16 * diagonal.abs().max()
         diagonal.copy_(torch.where(diagonal.abs() < tiny, tiny, diagonal))
 
     def apply(self, x: Tensor) -> Tensor:
@@ -303,16 +343,21 @@ class _SquareInverse:
         return torch.linalg.lu_solve(self.lu, self.pivots, inner, adjoint=True)
 
     def shift_below(self, smallest: Tensor, spread: Tensor) -> None:
-        """Nothing: a square matrix's smallest singular values are spread out enough."""
+        """Do nothing, because the smallest singular values of a square matrix are far enough apart
+        without a shift.
+        """
 
 
 class _WideInverse:
-    """``G`` and ``(G − μI)⁻¹`` of a wide W by a Cholesky factor; μ = 0 until :meth:`shift_below`."""
+    """``G`` and ``(G − μI)⁻¹`` of a wide W by a Cholesky factor. The shift μ is 0 until
+    :meth:`shift_below` is called.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.gram = gram_matrix(matrix)
         self.trace = self.gram.trace()
-        for lift in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):  # a rank-deficient G has no factor of its own
+        # A rank-deficient G has a Cholesky factor only with something added to its diagonal.
+        for lift in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):
             if self._factorize(-lift * self.trace):
                 return
         raise torch.linalg.LinAlgError(
@@ -335,9 +380,11 @@ class _WideInverse:
         return torch.linalg.solve_triangular(self.factor.mT, inner, upper=True)
 
     def shift_below(self, smallest: Tensor, spread: Tensor) -> None:
-        """Take the inverse about a shift a little under the smallest eigenvalue, where a wide W has many close ones.
+        """Move the shift to a little under the smallest eigenvalue, because a wide W has many close
+        ones there.
 
-        A shift that is not under it shows as a failed Cholesky; then one four times as far is tried.
+        If the shift is above the smallest eigenvalue, the Cholesky factorization fails. A shift
+        four times as far below is tried next.
         """
         for distance in (0.5, 2.0):
             shift = smallest - distance * spread
