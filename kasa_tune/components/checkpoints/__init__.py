@@ -1,4 +1,6 @@
-"""Step checkpoints that are whole or absent, and where a run resumes."""
+"""Step checkpoints: writing and verifying them, and finding where a run resumes. A crash never
+leaves a checkpoint that is half written under its final name.
+"""
 
 from kasa_tune.components.checkpoints.checkpoint import (
     Checkpoint,

@@ -1,8 +1,8 @@
-"""Step checkpoints that are whole or absent, and carry everything a run needs to go on bit for bit.
+"""Reading step checkpoints, which hold everything that a run needs to resume bit for bit.
 
-A checkpoint is a folder ``step_<n>`` of safetensors and JSON files. It is written under a temporary name, flushed to
-the disk, sealed with a manifest of sizes and SHA-256 sums, and only then renamed; what does not match its manifest is
-never read.
+A checkpoint is a folder ``step_<n>`` of safetensors and JSON files. It is written under a temporary
+name and flushed to the disk. It is then sealed with a manifest of sizes and SHA-256 sums, and only
+then renamed. A checkpoint that does not match its manifest is never read.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ FORMAT_VERSION = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind."""
+    """A checkpoint is missing, is damaged, or belongs to another model."""
 
 
 class Checkpoint:
-    """A checkpoint on disk, compared with its manifest once, when it is opened. Its parts are read when asked for.
+    """A checkpoint on disk. Opening it compares every file with the manifest. Its parts are read
+    when they are used.
 
     Args:
-        path: its folder, ``<output_dir>/checkpoints/step_<n>`` or a native adapter.
-        resumes: the run goes on from here. If False, it only takes the adapters.
+        path: its folder, which is ``<output_dir>/checkpoints/step_<n>`` or a native adapter.
+        resumes: True if the run goes on from this checkpoint. False if the run takes only the
+            adapters from it.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
@@ -51,51 +53,70 @@ class Checkpoint:
         return str(self.path)
 
     def part(self, name: str) -> Any:
-        """One part, tensors on the CPU, read anew at each call; raises CheckpointError where there is none."""
+        """Read one part, with its tensors on the CPU. Every call reads it from the disk again.
+
+        Raises:
+            CheckpointError: the checkpoint has no such part.
+        """
         return load_part(self.path, name)
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """Part ``run``: step, epoch, batches done, fingerprints of data and base, the config as plain containers."""
+        """Part ``run``: the step, the epoch, the batches done, the fingerprints of data and base,
+        and the config in plain containers.
+        """
         return self.part("run")
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of the run that wrote it, as plain containers."""
+        """Config of the run that wrote the checkpoint, in plain containers."""
         return self.run["config"]
 
     @cached_property
     def adapter(self) -> dict[str, Tensor]:
-        """Part ``adapter``: ``<module>.lora_*`` to tensor."""
+        """Part ``adapter``: tensors by their names ``<module>.lora_*``. A tensor has the shape of
+        its parameter or buffer, such as ``(rank, d_in)`` for ``lora_a.weight``.
+        """
         return self.part("adapter")
 
     @property
     def has_quantized_base(self) -> bool:
-        """Whether its adapters belong to NF4 weights that are stored beside it."""
+        """Whether the adapters were trained on NF4 weights, which are stored beside the
+        checkpoint.
+        """
         return "quantized_base" in self.run
 
     def check_data(self, fingerprint: str) -> None:
-        """Raise ValueError if the run resumes and its data are not those that it was trained on before."""
+        """Raise ValueError if the run resumes from this checkpoint and the checkpoint was trained
+        on other data.
+        """
         if self.resumes and self.run["data"] != fingerprint:
             raise ValueError(
-                f"{self} was trained on other data than dataset and tokenizer now give."
+                f"{self} was trained on other data than the config's dataset and tokenizer now "
+                "give. "
+                "Set both back to what that run used, or start a new run in another output_dir."
             )
 
     def check_belongs(self, *, base_fingerprint: str, model: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on another base or with another model section.
+        """Raise an error if the checkpoint was trained on another base or with another ``model``
+        section.
 
         Args:
-            base_fingerprint: of the base weights at hand, see ``weights_fingerprint`` of the models room.
-            model: the resolved model section of the config; ``dropout`` may differ.
+            base_fingerprint: fingerprint of the present base weights, see ``weights_fingerprint``
+                of the models room.
+            model: the resolved ``model`` section of the present config. Only ``dropout`` may
+                differ.
 
         Raises:
-            CheckpointError: they differ; the message names the key, the saved and the given value.
+            CheckpointError: they differ. The message names the key, the saved value and the given
+                value.
         """
         if self.run["base"] != base_fingerprint:
             raise CheckpointError(
                 f"{self} belongs to other base weights than those given. Set "
-                "checkpointer.checkpoint_dir (of an export: checkpoint_dir) to the base that it "
-                "was trained on."
+                "checkpointer.checkpoint_dir (checkpoint_dir for an export) to the base that it "
+                "was "
+                "trained on."
             )
         saved, unset = self.config["model"], "unset"
         wrong = [
@@ -108,10 +129,11 @@ class Checkpoint:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint: the newest undamaged one of a run's ``output_dir``, or the one at ``path`` itself.
+    """Open the checkpoint at a path, or the newest undamaged checkpoint of the run whose
+    ``output_dir`` it is.
 
     Raises:
-        CheckpointError: there is none; the message says what was passed over and why.
+        CheckpointError: there is none. The message says which checkpoints were skipped and why.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -133,20 +155,21 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def put_back(folder: Path) -> None:
-    """Give checkpoints that a killed writer had moved aside and not yet replaced their names again."""
+    """Restore checkpoints that a killed writer had moved aside to replace them and did
+    not replace.
+    """
     for aside in folder.glob(f".{PREFIX}*.replaced.tmp"):
         final = folder / aside.name[1:].split(".")[0]
         if not final.exists():
-            with contextlib.suppress(FileNotFoundError):  # another reader was faster
+            with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
                 aside.rename(final)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders that look like checkpoints, oldest first; none of them verified."""
+    """List the folders that are named like checkpoints, oldest first. None of them is verified."""
     try:
-        entries = list(
-            folder.iterdir()
-        )  # unlike glob, it does not take an unreadable folder for an empty one
+        # Unlike `glob`, `iterdir` fails for an unreadable folder and does not call it empty.
+        entries = list(folder.iterdir())
     except FileNotFoundError:
         return []
     named = [path for path in entries if path.name.startswith(PREFIX)]
@@ -155,12 +178,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name[len(PREFIX) :])
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that matches its manifest, and why newer ones were passed over."""
-    with contextlib.suppress(OSError):  # a folder one may only read
+    """Open the newest checkpoint that matches its manifest. The second value says why newer ones
+    were skipped.
+    """
+    with contextlib.suppress(OSError):  # the folder may be read-only
         put_back(folder)
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(folder)):
@@ -172,16 +198,18 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Compare every file with the manifest and return the manifest.
+    """Compare every file of a checkpoint with its manifest, and return the manifest.
 
     Raises:
-        CheckpointError: the manifest is missing, unreadable or another checkpoint's, a file is missing, too short or
-        changed.
+        CheckpointError: a file is missing or differs from the manifest. Or the manifest is missing,
+            unreadable, or that of another checkpoint.
+        OSError: a file exists and cannot be read.
     """
     manifest = read_manifest(path)
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {manifest['format_version']}, this version reads {FORMAT_VERSION}."
+            f"{path} has checkpoint format {manifest['format_version']}, this version reads "
+            f"{FORMAT_VERSION}."
         )
     unlisted = [name for name in manifest["parts"] if f"{name}.json" not in manifest["files"]]
     named_step = path.name.removeprefix(PREFIX)
@@ -189,23 +217,24 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         path.name != named_step and named_step.isdigit() and int(named_step) != manifest["step"]
     ):
         raise CheckpointError(
-            f"{path} is damaged: its {MANIFEST} is of step {manifest['step']} and lacks the files of "
-            f"{', '.join(unlisted) or 'no part'}. Use an earlier checkpoint."
+            f"{path} is damaged: its {MANIFEST} is of step {manifest['step']} and lacks the files "
+            f"of {', '.join(unlisted) or 'no part'}. Use an earlier checkpoint."
         )
     for name, expected in manifest["files"].items():
         if not _matches(path / name, expected):
             raise CheckpointError(
-                f"{path} is damaged: {name} is missing or differs from the manifest. Use an earlier checkpoint."
+                f"{path} is damaged: {name} is missing or differs from the manifest. Use an "
+                "earlier checkpoint."
             )
     return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says, compared with no file.
+    """Read the manifest of a checkpoint without comparing any file with it.
 
     Raises:
-        CheckpointError: it is missing or damaged.
-        OSError: it is there and cannot be read.
+        CheckpointError: the manifest is missing or damaged.
+        OSError: the manifest exists and cannot be read.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -229,12 +258,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_part(path: Path, name: str) -> Any:
-    """One part of a checkpoint, tensors on the CPU. Verify the checkpoint first.
+    """Read one part of a verified checkpoint. Its tensors, of the shapes that were saved, are on
+    the CPU.
 
     Raises:
         CheckpointError: the checkpoint has no such part.
     """
-    files = read_manifest(path)["files"]  # others are not the checkpoint's
+    files = read_manifest(path)["files"]  # a file that is not listed here was never verified
     if f"{name}.json" not in files:
         raise CheckpointError(f"{path} has no part {name!r}.")
     tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
@@ -242,7 +272,12 @@ def load_part(path: Path, name: str) -> Any:
 
 
 def _matches(path: Path, expected: Any) -> bool:
-    """Whether a file has the recorded content. A file that cannot be read for now is no damaged one: OSError."""
+    """Tell whether a file has the content that the manifest records.
+
+    Raises:
+        OSError: the file exists and cannot be read. It may be intact, so this is not reported as
+            damage.
+    """
     try:
         return size_and_digest(path) == expected
     except FileNotFoundError:
@@ -254,6 +289,6 @@ def _matches(path: Path, expected: Any) -> bool:
 def _unreadable(path: Path, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"{path} cannot be read ({error.strerror}). That does not mean it is damaged, so nothing was "
-        "changed: mend permissions, disk or network, and start again.",
+        f"{path} cannot be read ({error.strerror}). That does not mean it is damaged, so nothing "
+        "was changed. Check permissions, disk and network, and start again.",
     )

@@ -1,4 +1,6 @@
-"""Files that are on the disk when a call returns, and that can be told apart by their content."""
+"""Small file operations that checkpoints rely on: writing that survives a power cut, checksums, and
+whether a process still runs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
+    """Write a file, and return when its content is on the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -18,7 +20,9 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's list of names to the disk."""
+    """Return when a folder's list of names is on the disk, so that a rename survives a
+    power cut.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +31,9 @@ def sync_folder(path: Path) -> None:
 
 
 def error_number(error: Exception) -> int | None:
-    """The system's number of an error; safetensors tells it in words."""
+    """Return the operating system's number of an error, or None. safetensors gives the number only
+    in its message.
+    """
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -35,7 +41,7 @@ def error_number(error: Exception) -> int | None:
 
 
 def size_and_digest(path: Path) -> dict[str, Any]:
-    """``size`` in bytes and ``sha256`` of a file's content."""
+    """Return ``size`` in bytes and ``sha256`` of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -44,7 +50,7 @@ def size_and_digest(path: Path) -> dict[str, Any]:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of that number lives, of whatever user."""
+    """Tell whether a process with this number runs, whoever owns it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

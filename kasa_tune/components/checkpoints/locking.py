@@ -1,4 +1,4 @@
-"""One writer for one output folder."""
+"""A lock on a run's output folder, so that two runs never write to the same folder."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ log = logging.getLogger(__name__)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raise ValueError if another process holds the lock of ``folder``; nothing is made or changed.
+    """Raise ValueError if another process holds the lock of ``folder``. Nothing is created or
+    changed.
 
-    Several processes may ask at once, as those of one run do.
+    The processes of one run may call this at the same time.
     """
     with contextlib.suppress(FileNotFoundError), (folder / ".lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _locked(folder) from None
-        except OSError:  # some network file systems know no locks; run_lock says so
+        except OSError:  # some network file systems have no locks; `run_lock` logs a warning
             return
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _locked(folder: Path) -> ValueError:
     return ValueError(
-        f"Cannot start: another run is writing to {folder}. Wait for its end or set another "
+        f"Cannot start: another run is writing to {folder}. Wait until it ends, or set another "
         "output_dir."
     )
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to ``folder`` (made if missing) until the end of the block or of this process.
+    """Lock ``folder`` against other processes until the block ends or this process dies. A missing
+    folder is created.
 
     Raises:
         ValueError: another process holds the lock.
@@ -46,14 +48,13 @@ def run_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _locked(folder) from None
-        except OSError as error:  # some network file systems know no locks
+        except OSError as error:  # some network file systems have no locks
             log.warning(
-                f"{folder} cannot be locked ({error}); make sure that no other run writes to it."
+                f"{folder} cannot be locked ({error}). Make sure that no other run writes to it."
             )
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(
-                    file, fcntl.LOCK_UN
-                )  # at once, even if a data worker still has the file open
+                # Closing the file would not unlock it while a data worker still has it open.
+                fcntl.flock(file, fcntl.LOCK_UN)

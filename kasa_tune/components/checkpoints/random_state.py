@@ -1,4 +1,4 @@
-"""State of the random generators that a run draws from."""
+"""Saving and restoring the state of the random generators that a run draws from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def rng_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's global generators, CUDA devices included."""
+    """Return the state of the global generators of Python, NumPy, torch, and all CUDA devices."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     return {
@@ -26,8 +26,8 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Bring all global generators back; CUDA ones where as many devices exist as were saved, else a warning is
-    logged.
+    """Restore all global generators. CUDA generators are restored only on as many devices as were
+    saved. Otherwise a warning is logged.
     """
     random.setstate(state["python"])
     numpy_state = dict(state["numpy"], state=dict(state["numpy"]["state"]))
@@ -39,24 +39,28 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     else:
         log.warning(
-            f"The random state of {len(state['cuda'])} CUDA devices was saved and there are {found}: it is not "
-            "restored, and what these devices draw, dropout say, will differ from an uninterrupted run."
+            f"The random state of {len(state['cuda'])} CUDA devices was saved, and this machine "
+            "has "
+            f"{found}. It is not restored, so that random numbers drawn on these devices, such as "
+            "dropout, will differ from an uninterrupted run."
         )
 
 
 def restore_rng_state(saved: Mapping[str, Any], *, rank: int, world_size: int) -> None:
-    """Bring one process's generators back from a checkpoint; where other processes saved it, seed them anew.
+    """Restore one process's generators from a checkpoint. If another number of processes saved it,
+    seed the generators anew.
 
     Args:
-        saved: the part ``rng``: the state of rank 0, and under ``other_ranks`` the list of the others' states.
-        rank: of this process.
-        world_size: number of processes now.
+        saved: the part ``rng`` of a checkpoint: the state of rank 0, and under ``other_ranks`` the
+            list of the others' states.
+        rank: rank of this process.
+        world_size: present number of processes.
     """
     states = [saved, *saved.get("other_ranks", [])]
     if len(states) == world_size:
         return set_rng_state(states[rank])
     log.warning(
-        f"Saved by {len(states)} processes and resumed by {world_size}: what is random, dropout for "
-        "example, is drawn anew."
+        f"The checkpoint was saved by {len(states)} processes and is resumed by {world_size}. "
+        "Random numbers, such as dropout, will differ from an uninterrupted run."
     )
     torch.manual_seed(torch.initial_seed() + len(states) * world_size)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes or starts from, and whether it may."""
+"""Choosing the checkpoint that a run resumes from or starts with, and checking that it may."""
 
 from __future__ import annotations
 
@@ -20,42 +20,48 @@ from kasa_tune.components.checkpoints.locking import check_unlocked, run_lock
 
 log = utils.get_logger("INFO")  # prints on rank 0
 
-# Beside its checkpoints, what a run writes into its output_dir and a restarted one would write anew.
+# Files and folders, besides checkpoints, that a run writes into its output_dir. A restarted run
+# writes them anew.
 OF_A_RUN = ("metrics.jsonl", "config.yaml", "quantized_base", "decomposition.json")
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
 # computed, how long it is, and where its inputs lie. That weights and data are the same is checked
 # on their content.
 RESUMABLE_KEYS = {
-    "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
-    "save_every_n_steps", "keep_last", "dataset_val", "run_val_every_n_steps", "batch_size_val", "device", "compile",
-    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs", "max_steps",
-    "batch_size", "gradient_accumulation_steps", "world_size", "timeout", "data_parallel_shard_dim",
-    "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset", "dry_run", "adapter_checkpoint", "calibration.dataset",
-    "calibration.batch_size", "calibration.offload", "calibration.cache_dir",
+    "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps",
+    "log_peak_memory_stats", "profiler", "save_every_n_steps", "keep_last", "dataset_val",
+    "run_val_every_n_steps", "batch_size_val", "device", "compile",
+    "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs",
+    "max_steps", "batch_size", "gradient_accumulation_steps", "world_size", "timeout",
+    "data_parallel_shard_dim", "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset",
+    "dry_run", "adapter_checkpoint", "calibration.dataset", "calibration.batch_size",
+    "calibration.offload", "calibration.cache_dir",
 }  # fmt: skip
 
 
-RESTART = "restart"  # of resume_from_checkpoint
+RESTART = "restart"  # a value of the key resume_from_checkpoint
 
 
 def starting_checkpoint(
     cfg: DictConfig, *, rank: int = 0, world_size: int = 1
 ) -> Checkpoint | None:
-    """The checkpoint that a fine-tuning run starts from, or None for a run that starts from the base.
+    """Choose the checkpoint that a fine-tuning run starts from, or None for a run that starts from
+    the base.
 
-    Its ``resumes`` is True where the run goes on from it, and False where the run takes its adapters alone.
+    The checkpoint's ``resumes`` is True if the run goes on from it, and False if the run takes only
+    the adapters from it.
 
-    With ``resume_from_checkpoint=restart`` the run starts at step 0, and what an earlier run left in the output folder
-    is moved aside, see :func:`set_aside`.
+    With ``resume_from_checkpoint=restart`` the run starts at step 0. The files of an earlier run in
+    the output folder are moved aside, see :func:`set_aside`.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
-        rank: of this process; rank 0 moves files for all.
+        rank: rank of this process. Rank 0 moves the files.
         world_size: number of processes.
 
     Raises:
-        ValueError: another run writes to the output folder; or as :func:`resume_point` and :func:`adapter_start`.
+        ValueError: another run writes to the output folder, or one of the reasons of
+            :func:`resume_point` and :func:`adapter_start`.
         OSError: the output folder or a checkpoint cannot be read.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
@@ -76,11 +82,12 @@ def starting_checkpoint(
 
 
 def set_aside(output_dir: Path) -> None:
-    """Move what an earlier run left in ``output_dir`` to a new folder ``restarted_<n>`` inside it; nothing is deleted.
+    """Move the files of an earlier run in ``output_dir`` to a new folder ``restarted_<n>`` inside
+    it. Nothing is deleted.
 
     Raises:
         ValueError: another run writes to the folder.
-        OSError: something cannot be moved.
+        OSError: a file cannot be moved.
     """
     folder = output_dir / "checkpoints"
     left = [*list_checkpoints(folder), *(output_dir / name for name in OF_A_RUN)]
@@ -105,24 +112,27 @@ def resume_point(
     may_change: Collection[str] = RESUMABLE_KEYS,
     world_size: int = 1,
 ) -> Checkpoint | None:
-    """The checkpoint that a run resumes from, or None for a run that starts at step 0.
+    """Choose the checkpoint that a run resumes from, or None for a run that starts at step 0.
 
     Args:
-        folder: holds the run's own checkpoints.
-        choice: True takes the newest undamaged one in ``folder``, if any. False takes none. A path names a checkpoint,
-            or a run whose newest one is taken.
-        config: the run's config, as plain containers.
-        may_change: keys whose value may differ from that of the saved run; a dot leads into a section.
+        folder: folder of the run's own checkpoints.
+        choice: True takes the newest undamaged checkpoint in ``folder``, if there is one. False
+            takes none. A path names a checkpoint, or a run whose newest checkpoint is taken.
+        config: the run's config in plain containers.
+        may_change: keys whose value may differ from that of the saved run. A dot leads into a
+            section.
         world_size: number of processes. It may differ if a step still has as many samples.
 
     Raises:
-        ValueError: the run would overwrite another run's checkpoints, or its settings differ from the saved ones.
+        ValueError: the run would overwrite another run's checkpoints, or its settings differ from
+            the saved ones.
     """
     if choice is True:
         checkpoint, passed_over = latest_checkpoint(folder)
         if passed_over and checkpoint is None:
             raise ValueError(
-                f"{folder} holds checkpoints and none of them is intact. {' '.join(passed_over)} To "
+                f"{folder} holds checkpoints and none of them is intact. {' '.join(passed_over)} "
+                "To "
                 f"start over, set resume_from_checkpoint={RESTART}, which moves them aside."
             )
         for reason in passed_over:
@@ -141,7 +151,7 @@ def resume_point(
                 f"resume_from_checkpoint={RESTART} to move them aside."
             )
     if checkpoint is None:
-        log.info("Starting from the beginning.")
+        log.info("Starting at step 0.")
         return None
     _check_same_run(checkpoint, config, may_change, world_size)
     log.info(f"Resuming from {checkpoint}.")
@@ -155,6 +165,9 @@ def _check_same_run(
     may_change: Collection[str],
     world_size: int,
 ) -> None:
+    """Raise ValueError if the samples of a step, or a setting that may not change, differ from the
+    saved run.
+    """
     before = _samples_a_step(checkpoint.config, checkpoint.run.get("world_size", 1))
     now = _samples_a_step(config, world_size)
     if before != now:
@@ -174,16 +187,19 @@ def _check_same_run(
 def adapter_start(
     adapter_checkpoint: str | None, *, quantized: Mapping[str, Any] | None = None
 ) -> Checkpoint | None:
-    """The checkpoint whose adapters a new run starts with, or None where the run starts its own.
+    """Choose the checkpoint whose adapters a new run starts with, or None if the run initializes
+    its own.
 
     Args:
         adapter_checkpoint: a run's output_dir, one of its checkpoints, or a native adapter.
-        quantized: the keys ``quantization`` and ``dtype`` of a run that quantizes its base, else None.
+        quantized: the keys ``quantization`` and ``dtype`` of a run that quantizes its base,
+            otherwise None.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ValueError: the adapters took something out of weights of another kind. Those weights were quantized and this
-            run's are not, or the reverse, or they were quantized with other settings.
+        ValueError: the adapters took something out of weights of another kind. Those weights were
+            quantized and this run's are not, or the reverse, or they were quantized with other
+            settings.
     """
     if not adapter_checkpoint:
         return None
@@ -195,22 +211,22 @@ def adapter_start(
             else ("full-precision weights", "quantized", "with the recipe that trained it")
         )
         raise ValueError(
-            f"{checkpoint} holds what its adapters took out of {there}; here they are {here}. Go on "
-            f"{remedy}, or merge the adapter into its base and start from that."
+            f"{checkpoint} holds what its adapters took out of {there}; here they are {here}. "
+            f"Continue {remedy}, or merge the adapter into its base and start from that."
         )
     if checkpoint.has_quantized_base and quantized:
         made = {key: checkpoint.config[key] for key in quantized}
         if changed := list(_changed(made, quantized, ())):
             raise ValueError(
                 f"{checkpoint} brings its quantized base, made with other settings: "
-                f"{'; '.join(changed)}."
+                f"{'; '.join(changed)}. Set these keys to the saved values."
             )
     log.info(f"Starting with the adapters of {checkpoint}.")
     return checkpoint
 
 
 def _has_edit(checkpoint: Checkpoint) -> bool:
-    """Whether any of its adapters took something out of its weight."""
+    """Tell whether any adapter of a checkpoint took something out of its weight."""
     edits = (value for name, value in checkpoint.adapter.items() if name.endswith(".lora_edit_in"))
     return any(len(edit) for edit in edits)
 
@@ -218,25 +234,28 @@ def _has_edit(checkpoint: Checkpoint) -> bool:
 def resume_position(
     run: Mapping[str, Any], accumulation: int, num_batches: int
 ) -> tuple[int, int, int]:
-    """Steps, epochs, and batches of the running epoch that are done. A resumed run may split a step into other batches.
+    """Return where a run resumes: steps done, epochs done, and batches done in the current epoch.
+
+    A resumed run may split a step into another number of batches than the saved run did.
 
     Args:
         run: part ``run`` of the checkpoint.
-        accumulation: batches of a step now.
-        num_batches: of an epoch now, on one process.
+        accumulation: batches in a step of the present run.
+        num_batches: batches in an epoch of the present run, on one process.
     """
     steps = -(-run["batches_done"] // run["config"]["gradient_accumulation_steps"])  # of this epoch
     return run["step"], run["epoch"], min(steps * accumulation, num_batches)
 
 
 def _samples_a_step(config: Mapping[str, Any], world_size: int) -> int:
+    """Return how many samples one optimizer step learns from."""
     return config.get("batch_size", 1) * config.get("gradient_accumulation_steps", 1) * world_size
 
 
 def _changed(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]
 ) -> Iterator[str]:
-    """``key: saved value, value now`` of what differs and may not."""
+    """Yield ``key: saved <value>, now <value>`` for each setting that differs and may not."""
     for key in sorted(saved.keys() - set(may_change)):
         inside = {name.removeprefix(f"{key}.") for name in may_change if name.startswith(f"{key}.")}
         before, after = saved[key], now.get(key)

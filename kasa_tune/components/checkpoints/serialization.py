@@ -1,4 +1,6 @@
-"""Trees of dicts, lists, tuples, numbers and tensors as JSON with the tensors beside it."""
+"""JSON for nested dicts, lists, tuples, numbers and tensors. The tensors are stored beside the
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,16 @@ from kasa_tune.components.linalg.nf4 import from_parts, to_parts
 
 
 def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``tree``; what JSON lacks becomes a tagged object, copies of the tensors go to ``tensors`` under their
-    path in the tree.
+    """Turn nested containers into JSON. Values that JSON cannot express become tagged objects.
+
+    Args:
+        tree: nested dicts, lists, tuples, tensors, strings, numbers, booleans and None.
+        path: where ``tree`` lies in the outermost container, such as ``state/0/exp_avg``.
+        tensors: receives a copy of each tensor, in its own shape ``(...)`` and on the CPU, under
+            its path.
 
     Raises:
-        TypeError: the tree holds something else; the message says what and where.
+        TypeError: the tree holds something else. The message says what it is and where.
     """
     path = path.lstrip("/")
     if isinstance(tree, Tensor):
@@ -23,8 +30,8 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             packed = to_parts(tree)
         except TypeError as error:
             raise TypeError(
-                f"A checkpoint cannot hold {type(tree).__name__} (at {path}): {error}. Use an optimizer of torch.optim "
-                "or torchao.optim."
+                f"A checkpoint cannot hold {type(tree).__name__} (at {path}): {error}. Use an "
+                "optimizer of torch.optim or torchao.optim."
             ) from None
         if packed:
             kind, parts, numbers = packed
@@ -32,7 +39,7 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
                 "quantized": [kind, encode(parts, path, tensors), encode(numbers, path, tensors)]
             }
         name = path
-        while name in tensors:  # keys 1 and "1" share a path
+        while name in tensors:  # the keys 1 and "1" of a dict have the same path
             name += "'"
         tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
@@ -52,7 +59,12 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that :func:`encode` was given."""
+    """Rebuild the nested containers that were given to :func:`encode`.
+
+    Args:
+        document: what :func:`encode` returned.
+        tensors: the tensors that it stored, by path, in their own shapes ``(...)``.
+    """
     if isinstance(document, list):
         return [decode(value, tensors) for value in document]
     if not isinstance(document, dict):

@@ -1,4 +1,6 @@
-"""Writing a checkpoint: under a temporary name, flushed to the disk, sealed with a manifest, and only then renamed."""
+"""Writing a checkpoint. It is written under a temporary name, flushed to the disk, sealed with a
+manifest, and only then renamed.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +43,23 @@ log = logging.getLogger(__name__)
 def save_checkpoint(
     folder: Path, step: int, parts: Mapping[str, Any], *, keep_last: int | None = None
 ) -> Path:
-    """Write ``parts`` as checkpoint ``folder/step_<step>`` in one atomic act.
+    """Write ``parts`` as the checkpoint ``folder/step_<step>``. It appears complete or not at all.
 
     Args:
-        folder: holds all checkpoints of a run; made if missing.
-        step: optimizer steps done.
-        parts: name to a tree of dicts, lists, tuples, tensors, strings, numbers, booleans and None.
-        keep_last: of this checkpoint and those of earlier steps, all but the newest this many are removed afterwards;
-            None keeps all. Those of later steps stay and do not count: they may be damaged ones that a run fell back
-            from.
+        folder: folder of all checkpoints of a run. It is created if it is missing.
+        step: number of optimizer steps done.
+        parts: each part by name: nested dicts, lists, tuples, tensors, strings, numbers, booleans
+            and None.
+        keep_last: how many checkpoints up to this step stay. Older ones are removed afterwards.
+            None keeps all. Checkpoints of later steps are neither removed nor counted, because they
+            may be damaged ones that the run could not resume from.
 
     Returns:
         The checkpoint's path.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched and no partial one
-        is left.
+        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are
+            untouched, and no partial one is left.
     """
     final = folder / f"{PREFIX}{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
@@ -96,11 +99,13 @@ def save_checkpoint(
 
 
 def clean_up(folder: Path, *, keep_last: int) -> None:
-    """Remove what a run left behind that was killed between writing a checkpoint and removing old ones.
+    """Remove the files of a run that was killed after writing a checkpoint and before removing old
+    ones.
 
     Args:
-        folder: holds the checkpoints of a run, whose lock this process holds.
-        keep_last: the newest this many intact checkpoints stay, and so do damaged ones that are newer than these.
+        folder: folder of a run's checkpoints. This process holds its lock.
+        keep_last: how many of the newest intact checkpoints stay. Damaged ones that are newer than
+            these stay as well.
     """
     _clear_leftovers(folder)
     found = list_checkpoints(folder)
@@ -117,24 +122,27 @@ def clean_up(folder: Path, *, keep_last: int) -> None:
 
 
 def check_saveable(tree: Any) -> None:
-    """See now, before any training, that :func:`save_checkpoint` can write ``tree``, an optimizer's state say.
+    """Check before any training that :func:`save_checkpoint` can write ``tree``, such as an
+    optimizer's state.
 
     Raises:
-        TypeError: it cannot; the message says what and where.
+        TypeError: it cannot. The message says what it cannot write and where that is.
     """
     json.dumps(encode(tree, "", {}))
 
 
 def _replace(final: Path, temporary: Path, replaced: Path) -> None:
-    """Give ``temporary`` its final name; what had that name is moved aside first."""
+    """Give ``temporary`` its final name. A checkpoint that has this name already is moved aside
+    first.
+    """
     for attempt in range(10):
         if final.exists():
             final.rename(replaced)
         try:
             temporary.rename(final)
-        except (
-            OSError
-        ) as error:  # a reader took the moment between for a crash and put the old one back
+        except OSError as error:
+            # Between the two renames a reader may have taken the missing name for a crash and put
+            # the old checkpoint back.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 9:
                 raise
         else:
@@ -142,18 +150,17 @@ def _replace(final: Path, temporary: Path, replaced: Path) -> None:
 
 
 def _remove(checkpoints: list[Path]) -> None:
-    """Remove old checkpoints; one that cannot be removed costs disk space but not the new one."""
+    """Remove old checkpoints. If one cannot be removed, a warning is logged and the run goes on."""
     for old in checkpoints:
         try:
-            shutil.rmtree(
-                old.rename(old.parent / f".{old.name}.removed.tmp")
-            )  # hidden first: never seen half removed
+            # It is renamed first, so that nobody finds a checkpoint that is half removed.
+            shutil.rmtree(old.rename(old.parent / f".{old.name}.removed.tmp"))
         except OSError as error:
             log.warning(f"Could not remove the old checkpoint {old} ({error}).")
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove what writers that are gone left behind."""
+    """Remove the temporary folders of writers that no longer run."""
     put_back(folder)
     for leftover in folder.glob(f".{PREFIX}*.tmp"):
         writer = leftover.name.split(".")[-2]
@@ -162,6 +169,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _write_part(folder: Path, name: str, tree: Any) -> None:
+    """Write one part as ``<name>.json`` and, if it holds tensors, ``<name>.safetensors``."""
     tensors: dict[str, Tensor] = {}
     document = encode(tree, "", tensors)
     if tensors:

@@ -227,7 +227,9 @@ def add_lower_gram(gram: Tensor, rows: Tensor) -> None:
 
 
 def _gram_eigh(matrix: Tensor, k: int) -> Subspace:
-    """Compute all eigenvectors of ``W Wᵀ`` for ``matrix`` W ``(n, m)`` and return the k smallest."""
+    """Compute all eigenvectors of ``W Wᵀ (n, n)`` and return the k smallest of them, for ``matrix``
+    W ``(n, m)``.
+    """
     eigenvalues, vectors = torch.linalg.eigh(gram_matrix(matrix))
     return Subspace(vectors[:, :k], eigenvalues[:k].clamp_min(0).sqrt(), "gram_eigh", 0.0)
 
@@ -316,7 +318,9 @@ def _krylov(matrix: Tensor, k: int, *, largest: bool) -> Subspace:
 
 
 def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
-    """Return the part of ``vectors (n, b)`` that is orthogonal to the orthonormal ``basis (n, p)``."""
+    """Return the part of ``vectors (n, b)`` that is orthogonal to the orthonormal ``basis (n, p)``,
+    as a tensor ``(n, b)``.
+    """
     return vectors - basis @ (basis.T @ vectors)
 
 
