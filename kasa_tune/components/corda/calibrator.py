@@ -1,4 +1,4 @@
-"""The rows that a run calibrates on, and the covariances of its layers' inputs over them."""
+"""The calibration of a run: the rows it uses, and the covariances of the layers' inputs on them."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ SETTINGS = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
 
 
 class Calibrator:
-    """Rounds of calibration batches of a config, drawn and checked before any weight is read.
+    """Calibration batches of a config. They are drawn and checked before any weight is read.
 
     Args:
         cfg: the checked config of a recipe with a section ``calibration``.
-        tokenizer: built from ``cfg.tokenizer``.
-        model: on the meta device; its adapted linears are calibrated.
-        device: where the model will run.
-        dense_mask: packed rows get a boolean mask, as in ``TrainingData``.
-        rank: of this process.
-        world_size: number of processes, each of which runs the model over its part of every round.
+        tokenizer: the tokenizer built from ``cfg.tokenizer``.
+        model: the model on the meta device. Its adapted linears are calibrated.
+        device: device that the model will run on.
+        dense_mask: True if packed rows need a boolean mask, as in ``TrainingData``.
+        rank: rank of this process.
+        world_size: number of processes. Each runs the model on its share of every round.
 
     Attributes:
         groups: names of the adapted linears, grouped by the input they share.
         rounds: batches of each round.
-        digest: SHA-256 of the rows of all processes.
+        digest: SHA-256 sum of the rows of all processes.
 
     Raises:
-        ValueError: the data hold too few rows, rows too long for the model, or a token id that it lacks.
+        ValueError: the data hold too few rows, rows that are too long for the model, or a token id
+            outside its vocabulary.
     """
 
     def __init__(
@@ -87,14 +88,21 @@ class Calibrator:
         combine: Callable[[Covariance], object] = lambda total: None,
         show_progress: bool = True,
     ) -> Iterator[tuple[list[str], int, Tensor]]:
-        """Run the model over the rounds, a block at a time: layers that share an input, round, covariance ``(d, d)``.
+        """Run the model over the rounds, one block at a time, and yield the covariances of the
+        layers' inputs.
 
         Args:
-            wanted: whether a layer wants the covariance of a round.
-            title: of the progress bar.
-            loaded: entered with a block's prefix while it runs, for a model whose blocks are read one by one.
-            combine: is given each sum before it is used, to add those of the other processes.
-            show_progress: whether to draw the bar.
+            wanted: tells whether a layer needs the covariance of a round.
+            title: title of the progress bar.
+            loaded: makes a context manager that is active while the block with the given prefix
+                runs. A model whose blocks are read one by one loads the block there.
+            combine: is called with each sum before it is used, to add the sums of the other
+                processes.
+            show_progress: whether to show the progress bar.
+
+        Yields:
+            The names of the layers that share an input, the number of the round, and the damped
+            covariance ``(d_in, d_in)`` of that input.
         """
         adapter, calibration = self._cfg.adapter, self._cfg.calibration
         bar = partial(tqdm, desc=title, unit="batch", dynamic_ncols=True, disable=not show_progress)

@@ -1,4 +1,4 @@
-"""Completions of a trained model."""
+"""Text generation with a trained model."""
 
 from kasa_tune.components.evaluation.generation import complete, remove_caches
 

@@ -1,4 +1,4 @@
-"""Text from a model, batch by batch, on torchtune's generate with its key-value cache."""
+"""Text generation in batches, with torchtune's ``generate`` and its key-value cache."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ def complete(
     """Continue every prompt until a stop token or ``max_new_tokens``.
 
     Args:
-        model: a torchtune decoder with its output projection; left in eval mode, its caches removed.
-        prompts: token ids, any lengths.
-        max_new_tokens: at most this many tokens are added.
-        stop_tokens: generation of a prompt ends before one of these.
-        temperature: 0 takes the most likely token, above 0 samples.
-        top_k: sample among the k most likely only.
-        batch_size: prompts at a time.
-        seed: of the sampling.
-        progress: called with the number of prompts done in each batch.
+        model: a torchtune decoder with its output projection. It is left in eval mode and without
+            caches.
+        prompts: token ids of each prompt. Lengths may differ.
+        max_new_tokens: largest number of tokens to add to a prompt.
+        stop_tokens: generation of a prompt ends before the first of these.
+        temperature: 0 takes the most likely token. Above 0, tokens are sampled.
+        top_k: sampling considers only the k most likely tokens. None considers all.
+        batch_size: number of prompts in a batch.
+        seed: seed of the sampling.
+        progress: called after each batch with its number of prompts.
 
     Returns:
-        The new tokens of each prompt, in the given order, without the stop token.
+        The new tokens of each prompt in the given order, without the stop token.
 
     Raises:
-        ValueError: a prompt is empty, or too long for the model with ``max_new_tokens`` after it; no prompt fits.
+        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the
+            model's length.
     """
     _check_lengths(model, prompts, max_new_tokens)
     model.eval()
     device = next(model.parameters()).device
-    # Given for greedy decoding too, where torchtune would otherwise draw from the global generator.
+    # Greedy decoding needs the generator too, because torchtune draws random numbers even then.
+    # Without it the numbers would come from the global generator.
     generator = torch.Generator(device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
@@ -60,24 +63,31 @@ def complete(
 
 
 def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ValueError if a prompt is empty or does not leave room for ``max_new_tokens``."""
     lengths = [len(prompt) for prompt in prompts]
     room = model.max_seq_len - max_new_tokens
     if room < 1:
         raise ValueError(
-            f"max_new_tokens = {max_new_tokens} exceeds the model's length: it takes {model.max_seq_len} tokens, "
-            f"prompt included. Set max_new_tokens to at most {model.max_seq_len - 1}."
+            f"max_new_tokens = {max_new_tokens} exceeds the model's length: it takes "
+            f"{model.max_seq_len} tokens, prompt included. Set max_new_tokens to at most "
+            f"{model.max_seq_len - 1}."
         )
     if prompts and not 1 <= min(lengths) <= max(lengths) <= room:
         raise ValueError(
-            f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} less max_new_tokens = "
-            f"{max_new_tokens}); given were {min(lengths)} to {max(lengths)}."
+            f"A prompt must hold 1 to {room} tokens (the model's {model.max_seq_len} minus "
+            f"max_new_tokens = {max_new_tokens}). The given prompts hold {min(lengths)} to "
+            f"{max(lengths)} tokens."
         )
 
 
 def _continue(
     model, prompts, max_new_tokens, stop_tokens, temperature, top_k, generator
 ) -> list[list[int]]:
-    """One batch, left-padded; torchtune finds the padding by its value, so it must be an id that no prompt holds."""
+    """Continue one batch of prompts, padded on the left.
+
+    torchtune recognizes the padding by its token id. The padding must therefore be an id that no
+    prompt contains.
+    """
     device, width = next(model.parameters()).device, max(map(len, prompts))
     pad = _padding_id(prompts, model.tok_embeddings.num_embeddings)
     if pad is None:
@@ -90,9 +100,9 @@ def _continue(
     for row, prompt in zip(batch, prompts, strict=True):
         row[width - len(prompt) :] = torch.tensor(prompt, device=device)
     with device:
-        dtype = (
-            model.tok_embeddings.weight.dtype
-        )  # a quantized weight has that of the run which made it
+        # The embedding is never quantized. A quantized weight reports the dtype of the run it came
+        # from.
+        dtype = model.tok_embeddings.weight.dtype
         model.setup_caches(len(prompts), dtype, decoder_max_seq_len=width + max_new_tokens)
     try:
         tokens, _ = generate(
@@ -111,7 +121,9 @@ def _continue(
 
 
 def _padding_id(prompts: Sequence[Sequence[int]], vocab_size: int) -> int | None:
-    """An id to pad with that no prompt holds; None where the prompts, of different lengths, hold all there are."""
+    """Return a token id for padding that no prompt contains. None if padding is needed and the
+    prompts contain every id.
+    """
     if len(set(map(len, prompts))) == 1:
         return -1  # nothing to pad
     used = {token for prompt in prompts for token in prompt}
@@ -119,12 +131,15 @@ def _padding_id(prompts: Sequence[Sequence[int]], vocab_size: int) -> int | None
 
 
 def remove_caches(model: nn.Module) -> None:
-    """Take the key-value caches out again, so that the model can be trained or be given another batch size."""
+    """Remove the key-value caches from a model, so that it can be trained or can take batches of
+    another size.
+    """
     for layer in model.layers:
         layer.attn.kv_cache = None
         layer.attn.cache_enabled = False
 
 
 def _before_stop(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    """Return the tokens before the first stop token."""
     end = next((i for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
     return tokens[:end]

@@ -1,4 +1,6 @@
-"""Frozen weights in NF4: which linears, how they start, and their copy on disk."""
+"""Frozen weights in NF4: which linears are quantized, how their adapters are initialized, and how
+the weights are stored on disk.
+"""
 
 from kasa_tune.components.quantized.base import (
     FOLDER,

@@ -1,7 +1,9 @@
-"""The frozen linears of a model in NF4: which ones, what they take, and their copy on disk.
+"""The quantized base of a model: which linears are stored in NF4, how much memory they take, and
+their copy on disk.
 
-Quantization happens once in the life of a run. The result lies next to the run's checkpoints, and every checkpoint
-names it by its checksum: a run goes on with the same bits, and needs no calibration for it.
+A run quantizes its weights once. The result is stored beside the run's checkpoints, and every
+checkpoint holds its checksum. A resumed run therefore has the same bits and does not calibrate
+again.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ FOLDER = "quantized_base"  # in a run's output_dir, beside its checkpoints
 
 
 def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]:
-    """Names and modules of the linears to quantize: all in the transformer's blocks, with or without an adapter.
+    """Return the linears to quantize by name. They are all linears of the transformer's blocks,
+    with or without an adapter.
 
-    Embedding, norms and output projection keep their precision, as in QLoRA.
+    The embedding, the norms and the output projection keep their precision, as in QLoRA.
 
     Args:
         model: on any device, meta included.
-        block_size: weights that share a scale.
+        block_size: number of weights that share a scale.
 
     Raises:
-        ValueError: a layer's weight does not divide into such blocks.
+        ValueError: a weight does not divide into blocks of this size.
     """
     linears = block_linears(model)
     for name, linear in linears.items():
@@ -51,11 +54,12 @@ def quantized_linears(model: nn.Module, block_size: int) -> dict[str, nn.Module]
 
 
 def linears_in_nf4(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The model's linears whose weights a run had quantized; none of a run on a full-precision base.
+    """Return the model's linears whose weights a run had quantized, by name. A run on a
+    full-precision base has none.
 
     Args:
         model: on any device.
-        checkpoint: one of the run's.
+        checkpoint: any checkpoint of the run.
     """
     if not checkpoint.has_quantized_base:
         return {}
@@ -63,15 +67,16 @@ def linears_in_nf4(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Mod
 
 
 def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | None = None) -> str:
-    """Write the NF4 weights, whole or not at all.
+    """Write the NF4 weights to the disk. They appear completely or not at all.
 
     Args:
-        folder: FOLDER in the run's output_dir; an older copy in it is replaced.
-        weights: NF4, by the names of the linears from :func:`quantized_linears`.
-        known: their checksum, if they were loaded; then a copy that has it stays as it is.
+        folder: the folder FOLDER in the run's output_dir. An older copy in it is replaced.
+        weights: NF4 weights ``(d_out, d_in)`` by the names from :func:`quantized_linears`.
+        known: checksum of the weights, if they were loaded from disk. A copy that has this checksum
+            is not written again.
 
     Returns:
-        Their checksum.
+        The checksum of the weights.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -92,12 +97,13 @@ def load_quantized(
     """Put the NF4 weights that a checkpoint was trained on into a model, bit for bit.
 
     Args:
-        checkpoint: its part ``run`` holds their checksum.
+        checkpoint: its part ``run`` holds the checksum of the weights.
         linears: from :func:`quantized_linears`.
-        device: where the model lives.
+        device: device of the model.
 
     Raises:
-        CheckpointError: they are missing, damaged, of another checksum, or of other layers than the model's.
+        CheckpointError: the weights are missing or damaged, have another checksum, or belong to
+            another model.
     """
     for name, weight in read_quantized(checkpoint, linears):
         put_weight(linears[name], weight.to(device))
@@ -106,7 +112,10 @@ def load_quantized(
 def read_quantized(
     checkpoint: Checkpoint, linears: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and NF4 weights of :func:`load_quantized`, a block at a time, on the CPU.
+    """Yield the name and the NF4 weight ``(d_out, d_in)`` of each linear, on the CPU. One block is
+    held at a time.
+
+    The arguments are those of :func:`load_quantized`.
 
     Raises:
         CheckpointError: as :func:`load_quantized`.
@@ -125,42 +134,45 @@ def read_quantized(
 
 
 def find_quantized(checkpoint: Checkpoint) -> Checkpoint:
-    """Where the NF4 weights that a checkpoint was trained on lie: within it (a native adapter) or beside its folder.
+    """Find the NF4 weights that a checkpoint was trained on. A native adapter contains them. For a
+    run, they lie beside its checkpoints.
 
     Raises:
-        CheckpointError: they are missing, damaged or of another checksum.
+        CheckpointError: the weights are missing or damaged, or have another checksum.
     """
     path = checkpoint.path.absolute()
     of_a_run = path.parent.name == "checkpoints" and not (path / FOLDER).is_dir()
     folder = (path.parent.parent if of_a_run else path) / FOLDER
     stored, passed_over = latest_checkpoint(folder)
     if not stored:
-        found = " ".join(passed_over).replace(
-            " Use an earlier checkpoint.", ""
-        )  # they all need this one base
+        # An earlier checkpoint is no remedy here, because all of them need this one base.
+        found = " ".join(passed_over).replace(" Use an earlier checkpoint.", "")
         raise CheckpointError(
-            f"{path} was trained on a quantized base, which should be in {folder}. {found or 'It is not there.'} "
-            "Copy it there from where it was."
+            f"{path} was trained on a quantized base, which should be in {folder}. "
+            f"{found or 'It is not there.'} Copy it there from where it was."
         )
     if _checksum(stored.manifest) != checkpoint.run["quantized_base"]:
         raise CheckpointError(
-            f"{folder} is not the quantized base that {path} was trained on: checksums differ."
+            f"{folder} is not the quantized base that {path} was trained on: the checksums differ. "
+            "Copy that run's quantized base there."
         )
     return stored
 
 
 class QuantizedWeights(Mapping[str, Tensor]):
-    """The NF4 weights that a checkpoint was trained on, by the names of their linears; one block's are held at a time.
+    """The NF4 weights ``(d_out, d_in)`` that a checkpoint was trained on, by the names of their
+    linears. The weights of one block are held at a time.
 
     Args:
         checkpoint: as in :func:`load_quantized`.
         linears: from :func:`quantized_linears`.
 
     Attributes:
-        folder: where they lie.
+        folder: the folder that holds the weights.
 
     Raises:
-        CheckpointError: as :func:`find_quantized`, or, when asked for, a weight is missing.
+        CheckpointError: as :func:`find_quantized`. Looking up a weight raises it as well, if that
+            weight is missing.
     """
 
     def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, nn.Module]) -> None:
@@ -186,24 +198,29 @@ class QuantizedWeights(Mapping[str, Tensor]):
 
 
 def _block_of(name: str) -> str:
-    """``layers.<i>`` of ``layers.<i>.attn.q_proj``."""
+    """Return ``layers.<i>`` for a name such as ``layers.<i>.attn.q_proj``."""
     return name[: name.index(".", len("layers."))]
 
 
 def _checksum(manifest: Mapping[str, object]) -> str:
+    """Compute one SHA-256 sum over the sizes and sums of all files of a manifest."""
     return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
 def base_bytes(
     model: nn.Module, linears: Mapping[str, nn.Module], *, block_size: int, scaler_block_size: int
 ) -> dict[str, int]:
-    """Bytes of the quantized base, and of what making and using it takes besides.
+    """Compute how many bytes the quantized base takes, and how many its quantization and its use
+    take.
 
     Args:
-        model: built on meta.
+        model: built on the meta device.
         linears: from :func:`quantized_linears`.
-        block_size: weights that share a scale.
-        scaler_block_size: scales that share a scale.
+        block_size: number of weights that share a scale.
+        scaler_block_size: number of scales that share a scale.
+
+    Returns:
+        Bytes by the names that the dry run prints.
     """
     weights = [linear.weight for linear in linears.values()]
     others = [

@@ -1,4 +1,6 @@
-"""What a quantized weight and its adapter start as in QCorDA, QPiSSA, LoftQ, QLoRA and QKaSA; else they are alike."""
+"""How a quantized weight and its adapter are initialized. QCorDA, QPiSSA, LoftQ, QLoRA and QKaSA
+differ only in this step.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ from kasa_tune.methods import Method
 
 @dataclass(frozen=True)
 class QuantizedStart:
-    """Where one linear starts from.
+    """The initial weight and adapter of one linear.
 
     Args:
-        weight: quantized.
-        update: ``B (d_out, r)``, ``A (r, d_in)`` that have been taken out of it; None where the update starts at zero.
-        edit: KaSA's, which stays beside the weight.
-        component: what the update was split from.
+        weight: the quantized weight ``(d_out, d_in)``.
+        update: initial factors ``B (d_out, r)`` and ``A (r, d_in)``. The weight was quantized
+            without them. None if the update starts at zero.
+        edit: the part that KaSA removes, of shape ``(d_out, d_in)``. The weight is quantized with
+            it, and the forward pass subtracts it.
+        component: the component that was split into the update.
     """
 
     weight: Tensor
@@ -38,18 +42,22 @@ class QuantizedStart:
     component: Component | None = None
 
     def without_vectors(self) -> QuantizedStart:
-        """The same, of the component only what is worth a report: its factors are in the update."""
+        """Return a copy whose component has no factors. A report needs only its singular values,
+        and the factors are in the update.
+        """
         return replace(self, component=self.component.without_vectors() if self.component else None)
 
     def to(self, device: torch.device | str) -> QuantizedStart:
-        """The same on a device."""
+        """Return a copy on another device."""
         parts = (self.update, self.edit, self.component)
         return QuantizedStart(
             self.weight.to(device), *(part.to(device) if part else None for part in parts)
         )
 
     def put_into(self, linear: nn.Module) -> None:
-        """Give a linear its weight and, if it has an adapter, that its start."""
+        """Put the weight into a linear and, if the linear has an adapter, initialize the
+        adapter.
+        """
         put_weight(linear, self.weight)
         if self.update:
             linear.start_from(self.update, taken_out=True)
@@ -71,17 +79,23 @@ def quantized_start(
     split: str = "balanced",
     adapter_dtype: torch.dtype = torch.float32,
 ) -> QuantizedStart:
-    """Quantize one weight, without what its adapter starts as.
+    """Quantize one weight after the initial update of its adapter has been subtracted.
 
     Args:
         weight: ``W (d_out, d_in)`` float32.
-        linear: that will hold it, for ranks and scaling; None for one without an adapter.
-        method: a row of the table, of those with a quantized base.
-        quantize: float32 to a quantized weight.
-        component: of a calibrated method, see :func:`~kasa_tune.components.corda.all_layers.decompose`.
-        iterations: of QPiSSA and LoftQ; None for the method's own.
+        linear: the linear that will hold the weight, which gives the ranks and the scaling. None
+            for a linear without an adapter.
+        method: a row of the table of methods with a quantized base.
+        quantize: maps a float32 weight to a quantized one of the same shape.
+        component: for a calibrated method, the component from
+            :func:`~kasa_tune.components.corda.all_layers.decompose`.
+        iterations: number of alternations of QPiSSA and LoftQ. None takes the method's default.
         split: see :func:`~kasa_tune.components.linalg.decomposition.split_component`.
-        adapter_dtype: of the adapter; what is taken out is what A and B hold after rounding to it.
+        adapter_dtype: dtype of the adapter. What is subtracted is the product of A and B after
+            rounding to this dtype.
+
+    Returns:
+        The quantized weight ``(d_out, d_in)`` and how its adapter starts.
 
     Raises:
         ValueError: the weight is damaged, or an argument is out of its range.
@@ -114,21 +128,24 @@ def fit_quantization(
     *,
     quantize: Callable[[Tensor], Tensor],
 ) -> tuple[Component, Tensor]:
-    """Let a low-rank component take up what quantization loses: ``Q = quantize(W - E)``, then E the first ``rank``
-    singular triplets of ``W - Q``, in turns.
+    """Fit a low-rank component to the quantization error of a weight.
 
-    From no E this is LoftQ (arXiv 2310.08659, algorithm 1), whose base is the last Q; from W's own first triplets it is
-    QPiSSA (arXiv 2404.02948, section 4), whose base is ``quantize(W - E)`` of the last E.
+    Two steps alternate: ``Q = quantize(W - E)``, and E becomes the first ``rank`` singular triplets
+    of ``W - Q``.
+
+    LoftQ (arXiv 2310.08659, algorithm 1) starts without an E, and its base is the last Q. QPiSSA
+    (arXiv 2404.02948, section 4) starts from the first triplets of W, and its base is
+    ``quantize(W - E)`` of the last E.
 
     Args:
         weight: ``W (d_out, d_in)`` float32.
-        start: the first E; None for zero.
-        rank: of E, as :func:`co_svd`.
-        iterations: turns; after none, ``start`` and W itself come back.
-        quantize: float32 to a quantized weight.
+        start: the first E. None for zero.
+        rank: rank of E, in the range that :func:`co_svd` takes.
+        iterations: number of alternations. With 0, ``start`` and W itself are returned.
+        quantize: maps a float32 weight to a quantized one of the same shape.
 
     Returns:
-        The last E and the last Q.
+        The last E, of shape ``(d_out, d_in)`` and rank ``rank``, and the last Q ``(d_out, d_in)``.
 
     Raises:
         ValueError: as :func:`co_svd` and ``quantize``.

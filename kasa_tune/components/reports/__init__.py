@@ -1,4 +1,4 @@
-"""Plots of a run."""
+"""Plots of a finished or running fine-tuning run."""
 
 from kasa_tune.components.reports.plots import (
     DrawnSpectrum,

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Plots of a run, written as PNG files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DrawnSpectrum:
-    """Singular values of one adapted weight, each descending: ``base (R,)``, ``removed (k,)`` and ``update (r,)``.
+    """Singular values of one adapted weight for :func:`singular_values`. Each list is in descending
+    order.
 
-    ``from_start``: what was removed is to be compared with the first k of the base's, not with the last.
+    Args:
+        base: ``(R,)``, all singular values of the base weight.
+        removed: ``(k,)``, those of the part that was removed from it.
+        update: ``(r,)``, those of the trained update.
+        from_start: True if the removed part is drawn beside the first k values of the base, False
+            for the last k.
     """
 
     base: Tensor
@@ -29,19 +35,20 @@ class DrawnSpectrum:
 
 
 def loss_curve(metrics: Sequence[Mapping[str, float]], path: Path, *, title: str) -> None:
-    """Training loss by step, validation loss where it was measured, and the base model's validation loss.
+    """Plot the training loss by step, the validation loss where it was measured, and the base
+    model's validation loss.
 
     Args:
         metrics: lines of a run's metrics file.
-        path: the PNG to write.
-        title: above the picture.
+        path: the PNG file to write.
+        title: title of the plot.
 
     Raises:
         ValueError: the run has not logged a training loss yet.
     """
     train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     if not train:
-        raise ValueError("The run has not logged a training loss yet; nothing to draw.")
+        raise ValueError("The run has not logged a training loss yet, so there is nothing to plot.")
     validation = [(line["step"], line["val_loss"]) for line in metrics if "val_loss" in line]
     base = [line["val_loss_base"] for line in metrics if "val_loss_base" in line]
     figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -87,14 +94,15 @@ def singular_values(
     removed: str = "removed",
     update: str = "s B diag(d) A",
 ) -> None:
-    """Left: the base weights' spectra with what was taken out of them. Right: the spectra of what training added.
+    """Plot two panels of singular values. The left one shows the base weights and what was removed
+    from them, the right one the trained updates.
 
     Args:
-        spectra: layer name to its singular values.
-        path: the PNG to write.
-        title: above the picture.
-        removed: what to call what was taken out.
-        update: formula of what training added.
+        spectra: singular values of each layer, by its name.
+        path: the PNG file to write.
+        title: title of the plot.
+        removed: label of the removed part.
+        update: formula of the trained update.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     colors = plt.get_cmap("viridis")
@@ -127,13 +135,15 @@ def singular_values(
 
 
 def layer_ranks(ranks: Mapping[str, int], path: Path, *, title: str, uniform: int) -> None:
-    """The rank of every adapted layer by its block, one line for each kind of linear.
+    """Plot the rank of every adapted layer by its block, with one line for each kind of linear.
 
     Args:
-        ranks: layer name, such as ``layers.3.attn.q_proj``, to its rank; a layer outside the blocks comes after them.
-        path: the PNG to write.
-        title: above the picture.
-        uniform: the rank of every layer that the same parameters would buy.
+        ranks: rank of each layer by its name, such as ``layers.3.attn.q_proj``. Layers outside the
+            blocks are drawn after them.
+        path: the PNG file to write.
+        title: title of the plot.
+        uniform: the rank that all layers would have if the same number of parameters were spread
+            evenly.
     """
     blocks = {
         name: int(found[1]) for name in ranks if (found := re.match(r"layers\.(\d+)\.", name))
@@ -165,7 +175,7 @@ def layer_ranks(ranks: Mapping[str, int], path: Path, *, title: str, uniform: in
 def _smoothed(
     points: Sequence[tuple[float, float]], decay: float = 0.9
 ) -> list[tuple[float, float]]:
-    """Exponential running mean, corrected for its start."""
+    """Compute the exponential running mean of the values, corrected for its start at zero."""
     mean, weight, smoothed = 0.0, 0.0, []
     for step, value in points:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)

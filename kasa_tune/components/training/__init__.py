@@ -1,4 +1,6 @@
-"""What a training run is made of besides its mathematics: the step loop, losses, schedules, loggers, memory."""
+"""The parts of a training run besides its mathematics: the step loop, losses, learning rate
+schedules, loggers, and the memory budget.
+"""
 
 from kasa_tune.components.training.dry_run import dry_run_budget, dry_run_report
 from kasa_tune.components.training.loggers import (

@@ -1,4 +1,6 @@
-"""Metric loggers beside torchtune's: JSON lines, the default, with floats in full precision, and trackio."""
+"""Metric loggers in addition to torchtune's. The default one writes JSON lines with floats in full
+precision. Another one writes to trackio.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class JSONLLogger:
-    """Appends ``{"step": …, name: value, …}`` lines to ``<log_dir>/<filename>`` (torchtune's metric-logger interface).
+    """Appends lines ``{"step": …, name: value, …}`` to a file. It has the interface of torchtune's
+    metric loggers.
 
-    Floats are written so that reading them back gives the same float. A line is on disk when :meth:`log_dict` returns.
+    A float that is read back equals the float that was logged. A line is written to the file before
+    :meth:`log_dict` returns.
 
     Args:
-        log_dir: folder, made if missing; the resolved config is written beside the metrics as ``config.yaml``.
+        log_dir: folder of the file, created if it is missing. The resolved config is written there
+            too, as ``config.yaml``.
         filename: name of the metrics file.
     """
 
@@ -29,10 +34,10 @@ class JSONLLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, which a resumed run writes again.
+        """Remove the lines of steps after ``step``, because a resumed run writes them again.
 
-        A last line that a kill cut short goes with them. Other lines that cannot be read are moved to
-        ``<filename>.unreadable``, with a warning.
+        An incomplete last line, which a killed run leaves, is removed as well. Other lines that
+        cannot be read are moved to ``<filename>.unreadable``, and a warning is logged.
         """
         good, unreadable = _split_lines(self.path.read_bytes())
         kept = [line for number, line in good if number <= step]
@@ -41,14 +46,16 @@ class JSONLLogger:
             aside = self.path.with_name(f"{self.path.name}.unreadable")
             with aside.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in unreadable))
-            log.warning(f"{len(unreadable)} lines of {self.path} could not be read; see {aside}.")
+            log.warning(
+                f"{len(unreadable)} lines of {self.path} could not be read. They are in {aside}."
+            )
         rewritten = self.path.with_name(f".{self.path.name}.tmp")
         rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(rewritten, self.path)  # a kill in between loses no line
+        os.replace(rewritten, self.path)  # atomic, so that a killed run loses no line
         self._file = self.path.open("a", encoding="utf-8")
 
     def log_config(self, config: DictConfig) -> None:
-        """Write the config beside the metrics."""
+        """Write the resolved config to ``config.yaml`` beside the metrics."""
         OmegaConf.save(config, self.path.parent / "config.yaml", resolve=True)
 
     def log(self, name: str, data: float, step: int) -> None:
@@ -70,38 +77,39 @@ class JSONLLogger:
         self._file.close()
 
     def _reopen_if_removed(self) -> None:
-        """Begin the file anew where it, or its folder, was removed while the run goes on."""
+        """Create the file again if it or its folder was removed during the run."""
         if self.path.exists():
             return
-        log.warning(f"{self.path} was removed while the run was writing it; it begins anew.")
+        log.warning(f"{self.path} was removed during the run. A new file is started.")
         self._file.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
 
 
 class SilentLogger:
-    """Logs nothing: for the processes beside the one that reports."""
+    """A logger that writes nothing. Every process but rank 0 has one."""
 
     def log_config(self, config: DictConfig) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log(self, name: str, data: float, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TrackioLogger:
-    """Logs to trackio (extra ``trackio``), an experiment tracker that keeps its data on this machine.
+    """Logs to trackio (extra ``trackio``), an experiment tracker that keeps its data on the local
+    machine.
 
     Args:
-        project: trackio's project.
-        name: of the run; trackio invents one if None.
-        init_kwargs: passed to ``trackio.init``.
+        project: name of the project in trackio.
+        name: name of the run. If it is None, trackio chooses one.
+        init_kwargs: further arguments of ``trackio.init``.
 
     Raises:
         ImportError: trackio is not installed.
@@ -116,7 +124,7 @@ class TrackioLogger:
         trackio.init(project=project, name=name, **init_kwargs)
 
     def log_config(self, config: DictConfig) -> None:
-        """Keep the config's text with the run."""
+        """Store the config's text with the run."""
         self._trackio.log({"config": OmegaConf.to_yaml(config, resolve=True)}, step=0)
 
     def log(self, name: str, data: float, step: int) -> None:
@@ -133,7 +141,9 @@ class TrackioLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file. Those that cannot be read are left out, with a warning."""
+    """Read the lines of a metrics file. Lines that cannot be read are skipped, and a warning is
+    logged.
+    """
     good, unreadable = _split_lines(path.read_bytes())
     if unreadable:
         log.warning(f"{len(unreadable)} lines of {path} could not be read and are left out.")
@@ -141,9 +151,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _split_lines(content: bytes) -> tuple[list[tuple[int, bytes]], list[bytes]]:
-    """Lines that are JSON objects with a step, each behind its step; and lines that are something else.
+    """Split a metrics file into readable lines, each with its step, and unreadable lines.
 
-    A last line without an end, which a kill cut short, is neither.
+    A readable line is a JSON object with a step. An incomplete last line, which a killed run
+    leaves, is in neither list.
     """
     *lines, torn = content.split(b"\n")
     steps = [_step_of(line) for line in lines]
@@ -154,9 +165,10 @@ def _split_lines(content: bytes) -> tuple[list[tuple[int, bytes]], list[bytes]]:
 
 
 def _step_of(line: bytes) -> int | None:
+    """Return the step of a line, or None if the line is not a JSON object with a step."""
     try:
         entry = json.loads(line)
-    except ValueError:  # no JSON, or not UTF-8
+    except ValueError:  # the line is not JSON or not UTF-8
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -1,14 +1,17 @@
-"""The loss of a batch: what the recipes ask of one, and the cross-entropy that they use by default.
+"""The loss of a batch: the contract that the recipes ask for, and the cross-entropy that they use
+by default.
 
-A recipe divides by the number of labelled tokens of all batches of a step. So a loss is a *sum* over labelled tokens.
-It is one of two kinds:
+A loss returns the *sum* over the labelled tokens of a batch, because a recipe divides by the number
+of labelled tokens in all batches of a step. There are two kinds of losses:
 
-- ``loss(logits [n, vocab] float32, labels [n])``, given the labelled tokens alone: any module or function, such as
-  ``torch.nn.CrossEntropyLoss(reduction="sum")``;
-- ``loss(project, hidden [b, s, d], labels [b, s])`` with the attribute ``takes_hidden_states = True``, for a loss that
-  calls the output projection itself, such as :class:`ChunkedCrossEntropy`.
+- ``loss(logits [n, vocab] float32, labels [n])`` is given only the labelled tokens. It may be any
+  module or function, such as ``torch.nn.CrossEntropyLoss(reduction="sum")``.
+- ``loss(project, hidden [b, s, d], labels [b, s])`` has the attribute
+  ``takes_hidden_states = True``. It calls the output projection itself, as
+  :class:`ChunkedCrossEntropy` does.
 
-An attribute ``ignore_index`` names the label of tokens that nothing is learned from; the default is -100.
+The attribute ``ignore_index`` of a loss is the label of tokens that nothing is learned from. Its
+default is -100.
 """
 
 from __future__ import annotations
@@ -28,14 +31,17 @@ from torchtune.modules import TransformerDecoder
 class ChunkedCrossEntropy(nn.Module):
     """Summed cross-entropy of the labelled positions of a batch.
 
-    Positions whose label is ``ignore_index`` cost nothing: they are dropped before the output projection. The others
-    are projected, upcast to float32 and compared ``chunk_size`` tokens at a time. While training, a chunk's gradient is
-    taken in the forward, right after its loss: at most one chunk of logits is alive, and none is computed twice.
+    Positions with the label ``ignore_index`` are dropped before the output projection and cost
+    nothing. The others are projected, converted to float32 and compared in chunks of ``chunk_size``
+    tokens.
+
+    During training, the gradient of a chunk is computed in the forward pass, right after its loss.
+    Therefore no more than one chunk of logits exists at a time, and no chunk is computed twice.
 
     Args:
-        chunk_size: tokens per chunk.
-        ignore_index: label of positions that are not learned.
-        label_smoothing: share of the target spread over the vocabulary, in ``[0, 1)``.
+        chunk_size: number of tokens in a chunk.
+        ignore_index: label of positions that nothing is learned from.
+        label_smoothing: share of the target that is spread over the vocabulary, in ``[0, 1)``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,7 +55,8 @@ class ChunkedCrossEntropy(nn.Module):
         super().__init__()
         if chunk_size < 1 or not 0.0 <= label_smoothing < 1.0:
             raise ValueError(
-                f"chunk_size must be >= 1 and label_smoothing in [0, 1); got {chunk_size}, {label_smoothing}."
+                "chunk_size must be >= 1 and label_smoothing in [0, 1); "
+                f"got {chunk_size} and {label_smoothing}."
             )
         self.chunk_size, self.ignore_index, self.label_smoothing = (
             chunk_size,
@@ -60,18 +67,20 @@ class ChunkedCrossEntropy(nn.Module):
     def forward(
         self, project: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor
     ) -> Tensor:
-        """Sum over labelled positions of ``-log p(label)``.
+        """Sum ``-log p(label)`` over the labelled positions.
 
         Args:
-            project: output projection, ``[n, d]`` to logits ``[n, vocab]``: a module or torchtune's ``TiedLinear``.
-            hidden: ``[b, s, d]``, the model's last hidden states, normalized.
-            labels: ``[b, s]``, the token each position predicts, or ``ignore_index``.
+            project: output projection from ``[n, d]`` to logits ``[n, vocab]``. It is a module or
+                torchtune's ``TiedLinear``.
+            hidden: ``[b, s, d]``, the model's last hidden states after the final norm.
+            labels: ``[b, s]``, the token that each position predicts, or ``ignore_index``.
 
         Returns:
-            float32 scalar with gradient; zero when nothing is labelled.
+            A float32 scalar with gradient. It is zero if nothing is labelled.
 
         Raises:
-            TypeError: ``project`` is neither, so that its trained parameters are unknown, and a gradient is wanted.
+            TypeError: a gradient is wanted, and ``project`` is neither a module nor a
+                ``TiedLinear``. Its trained parameters are then unknown.
         """
         labelled = labels.flatten() != self.ignore_index
         hidden, labels = hidden.flatten(0, 1)[labelled], labels.flatten()[labelled]  # [n, d], [n]
@@ -91,10 +100,12 @@ class ChunkedCrossEntropy(nn.Module):
 
 
 class LossOnLogits(nn.Module):
-    """A loss of logits, called as one of hidden states: it projects the labelled tokens and no others.
+    """Gives a loss on logits the interface of a loss on hidden states. Only the labelled tokens are
+    projected.
 
     Args:
-        loss: maps ``logits [n, vocab]`` float32 and ``labels [n]`` to a sum.
+        loss: maps ``logits [n, vocab]`` in float32 and ``labels [n]`` to their summed loss, a
+            scalar.
     """
 
     takes_hidden_states = True
@@ -107,28 +118,33 @@ class LossOnLogits(nn.Module):
     def forward(
         self, project: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor
     ) -> Tensor:
-        """Sum over the labelled positions of ``hidden [b, s, d]``, ``labels [b, s]``: a scalar."""
+        """Sum the loss over the labelled positions of ``hidden [b, s, d]`` and ``labels [b, s]``.
+        The result is a scalar.
+        """
         labelled = labels.flatten() != self.ignore_index
         logits = project(hidden.flatten(0, 1)[labelled]).float()  # [n, vocab]
         return self.loss(logits, labels.flatten()[labelled])
 
 
 def summed_loss(loss: Callable[..., Tensor], vocab_size: int) -> Callable[..., Tensor]:
-    """A loss of either kind (see this module) as one that takes hidden states, tried on a few numbers.
+    """Return a loss of either kind as one that takes hidden states, after trying it on a few
+    numbers. The module's docstring describes the kinds.
 
     Args:
-        loss: what the config's ``loss`` describes.
+        loss: the loss that the config's section ``loss`` describes.
         vocab_size: width of the logits, at least 4.
 
     Returns:
-        ``loss(project, hidden [b, s, d], labels [b, s])``, a scalar, with ``ignore_index``.
+        ``loss(project, hidden [b, s, d], labels [b, s])``, which returns a scalar and has the
+        attribute ``ignore_index``.
 
     Raises:
-        ValueError: it cannot be called so, or it is no sum: twice the tokens do not give twice the loss.
+        ValueError: the loss cannot be called like this. Or it is not a sum, because twice the
+            tokens do not give twice the loss.
     """
     name = type(loss).__name__
     adapted = loss if getattr(loss, "takes_hidden_states", False) else LossOnLogits(loss)
-    # Without drawing initial weights: the global random state belongs to the run.
+    # The weights are not drawn at random, because that would change the run's random state.
     project = nn.utils.skip_init(nn.Linear, 2, vocab_size, bias=False)
     project.weight.data = torch.linspace(-1.0, 1.0, 2 * vocab_size).reshape(vocab_size, 2)
     hidden = torch.linspace(-1.0, 2.0, 12).reshape(1, 6, 2)
@@ -145,15 +161,19 @@ def summed_loss(loss: Callable[..., Tensor], vocab_size: int) -> Callable[..., T
         ) from error
     if not is_sum:
         raise ValueError(
-            f"loss: {name} is not a sum over tokens: twice the tokens do not give twice the loss. The "
-            "recipe divides by the number of labelled tokens itself. Set reduction=sum if the loss "
-            "has it."
+            f"loss: {name} is not a sum over tokens, because twice the tokens do not give twice "
+            "the "
+            "loss. The recipe itself divides by the number of labelled tokens. Set reduction=sum "
+            "if "
+            "the loss has this argument."
         )
     return adapted
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Sum of the losses of all chunks; with each loss goes its gradient, so that the backward only scales."""
+    """Sum of the losses of all chunks. The forward pass also computes the gradient of each loss, so
+    that the backward pass only scales it.
+    """
 
     @staticmethod
     def forward(
@@ -185,19 +205,22 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _trained_parameters(project: Callable[[Tensor], Tensor]) -> list[nn.Parameter]:
-    module = getattr(
-        project, "tied_module", project
-    )  # torchtune's TiedLinear is no module, but has one
+    """Return the parameters of the output projection that need a gradient."""
+    # torchtune's TiedLinear is not a module but holds one.
+    module = getattr(project, "tied_module", project)
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"project must be a module or torchtune's TiedLinear to be trained through; got {project!r}."
+            "project must be a module or torchtune's TiedLinear for a gradient to pass through it; "
+            f"got {project!r}."
         )
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def return_hidden_states(model: TransformerDecoder) -> None:
-    """Make a torchtune decoder's forward stop after the final norm, so that the loss can project what it needs.
+    """Make a torchtune decoder return its last hidden states ``[b, s, d]`` after the final norm,
+    and no logits.
 
-    The decoder's own forward still runs, with whatever hooks compile or FSDP put on it; only its last step changes.
+    Only the last step of the decoder's forward pass is replaced. Everything that compilation or
+    FSDP attached to the forward pass still works.
     """
     model.unembed = lambda hidden: model.norm(hidden)

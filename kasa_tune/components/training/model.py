@@ -1,4 +1,4 @@
-"""The model that a recipe trains, as its config describes it, before any weight is read."""
+"""Building the model that a recipe trains, before any weight is read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from kasa_tune.components.training.loss import return_hidden_states
 
 
 def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
-    """The model on the meta device, with adapters, ready to be trained once it has its weights.
+    """Build the config's model with its adapters on the meta device.
 
-    Its forward returns the last hidden states ``[b, s, d]``, since the loss projects what it needs. Its blocks keep
-    their inputs alone where ``cfg.enable_activation_checkpointing`` is set.
+    Its forward pass returns the last hidden states ``[b, s, d]``, because the loss does the output
+    projection. With ``cfg.enable_activation_checkpointing`` each block stores only its input and
+    computes the rest again in the backward pass.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
-        dtype: of the base weights.
+        dtype: dtype of the base weights.
 
     Raises:
-        ValueError: the model has no adapters of ours.
+        ValueError: the model has no adapters of this package.
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)

@@ -1,4 +1,6 @@
-"""One optimizer step of a run, as :class:`~kasa_tune.components.training.steps.Steps` gives it to a recipe."""
+"""One optimizer step of a run. :class:`~kasa_tune.components.training.steps.Steps` yields these
+steps to a recipe.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,16 @@ class NonFiniteError(RuntimeError):
 
 
 class Step:
-    """One optimizer step: its batches, what it logs, and the update at its end.
+    """One optimizer step: its batches, the values it logs, and the update of the weights.
 
     Attributes:
-        num_tokens: labelled tokens in the batches of all processes, at least 1; the loss is a mean over them.
-        is_last_batch: whether the batch that was drawn from ``batches`` last is the step's last.
-        metrics: what is logged.
+        num_tokens: number of labelled tokens in the batches of all processes, at least 1. The loss
+            of a step is the mean over these tokens.
+        is_last_batch: whether the batch that ``batches`` yielded last is the last one of the step.
+        metrics: values to log.
         applying: whether :meth:`apply` has begun to change weights.
         applied: whether :meth:`apply` has finished.
-        num_batches: of this process.
+        num_batches: number of batches of this process.
         rng: state of the random generators before the step.
     """
 
@@ -53,19 +56,23 @@ class Step:
 
     @property
     def batches(self) -> Iterator[Batch]:
-        """The step's batches, each moved to the device when it is drawn."""
+        """The batches of the step. Each has tensors ``[b, s]``, and is moved to the device when it
+        is yielded.
+        """
         for number, batch in enumerate(self._batches, start=1):
             self.is_last_batch = number == len(self._batches)
             utils.batch_to_device(batch, self._steps.device)
             yield batch
 
     def add_loss(self, loss: Tensor) -> None:
-        """Count a batch's part of the step's loss, for the log: ``loss_sum / step.num_tokens``."""
+        """Add a batch's share of the step's loss, the scalar ``loss_sum / step.num_tokens``, to the
+        logged loss.
+        """
         self._loss += loss.detach()
 
     def log(self, **values: Tensor) -> None:
-        """Log more scalars with the step, a regularizer for example. They must be finite, and
-        equal on all processes.
+        """Log more scalars with the step, such as a regularizer. They must be finite, and the same
+        on all processes.
         """
         self._logged |= {name: value.detach() for name, value in values.items()}
 
@@ -76,15 +83,17 @@ class Step:
         *,
         clip_grad_norm: float | None = None,
     ) -> None:
-        """Clip the gradient, see that it and the losses are finite, update the weights, step the schedule.
+        """Clip the gradient, check that it and the losses are finite, update the weights, and
+        advance the schedule.
 
         Args:
-            optimizer: its gradients are cleared afterwards.
-            lr_scheduler: None for a constant rate.
-            clip_grad_norm: largest norm of the gradient of all trained parameters; None for no limit.
+            optimizer: the optimizer. Its gradients are cleared afterwards.
+            lr_scheduler: the learning rate schedule. None for a constant rate.
+            clip_grad_norm: largest allowed norm of the gradient of all trained parameters. None for
+                no limit.
 
         Raises:
-            NonFiniteError: a loss or the gradient is not finite. No weight has been touched.
+            NonFiniteError: a loss or the gradient is not finite. No weight has been changed.
         """
         steps = self._steps
         loss, heard = steps.processes.sum(self._loss, steps.signals.received is not None)
@@ -95,9 +104,9 @@ class Step:
         values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
         if not all(map(math.isfinite, values)):
             raise NonFiniteError(
-                f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. Weights are "
-                f"still those of step {steps.step}. Lower optimizer.lr, set clip_grad_norm, or look "
-                "at the data."
+                f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. The weights "
+                f"are still those of step {steps.step}. Lower optimizer.lr, set clip_grad_norm, or "
+                "check the data."
             )
         self.applying = True
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
@@ -113,7 +122,7 @@ class Step:
         self.applied = True
         self.metrics |= dict(zip(checked, values, strict=True))
         if not steps.num_labelled:
-            del self.metrics["loss"]  # it is the mean of nothing
+            del self.metrics["loss"]  # there was no token to take a mean over
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
         seconds = time.perf_counter() - self._started
         self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds

@@ -1,4 +1,4 @@
-"""The life of a training run as an iterator: one step after the other, and everything that happens between them.
+"""The step loop of a training run, as an iterator over optimizer steps.
 
     with Steps(cfg, model=model, data=data, loss_sum=loss_sum, ...) as steps:
         for step in steps:
@@ -9,8 +9,9 @@
             step.apply(optimizer, lr_scheduler, clip_grad_norm=1.0)
     return steps.exit_status
 
-The recipe keeps the mathematics: forward, backward, regularizers and the optimizer's step. The iterator locks the
-output folder, shows progress, resumes, validates, saves, logs, and stops at a signal.
+The recipe does the mathematics: the forward and backward passes, the regularizers and the optimizer
+step. The iterator locks the output folder, shows progress, resumes, validates, saves, logs, and
+stops when a signal arrives.
 """
 
 from __future__ import annotations
@@ -60,31 +61,33 @@ SHOWN = ("loss", "val_loss", "l2", "l3", "lr", "tokens_per_second", "peak_memory
 
 
 class Steps:
-    """All optimizer steps of a run, from where its checkpoint left off to the end or to the first stop signal.
+    """All optimizer steps of a run, from the position of its checkpoint to the end of the run or to
+    the first stop signal.
 
-    Use it as a context manager and iterate over it once.
+    Use it as a context manager, and iterate over it once.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
-        model: with its weights and adapters, on its device.
-        data: the batches.
-        loss_sum: of a batch on the device, the sum of the losses of its labelled tokens, a scalar with gradient. The
-            validation uses it as well.
-        optimizer: of the trained parameters.
-        lr_scheduler: stepped once a step; None for a constant rate.
-        checkpoint: what the run started from, if anything.
-        fingerprints: of data and base weights; every checkpoint keeps them.
-        device: where the model runs.
+        model: the model with weights and adapters, on its device.
+        data: the training and validation batches.
+        loss_sum: maps a batch on the device, with tokens and labels ``[b, s]``, to the summed loss
+            of its labelled tokens, a scalar with gradient. Validation uses it as well.
+        optimizer: the optimizer of the trained parameters.
+        lr_scheduler: the learning rate schedule, advanced once a step. None for a constant rate.
+        checkpoint: the checkpoint that the run started from, if there is one.
+        fingerprints: fingerprints of data and base weights, stored in every checkpoint.
+        device: device of the model.
         ignore_index: label of tokens that nothing is learned from.
-        processes: the processes that train together.
+        processes: the processes that train together. None for a single process.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: finished epochs.
-        batches_done: batches of the running epoch that are done.
+        step: number of optimizer steps done.
+        epoch: number of epochs done.
+        batches_done: number of batches done in the current epoch.
 
     Raises:
-        ValueError: on entering, when another run writes to the output folder.
+        ValueError: another run writes to the output folder. It is raised when the context is
+            entered.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Steps:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.step = self.epoch = self.batches_done = self._first_step = 0
         self._current: Step | None = None
-        self.stopping = False  # the same on all processes
+        self.stopping = False  # all processes agree on it
         self._saved_step = -1
         self._saved: Path | None = None  # the newest checkpoint of this run
         self._resumed = checkpoint is not None and checkpoint.resumes
@@ -154,24 +157,23 @@ class Steps:
             return
         if self.stopping and self.step < self.data.total_steps:
             log.warning(
-                f"Stopped by a signal after step {self.step}; resume_from_checkpoint=True goes on "
-                "from here."
+                f"A signal stopped the run after step {self.step}. Set resume_from_checkpoint=True "
+                "to continue from here."
             )
         elif self._saved:
             log.info(f"Finished. Adapter: {self._saved / 'adapter.safetensors'}")
 
     def _save_finished_steps(self, error: Exception) -> None:
-        """After a failure inside a step, save the steps before it, with the random state from before it.
+        """After an error inside a step, save the steps before it, with the random state from before
+        it.
 
-        Several processes save where all of them have failed alike. Where one failed alone, the others are still inside
-        the step and cannot save with it.
+        Saving needs all processes. It is done only if the error occurred on all of them. If it
+        occurred on one process, the others are still inside the step.
         """
-        step, together = (
-            self._current,
-            self.processes.size == 1 or isinstance(error, NonFiniteError),
-        )
+        step = self._current
+        failed_everywhere = self.processes.size == 1 or isinstance(error, NonFiniteError)
         unsaved = self.step > max(self._saved_step, self._first_step)
-        if step is None or step.applying or not unsaved or not together:
+        if step is None or step.applying or not unsaved or not failed_everywhere:
             return
         self.batches_done -= step.num_batches
         try:
@@ -183,7 +185,9 @@ class Steps:
 
     @property
     def exit_status(self) -> int:
-        """0 for a run that reached its end, 128 + the signal's number for one that a signal stopped."""
+        """Exit status: 0 for a run that reached its end, and 128 + the signal's number for a run
+        that a signal stopped.
+        """
         if self.stopping and self.step < self.data.total_steps:
             return 128 + (self.signals.received or signal.SIGTERM)
         return 0
@@ -191,7 +195,7 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         self.model.train()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # loading and decomposing are over
+            torch.cuda.reset_peak_memory_stats(self.device)  # leave out loading and decomposing
         self._open_log()
         save_every = self.cfg.save_every_n_steps
         while not self._done:
@@ -210,14 +214,16 @@ class Steps:
 
     @property
     def _done(self) -> bool:
-        if self.processes.size == 1:  # several processes agree on it at their next step
+        if self.processes.size == 1:  # several processes agree on stopping at their next step
             self.stopping |= self.signals.received is not None
         return self.stopping or self.step >= self.data.total_steps
 
     def _batches_of_steps(self) -> Iterator[list[Batch]]:
-        """The batches of each step of the running epoch. A row that cannot be read costs no finished step.
+        """Yield the batches of each step of the current epoch. If a row cannot be read, the
+        finished steps are saved first.
 
-        The processes agree here on how many tokens all of them learn from, and whether one failed or heard a signal.
+        Here the processes exchange how many labelled tokens they have, and whether one of them
+        failed or received a signal.
         """
         of_steps = self.data.steps(self.epoch, self.batches_done)
         while True:
@@ -247,9 +253,9 @@ class Steps:
         return int((batch["labels"] != self.ignore_index).sum())
 
     def _finish_step(self, step: Step) -> None:
-        """Validate if it is due, show and log."""
+        """Validate if this step is due for it, update the progress bar, and log."""
         if not step.applied:
-            raise RuntimeError("The recipe went on to the next step without step.apply(optimizer).")
+            raise RuntimeError("The recipe went to the next step without step.apply(optimizer).")
         cfg, metrics = self.cfg, step.metrics
         self._profiler.step()
         if cfg.log_peak_memory_stats and self.device.type == "cuda":
@@ -264,7 +270,9 @@ class Steps:
             self._logger.log_dict(metrics, step=self.step)
 
     def _open_log(self) -> None:
-        """Log the config and the losses before the first step; drop lines of steps that will be done again."""
+        """Log the config and, before the first step, the validation losses. Remove the lines of
+        steps that a resumed run does again.
+        """
         self._logger.log_config(self.cfg)
         if hasattr(self._logger, "rewind"):
             self._logger.rewind(self.step if self._resumed else -1)
@@ -276,7 +284,7 @@ class Steps:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss per labelled token of the validation set."""
+        """Compute the mean loss per labelled token of the validation set."""
         self.model.eval()
         total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self.data.validation():
@@ -290,10 +298,11 @@ class Steps:
     # --- checkpoints
 
     def save(self, *, rng: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint: the adapter, and everything that resuming bit for bit needs. All processes must call.
+        """Write a checkpoint that holds the adapter and everything that resuming bit for bit needs.
+        All processes must call this.
 
         Args:
-            rng: state of the random generators to store; None for the present one.
+            rng: state of the random generators to store. None for the present state.
         """
         scheduler = self.lr_scheduler
         run = {
@@ -319,7 +328,7 @@ class Steps:
         self._saved_step = self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Bring back optimizer, schedule, position in the data and random state."""
+        """Restore the optimizer, the schedule, the position in the data and the random state."""
         run, data = checkpoint.run, self.data
         self.step, self.epoch, self.batches_done = resume_position(
             run, data.batches_per_step, data.num_batches

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to finish the running step."""
+"""SIGINT and SIGTERM as a request to finish the current step and stop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 
 class StopSignals:
-    """While active, SIGINT and SIGTERM are remembered instead of obeyed; a second one is obeyed at once.
+    """Records SIGINT and SIGTERM while it is active, so that the current step can finish. A second
+    signal acts at once.
 
-    ``received`` is the signal's number or None. The exit status of a program that stops for signal n is ``128 + n``.
+    ``received`` is the signal's number, or None. A program that stops for signal n has the exit
+    status ``128 + n``.
     """
 
     def __init__(self) -> None:
