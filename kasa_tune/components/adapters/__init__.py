@@ -1,4 +1,6 @@
-"""Linears with an adapter, how they get into a model, their regularizers and their state."""
+"""Linears with an adapter: their classes, how they get into a model, their regularizers, and their
+state.
+"""
 
 from kasa_tune.components.adapters.attach import attach, builders
 from kasa_tune.components.adapters.corda import CorDALinear

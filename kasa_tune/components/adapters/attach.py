@@ -1,4 +1,6 @@
-"""Swap named linears of any torchtune model for adapter linears, and make the builders users type from that."""
+"""Replacing named linears of any torchtune model by adapter linears, and the model builders that do
+this.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.lora import LoRALinear
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
-MLP_MODULES = ("w1", "w2", "w3")  # torchtune's names of gate, down and up projection
-OUTPUTS = ("output", "decoder.output")  # of a decoder, and of one fused with an encoder
+MLP_MODULES = ("w1", "w2", "w3")  # torchtune's names for gate, down and up projection
+OUTPUTS = ("output", "decoder.output")  # in a decoder, and in a decoder fused with an encoder
 
 Builder = Callable[..., nn.Module]
 
@@ -28,24 +30,27 @@ def attach(
     apply_to_output: bool = False,
     **options,
 ) -> nn.Module:
-    """Replace the chosen linears of a model by adapter linears on the same weights and freeze everything else, in
-    place.
+    """Replace the chosen linears of a model, in place, by adapter linears with the same weights.
+    Everything else is frozen.
 
     Args:
         model: any torchtune model, on any device (meta included).
-        linear: the adapter linear's class.
-        attn_modules: which of ``q_proj, k_proj, v_proj, output_proj`` of every attention.
-        apply_to_mlp: all linears of every MLP, or the names of some: ``w1`` (gate), ``w2`` (down), ``w3`` (up).
-        apply_to_output: the output projection too; not possible where it is tied to the embedding.
-        options: rank, alpha, dropout and what else ``linear`` takes.
+        linear: class of the adapter linears.
+        attn_modules: names of the linears to adapt in every attention, out of
+            ``q_proj, k_proj, v_proj, output_proj``.
+        apply_to_mlp: True for all linears of every MLP, or the names of some: ``w1`` (gate), ``w2``
+            (down), ``w3`` (up).
+        apply_to_output: whether to adapt the output projection as well. This is impossible if it is
+            tied to the embedding.
+        options: rank, alpha, dropout, and the other arguments of ``linear``.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown module name, nothing to adapt, a tied output, or an option a layer cannot take (rank
-        above its
-            smaller dimension, …); the message names the layer.
+        ValueError: a module name is unknown, nothing is to be adapted, or the output projection is
+            tied. Or a layer cannot take an option, such as a rank above its smaller dimension. The
+            message names the layer.
     """
     mlp_modules = (
         (MLP_MODULES if apply_to_mlp else ())
@@ -60,13 +65,15 @@ def attach(
     outputs = linears.keys() & set(OUTPUTS) if apply_to_output else set()
     if apply_to_output and not outputs:
         raise ValueError(
-            "apply_to_output: this model's output projection is tied to its embedding and takes no adapter."
+            "apply_to_output: this model's output projection is tied to its embedding and takes no "
+            "adapter. Set apply_to_output=False."
         )
     leaves = {*attn_modules, *mlp_modules}
     chosen = [name for name in linears if name.rpartition(".")[2] in leaves or name in outputs]
     if not chosen:
         raise ValueError(
-            "Nothing to adapt: set attn_modules, apply_to_mlp or apply_to_output to at least one linear."
+            "Nothing to adapt: set attn_modules, apply_to_mlp or apply_to_output to at least one "
+            "linear."
         )
     model.requires_grad_(False)
     for name in chosen:
@@ -80,6 +87,7 @@ def attach(
 def _adapter_on(
     module: nn.Linear, name: str, linear: type[AdapterLinear], options: dict
 ) -> AdapterLinear:
+    """Make an adapter linear on the weight and the bias of ``module``."""
     try:
         with module.weight.device:
             adapter = linear(
@@ -94,16 +102,18 @@ def _adapter_on(
 
 
 def _check_names(given: Sequence[str], known: Sequence[str], key: str) -> None:
+    """Raise ValueError if ``given`` is not a list of known names."""
     unknown = [name for name in given if name not in known]
     if isinstance(given, str) or unknown:
         raise ValueError(f"{key} must be a list of names out of {', '.join(known)}; got {given!r}.")
 
 
 def builders(base: Builder) -> tuple[Builder, Builder, Builder]:
-    """``kasa_<name>``, ``lora_<name>`` and ``corda_<name>`` of a torchtune builder.
+    """Make the builders ``kasa_<name>``, ``lora_<name>`` and ``corda_<name>`` from a torchtune
+    builder.
 
-    All take ``attn_modules``, ``apply_to_mlp``, ``apply_to_output`` and the adapter linear's options next to the base
-    builder's own arguments, all visible in their signature.
+    Each takes ``attn_modules``, ``apply_to_mlp``, ``apply_to_output``, the options of its adapter
+    linear, and the arguments of the torchtune builder. Its signature shows all of them.
     """
     kasa, lora = _builder(base, "kasa", KaSALinear), _builder(base, "lora", LoRALinear)
     return kasa, lora, _builder(base, "corda", CorDALinear)
@@ -122,15 +132,19 @@ def _builder(base: Builder, method: str, linear: type[AdapterLinear]) -> Builder
 
     build.__name__ = build.__qualname__ = f"{method}_{base.__name__}"
     build.__doc__ = (
-        f"{base.__name__} of torchtune with {linear.__name__} in the chosen places.\n\n"
-        f"Arguments of :func:`attach`, of :class:`{linear.__name__}` and of torchtune's ``{base.__name__}``."
+        f"Build torchtune's {base.__name__} with {linear.__name__} as the chosen linears.\n\n"
+        f"The arguments are those of :func:`attach`, of :class:`{linear.__name__}` and of "
+        "torchtune's "
+        f"``{base.__name__}``."
     )
     build.__signature__ = _signature(base, linear)
     return build
 
 
 def _signature(base: Builder, linear: type[AdapterLinear]) -> inspect.Signature:
-    """What a builder takes: where to adapt, the linear's options, the base builder's arguments."""
+    """Make the signature of a builder: where to adapt, the linear's options, and the torchtune
+    builder's arguments.
+    """
     keyword = inspect.Parameter.KEYWORD_ONLY
     types = get_type_hints(linear.__init__)
     where = [

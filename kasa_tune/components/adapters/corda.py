@@ -1,4 +1,6 @@
-"""CorDA's linear, whose update can start as a part of its weight: ``W_eff = W0 - s · B0 A0 + s · B A``."""
+"""The linear of CorDA, whose update can start as a part of its weight:
+``W_eff = W0 - s · B0 A0 + s · B A``.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,18 @@ from kasa_tune.components.linalg.low_rank import LowRank
 
 
 class CorDALinear(AdapterLinear):
-    """A linear whose update can start as a part of its own weight: CorDA (arXiv 2406.05223), PiSSA, MiLoRA.
+    """A linear whose update can start as a part of its own weight, as in CorDA (arXiv 2406.05223),
+    PiSSA and MiLoRA.
 
-    ``y = W x + bias - s · B0 (A0 x) + s · B (A dropout(x))``, where ``A0, B0`` are where ``A, B`` started: at first the
-    output is that of W. With a factored edit and no dropout it is so bit for bit. Until :meth:`start_from` it is
-    LoRA's linear.
+    ``y = W x + bias - s · B0 (A0 x) + s · B (A dropout(x))``, where ``A0, B0`` are the initial
+    values of ``A, B``. The initial output is therefore that of W. With a factored edit and no
+    dropout it is equal bit for bit. Before :meth:`start_from` is called, the linear is that of
+    LoRA.
 
     Args:
-        in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage: as :class:`AdapterLinear`; ``auto`` folds in
-            every dtype, since what is taken out of the weight is large.
+        in_dim, out_dim, rank, alpha, dropout, use_bias: as in :class:`AdapterLinear`.
+        edit_storage: as in :class:`AdapterLinear`, but ``auto`` folds in every dtype. What is taken
+            out of the weight is large, so that rounding does not erase it.
     """
 
     def __init__(
@@ -39,27 +44,29 @@ class CorDALinear(AdapterLinear):
 
     @torch.no_grad()
     def start_from(self, start: LowRank, *, taken_out: bool = False) -> None:
-        """Start the update as ``s · out @ into`` and take the same out of the frozen weight.
+        """Start the update as ``s · out @ into``, and subtract the same from the frozen weight.
 
-        A start whose ``out`` is zero takes nothing out, and the edit then has rank 0.
+        If ``out`` is zero, nothing is subtracted, and the edit has rank 0.
 
         Args:
-            start: ``(d_out, d_in)`` of any rank, which becomes the linear's.
-            taken_out: the weight has come without it, as a quantized residual does.
+            start: ``(d_out, d_in)`` of any rank. The linear takes over this rank.
+            taken_out: True if the weight was loaded without this part already, as a quantized
+                residual is.
 
         Raises:
-            ValueError: the shape is not the weight's.
+            ValueError: the shape is not that of the weight.
             RuntimeError: an edit is folded into the weight already.
         """
         if start.shape != (self.out_dim, self.in_dim):
             raise ValueError(
-                f"The start is {start.shape}, the weight {(self.out_dim, self.in_dim)}."
+                f"The start has shape {start.shape}, the weight {(self.out_dim, self.in_dim)}."
             )
         self.check_unfolded()
         self.set_rank(start.rank)
         self.lora_b.weight.copy_(start.out)
         self.lora_a.weight.copy_(start.into)
-        # Of the parameters, which may be bfloat16: what is taken out is exactly what the update puts back.
+        # The edit is made from the parameters, which may be bfloat16. Then exactly the initial
+        # update is subtracted.
         edit = LowRank(
             self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()
         )
@@ -68,7 +75,9 @@ class CorDALinear(AdapterLinear):
         self.set_edit(edit, taken_out=taken_out)
 
     def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:
-        """As :class:`AdapterLinear`; once folded, the edit's factors, large as the update, wait on the host."""
+        """Set the edit ``(d_out, d_in)`` as in :class:`AdapterLinear`. The factors of a folded edit
+        are kept on the CPU, because they are as large as the update.
+        """
         super().set_edit(edit, taken_out=taken_out)
         if self.folded:
             self.lora_edit_out, self.lora_edit_in = (
@@ -78,7 +87,7 @@ class CorDALinear(AdapterLinear):
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
-        """Make room for an update of another rank, at the same scaling.
+        """Change the rank of the update and keep its scaling.
 
         Raises:
             ValueError: the rank is negative or above ``min(d_in, d_out)``.
@@ -95,7 +104,11 @@ class CorDALinear(AdapterLinear):
             self.reset_update()
 
     def adapter_shapes(self, rank: int, edit_rank: int) -> dict[str, tuple[int, int]]:
-        """Shapes of the adapter's tensors at other ranks; raises ValueError as :meth:`set_rank`."""
+        """Return the shapes that the adapter's tensors have at other ranks.
+
+        Raises:
+            ValueError: as :meth:`set_rank`.
+        """
         check_rank(rank, self.in_dim, self.out_dim, least=0)
         return {
             "lora_a.weight": (rank, self.in_dim),
@@ -105,10 +118,12 @@ class CorDALinear(AdapterLinear):
         }
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
         if self.disabled or self.folded or not self.lora_edit_in.shape[0]:
             return super().forward(x)
         h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype))  # [..., r]
         update = F.linear(h, (self.lora_b.weight.float() * self.scaling).to(x.dtype))
-        # The same products in the same order as the update's, so that equal factors cancel to zero.
+        # The products have the same order as those of the update, so that equal factors cancel to
+        # zero.
         edit = F.linear(F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out.to(x.dtype))
         return F.linear(x, self.weight, self.bias) + (update - edit)

@@ -1,4 +1,6 @@
-"""KaSA's linear: ``W_eff = W0 - E + s · B diag(d) A``, where E holds W0's smallest singular triplets."""
+"""The linear of KaSA: ``W_eff = W0 - E + s · B diag(d) A``, where E holds the smallest singular
+triplets of W0.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ DIAG_INITS = ("normal", "ones")
 
 
 class KaSALinear(AdapterLinear):
-    """Knowledge-aware singular-value adaptation (arXiv 2412.06071): the edit is the weight's smallest singular
-    triplets, the update has a trained diagonal.
+    """Knowledge-aware singular-value adaptation (arXiv 2412.06071). The edit holds the smallest
+    singular triplets of the weight, and the update has a trained diagonal.
 
     Args:
-        in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage: as :class:`AdapterLinear`.
-        truncation_rank: ``k``, smallest singular triplets removed from the weight; default ``rank``, 0 removes none.
-        truncation: ``paper`` or ``published``, see :func:`~kasa_tune.components.linalg.decomposition.num_truncated`.
-        diag_init: ``normal`` draws ``d ~ N(0, 1)`` as published, ``ones`` starts as LoRA does.
+        in_dim, out_dim, rank, alpha, dropout, use_bias, edit_storage: as in :class:`AdapterLinear`.
+        truncation_rank: ``k``, number of smallest singular triplets removed from the weight. The
+            default is ``rank``. 0 removes none.
+        truncation: ``paper`` or ``published``, see
+            :func:`~kasa_tune.components.linalg.decomposition.num_truncated`.
+        diag_init: ``normal`` draws ``d ~ N(0, 1)`` as published. ``ones`` starts as LoRA does.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class KaSALinear(AdapterLinear):
 
     @torch.no_grad()
     def reset_update(self) -> None:
-        """A Kaiming-uniform, B zero, d standard normal or ones."""
+        """Initialize A Kaiming-uniform, B with zeros, and d standard normal or with ones."""
         super().reset_update()
         if "lora_diag" not in self._parameters:
             self.lora_diag = nn.Parameter(torch.empty(self.rank))
@@ -61,15 +65,18 @@ class KaSALinear(AdapterLinear):
         )
 
     def initialize(self) -> Subspace | None:
-        """Remove the loaded weight's smallest singular triplets and start the update; returns how they were found."""
+        """Remove the smallest singular triplets of the loaded weight and initialize the update. The
+        returned subspace tells how they were found.
+        """
         edit, subspace = smallest_triplets(self.weight, self.lora_edit_in.shape[0])
         self.set_edit(edit)
         self.reset_update()
         return subspace
 
     def adapter_params(self) -> list[str]:
-        """Names of the trained parameters (torchtune's adapter protocol)."""
+        """Return the names of the trained parameters, as torchtune's adapter protocol asks."""
         return ["lora_a.weight", "lora_b.weight", "lora_diag"]
 
     def _scale(self) -> Tensor:
+        """Return the factor ``s · d (rank,)`` of the update."""
         return self.scaling * self.lora_diag

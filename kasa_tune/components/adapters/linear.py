@@ -1,7 +1,7 @@
-"""Linears with an SVD-based adapter: ``W_eff = W0 - E + s · B diag(d) A``.
+"""The base class of linears with an SVD-based adapter: ``W_eff = W0 - E + s · B diag(d) A``.
 
-``W0`` is frozen, ``E`` is a low-rank edit of it, ``A``, ``B`` and (for KaSA) ``d`` are trained. LoRA is the case of
-E = 0 and d = 1; PiSSA, MiLoRA and CorDA are that of E = s · B A at the start and d = 1.
+``W0`` is frozen, and ``E`` is a low-rank edit of it. ``A``, ``B`` and, for KaSA, ``d`` are trained.
+LoRA has E = 0 and d = 1. PiSSA, MiLoRA and CorDA have d = 1, and E is the initial ``s · B A``.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ EDIT_STORAGES = ("auto", "folded", "factored")
 
 
 class AdapterLinear(nn.Module):
-    """A frozen linear with an edit and a trained low-rank update: what every adapter linear here is made of.
+    """A frozen linear with a low-rank edit of its weight and a trained low-rank update. The other
+    adapter linears derive from it.
 
-    ``y = W x + bias - E_out (E_in x) + s · B (d ⊙ (A dropout(x)))`` with ``s = alpha / rank``, for x ``[..., d_in]``.
+    ``y = W x + bias - E_out (E_in x) + s · B (d ⊙ (A dropout(x)))`` with ``s = alpha / rank``, for
+    ``x [..., d_in]`` and ``y [..., d_out]``.
 
-    The edit has two storages with the same function. ``folded``: ``weight`` holds ``W0 - E``. ``factored``: ``weight``
-    keeps ``W0`` and the forward subtracts ``E_out (E_in x)``, exact in every dtype and bit-exactly undone when the
-    adapter is disabled. ``auto`` folds float32 weights; with half-precision and quantized ones, where folding would
-    round most of a small edit away, it is factored.
+    The edit can be stored in two ways, which compute the same function. With ``folded``, ``weight``
+    holds ``W0 - E``. With ``factored``, ``weight`` holds ``W0``, and the forward pass subtracts
+    ``E_out (E_in x)``. This is exact in every dtype, and disabling the adapter undoes it bit for
+    bit.
+
+    ``auto`` folds the edit into float32 weights. It keeps the edit factored for half-precision and
+    quantized weights, because folding would round most of a small edit away.
 
     Args:
         in_dim: ``d_in``.
         out_dim: ``d_out``.
         rank: ``r``, at least 1 and at most ``min(d_in, d_out)``.
-        alpha: the update is scaled by ``alpha / rank``.
-        dropout: probability applied to the update's input.
+        alpha: the update is scaled by ``s = alpha / rank``.
+        dropout: dropout probability of the update's input.
         use_bias: whether the frozen linear has a bias.
-        edit_rank: ``k``, columns of the edit; 0 for none.
+        edit_rank: ``k``, rank of the edit. 0 for no edit.
         edit_storage: ``auto``, ``folded`` or ``factored``.
 
     Raises:
@@ -77,14 +82,16 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def reset_update(self) -> None:
-        """Start of LoRA: A Kaiming-uniform, B zero, so that the update is zero."""
+        """Initialize the update as in LoRA: A is Kaiming-uniform, and B is zero, so that the update
+        is zero.
+        """
         nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b.weight)
 
     @torch.no_grad()
     def materialize(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Give a linear built on the meta device storage for its own tensors: the update in ``dtype``, the edit in
-        float32.
+        """Allocate the adapter's own tensors of a linear that was built on the meta device. The
+        update gets ``dtype``, and the edit gets float32.
         """
         for name in self.adapter_params():
             owner, _, leaf = name.rpartition(".")
@@ -95,37 +102,45 @@ class AdapterLinear(nn.Module):
         self.reset_update()
 
     def initialize(self) -> Subspace | None:
-        """Start the adapter on a loaded weight; a plain low-rank update needs nothing from it."""
+        """Initialize the adapter on a loaded weight. A plain low-rank update does not depend on the
+        weight.
+        """
         self.reset_update()
 
     @property
     def edit(self) -> LowRank:
-        """The low-rank part taken out of the frozen weight."""
+        """The low-rank part ``E (d_out, d_in)`` that is taken out of the frozen weight."""
         return LowRank(self.lora_edit_out, self.lora_edit_in)
 
     @torch.no_grad()
     def set_edit(self, edit: LowRank, *, taken_out: bool = False) -> None:
-        """Take ``edit`` out of the frozen weight, once in the life of a loaded weight.
+        """Take ``edit`` out of the frozen weight. This may be done once for a loaded weight.
 
         Args:
-            edit: float32 factors of shape ``(d_out, d_in)``, any rank.
-            taken_out: the weight has come without it, as a quantized residual does.
+            edit: float32 factors of shape ``(d_out, d_in)`` and any rank.
+            taken_out: True if the weight was loaded without this part already, as a quantized
+                residual is.
 
         Raises:
-            ValueError: the edit's shape is not the weight's.
-            RuntimeError: an edit is folded into the weight already, or would have to be into a quantized one.
+            ValueError: the shape of the edit is not that of the weight.
+            RuntimeError: an edit is folded into the weight already, or this edit would have to be
+                folded into a quantized weight.
         """
         if edit.shape != (self.out_dim, self.in_dim):
-            raise ValueError(f"The edit is {edit.shape}, the weight {(self.out_dim, self.in_dim)}.")
+            raise ValueError(
+                f"The edit has shape {edit.shape}, the weight {(self.out_dim, self.in_dim)}."
+            )
         self.check_unfolded()
         fold = edit.rank > 0 and not taken_out and self.folds
         if fold and is_quantized(self.weight):
-            raise RuntimeError("The weight is quantized: take the edit out of it before it is.")
+            raise RuntimeError(
+                "The weight is quantized: take the edit out of it before quantizing it."
+            )
         self.lora_edit_out = edit.out.to(self.weight.device)
         self.lora_edit_in = edit.into.to(self.weight.device)
         if fold:
             weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
-            # A new tensor: the old one may be shared with the checkpoint it was loaded from.
+            # The result is a new tensor, because the old one may be shared with its checkpoint.
             out, into = self.lora_edit_out.to(weight.dtype), self.lora_edit_in.to(weight.dtype)
             folded = torch.addmm(weight, out, into, alpha=-1.0)
             self.weight = nn.Parameter(folded.to(self.weight.dtype), requires_grad=False)
@@ -133,7 +148,9 @@ class AdapterLinear(nn.Module):
 
     @property
     def folds(self) -> bool:
-        """Whether an edit goes into the frozen weight, and is not kept beside it."""
+        """Whether an edit is folded into the frozen weight. Otherwise it is kept beside
+        the weight.
+        """
         full_precision = self.weight.dtype in (torch.float32, torch.float64) and not is_quantized(
             self.weight
         )
@@ -143,17 +160,19 @@ class AdapterLinear(nn.Module):
         """Raise RuntimeError if an edit has been folded into the weight already."""
         if self.folded:
             raise RuntimeError(
-                "The weight already has an edit folded in; load the base weight again first."
+                "The weight already has an edit folded in. First load the base weight again."
             )
 
     def adapter_params(self) -> list[str]:
-        """Names of the trained parameters (torchtune's adapter protocol)."""
+        """Return the names of the trained parameters, as torchtune's adapter protocol asks."""
         return ["lora_a.weight", "lora_b.weight"]
 
     def _scale(self) -> Tensor | float:
+        """Return the factor of the update: ``s``, or a tensor ``(rank,)``."""
         return self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
         y = F.linear(x, self.weight, self.bias)
         if self.disabled:
             return (
@@ -168,7 +187,7 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W_eff`` ``(d_out, d_in)`` in float32."""
+        """Compute ``W_eff (d_out, d_in)`` in float32."""
         weight = dequantize(self.weight)
         if not self.folded:
             weight = torch.addmm(weight, self.lora_edit_out, self.lora_edit_in, alpha=-1.0)
@@ -178,14 +197,18 @@ class AdapterLinear(nn.Module):
 
 
 def check_rank(rank: int, in_dim: int, out_dim: int, least: int = 1) -> None:
+    """Raise ValueError if a rank is below ``least`` or above ``min(in_dim, out_dim)``."""
     if not least <= rank <= min(in_dim, out_dim):
         raise ValueError(
-            f"rank must be between {least} and min(in_dim, out_dim) = {min(in_dim, out_dim)}; got {rank}."
+            f"rank must be between {least} and min(in_dim, out_dim) = {min(in_dim, out_dim)}; "
+            f"got {rank}."
         )
 
 
 def add_product(y: Tensor, h: Tensor, factor: Tensor) -> Tensor:
-    """``y + h factorᵀ`` in one kernel, writing into y: ``y [..., n]``, ``h [..., k]``, ``factor (n, k)``."""
+    """Compute ``y + h factorᵀ`` in one kernel, in place in y. The shapes are ``y [..., n]``,
+    ``h [..., k]`` and ``factor (n, k)``.
+    """
     n, k = factor.shape
     rows = y.reshape(-1, n)
     return rows.addmm_(h.to(y.dtype).reshape(len(rows), k), factor.to(y.dtype).T).view_as(y)
