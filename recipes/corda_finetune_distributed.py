@@ -1,4 +1,5 @@
-"""Fine-tune a language model with CorDA (or PiSSA, MiLoRA, LoRA, DoRA) on several devices: fully sharded data parallel.
+"""Fine-tune a language model with CorDA (or PiSSA, MiLoRA, LoRA, DoRA) on several devices: fully
+sharded data parallel.
 
     tune run --nproc_per_node 2 corda_finetune_distributed --config tiny_corda
     tune cp corda_finetune_distributed my_corda.py && tune run --nproc_per_node 8 my_corda.py --config my.yaml
@@ -15,8 +16,8 @@ The algorithm (CorDA, arXiv 2406.05223, and CorDA++, arXiv 2506.13187):
     for every batch:               y  =  W x + s B A x
                                    (A, B)  <-  AdamW on the cross-entropy
 
-Every process reads its rows of W and runs the model over its part of the calibration rows; a W is decomposed by one
-process for all. The checkpoints are those of one device.
+Every process reads its rows of W and runs the model over its part of the calibration rows. Each W
+is decomposed by one process for all. The checkpoints have the same form as on one device.
 """
 
 import sys
@@ -75,14 +76,14 @@ log = utils.get_logger("INFO")
 
 
 class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
-    """CorDA fine-tuning and its baselines on the processes that torchrun starts, each with a part of every weight.
+    """Fine-tuning with CorDA and its relatives on processes that each have a part of every weight.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        training.set_seed(cfg.seed)  # the same in all processes until the adapters have started
+        training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
         self._device = self._world.device if self._world else torch.device("cpu")
@@ -91,7 +92,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._method, self._calibrator = method_of(cfg.adapter), None
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         if cfg.dry_run:
             self._setup_model(cfg)
             self._print_budget(cfg)
@@ -106,7 +107,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         digest = self._calibrator.digest if self._calibrator else None
         world.check_same(facts | {"calibration data": str(digest)})
         if cfg.compile:
-            allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
+            allow_graphs(4 * len(self._linears))  # every rank needs its own graph
             training.compile_model(self._model, verbose=False)
         self._setup_weights(cfg)
         offload = cfg.enable_activation_offloading
@@ -116,7 +117,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._lr_scheduler = config.instantiate(
             cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if world.rank:  # from here on, what is random differs
+        if world.rank:  # from here on, processes draw different random numbers, for dropout
             torch.manual_seed(cfg.seed + world.rank)
         self.steps = Steps(
             cfg,
@@ -132,7 +133,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         )
 
     def _setup_model(self, cfg: DictConfig) -> None:
-        """Build the model's shapes, its loss and its tokenizer; no weight is read."""
+        """Build the model's shapes, its loss and its tokenizer, without reading any weight."""
         self._model = build_training_model(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
         self._vocab_size = self._model.tok_embeddings.num_embeddings
@@ -141,7 +142,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:
-        """Build this process's part of the data and of the calibration rows."""
+        """Build this process's share of the training data and of the calibration rows."""
         options = {
             "device": self._device,
             "dense_mask": needs_dense_mask(self._model),
@@ -156,7 +157,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             self._calibrator = Calibrator(cfg, self._tokenizer, self._model, **options)
 
     def _open_base(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
+        """Open the base and read the saved adapter, if any. Both must fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.all_succeed("Opening the checkpoint"):
             base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
@@ -167,7 +168,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         return base, saved
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Read base weights and start adapters, a block at a time, of which each process keeps its part."""
+        """Read base weights and start adapters, block by block. Each process keeps its part."""
         base, saved = self._open_base(cfg)
         linears, shared = block_linears(self._model), SharedReading(base, self._world)
         load_base_weights(
@@ -196,7 +197,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _find_starts(
         self, cfg: DictConfig, linears: Mapping[str, nn.Module], base: SharedReading
     ) -> dict[str, LowRank]:
-        """Where every adapter starts: a part of its weight, found by one process; nothing for LoRA."""
+        """Find the part of its weight that every adapter starts from. LoRA starts at zero."""
         started, method = time.perf_counter(), self._method
         if method.decomposition is None:
             return {}
@@ -235,7 +236,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _covariances(
         self, linears: Mapping[str, nn.Module], base: SharedReading, wanted: Wanted, title: str
     ) -> Iterator[tuple]:
-        """Layers that share an input, calibration round, covariance over all processes; None without calibration."""
+        """Yield layers with the same input, the round, and the covariance ``(d_in, d_in)``."""
         loaded = partial(weights_loaded, linears, base, device=self._device)
         shown = self._world.is_rank_zero
         if not self._calibrator:
@@ -270,25 +271,25 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         with self.steps as steps:
             for step in steps:
                 for batch in step.batches:
                     self._model.set_requires_gradient_sync(step.is_last_batch)
                     loss = self._loss_sum(batch) / step.num_tokens
-                    (loss * self._world.size).backward()  # FSDP takes the mean over processes
+                    (loss * self._world.size).backward()  # FSDP divides by the number of processes
                     step.add_loss(loss)
                 step.apply(self._optimizer, self._lr_scheduler, clip_grad_norm=cfg.clip_grad_norm)
         return steps.exit_status
 
     def cleanup(self) -> None:
-        """Part from the other processes."""
+        """Leave the group of processes."""
         self._world.leave()
 
 
 @config.parse(config.CORDA)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = CorDAFinetuneRecipeDistributed(cfg)
     recipe.setup(cfg)
     if cfg.dry_run:

@@ -60,7 +60,7 @@ log = utils.get_logger("INFO")
 
 
 class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
-    """CorDA fine-tuning and its baselines on a CPU or one GPU, with exact resume from any saved step.
+    """Fine-tuning with CorDA and its relatives on a CPU or one GPU. Runs resume exactly.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
@@ -74,7 +74,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_training_model(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
@@ -95,7 +95,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self._checkpoint.check_data(self._data.fingerprint)
         self._setup_weights(cfg)
         if cfg.compile:
-            allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
+            allow_graphs(4 * len(self._linears))  # every rank needs its own graph
             training.compile_model(self._model, verbose=False)
         offload = cfg.enable_activation_offloading
         self._offload = training.get_act_offloading_ctx_manager(self._model, offload)
@@ -117,18 +117,18 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         )
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Read the base weights; take the adapter from a checkpoint, or start it from a part of every weight."""
+        """Read the base weights. Load the adapters from a checkpoint, or initialize them."""
         base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._checkpoint:
             load_adapter_state_dict(self._model, self._checkpoint.adapter)
             return
-        with run_lock(Path(cfg.output_dir) / "checkpoints"):  # another run's files stay untouched
+        with run_lock(Path(cfg.output_dir) / "checkpoints"):  # two runs must not write here at once
             self._start_adapters(cfg)
 
     def _start_adapters(self, cfg: DictConfig) -> None:
-        """Start every adapter: LoRA's at zero, the others from a part of their weight."""
+        """Initialize every adapter: LoRA at zero, the others from a part of their weight."""
         started, method = time.perf_counter(), self._method
         if method.decomposition is None:
             for linear in self._linears.values():
@@ -137,7 +137,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         digest = self._calibrator.digest if self._calibrator else None
         base = self._fingerprints["base"]
         cache = open_cache(cfg, method, base=base, layers=self._linears, data=digest)
-        # Calibration runs inside: once, or twice for CorDA++, which chooses covariances and ranks first.
+        # `decompose` calibrates once, or twice for CorDA++: first to choose covariances and ranks.
         components, spectra = decompose(
             self._linears,
             self._covariances,
@@ -154,7 +154,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
 
     def _covariances(self, wanted: Wanted, title: str) -> Iterator[tuple]:
-        """Layers that share an input, calibration round, covariance; None for a method without calibration."""
+        """Yield layers with the same input, the round, and the covariance ``(d_in, d_in)``."""
         if self._calibrator:
             return self._calibrator.covariances(wanted, title)
         return (([name], 0, None) for name in tqdm(self._linears, title, unit="layer"))
@@ -177,7 +177,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         with self.steps as steps:
             for step in steps:
                 for batch in step.batches:
@@ -190,7 +190,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
 @config.parse(config.CORDA)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = CorDAFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
     return 0 if cfg.dry_run else recipe.train(cfg)

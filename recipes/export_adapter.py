@@ -1,17 +1,20 @@
-"""Write a trained adapter for PEFT and vLLM, merged into its base model, or by itself.
+"""Write a trained adapter for PEFT and vLLM, merged into its base model, or in this project's own
+format.
 
     tune run export_adapter --config peft_export adapter_checkpoint=/tmp/run output_dir=/tmp/adapter
     tune run export_adapter --config merged_export adapter_checkpoint=/tmp/run output_dir=/tmp/model dtype=bf16
     tune run export_adapter --config native_export adapter_checkpoint=/tmp/run output_dir=/tmp/adapter
 
-Takes the runs of every fine-tuning recipe; what they were trained on is written in their checkpoints. Every method here
-ends in  W_eff  =  W0 - E_out E_in + s B diag(d) A,  so on the base model W0 every one of them is
+It takes the runs of every fine-tuning recipe. Their checkpoints say which base they were trained
+on. Every method ends in  W_eff  =  W0 - E_out E_in + s B diag(d) A. On the base model W0 the
+adapter is therefore
 
     a LoRA  [ s B diag(d) | -E_out ] [ A ; E_in ]  of rank r + k           format: peft (DoRA: with its magnitudes)
     or a weight W_eff                                                      format: merged
     or the factors as they are                                             format: native
 
-The folder appears when all of it is on the disk; its README.md says what it is and how to load it.
+The output folder appears when all of it is on the disk. Its README.md says what it is and how to
+load it.
 """
 
 import json
@@ -31,19 +34,20 @@ from kasa_tune.components.exchange.new_folder import check_new, check_outside, n
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
 
-# Which keys say something about which format; the others belong to all.
+# Formats that each of these keys belongs to. All other keys belong to every format.
 ONLY_OF = {
-    "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",), "max_shard_size": ("merged",),
-    "dtype": ("peft", "merged"),
+    "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",),
+    "max_shard_size": ("merged",), "dtype": ("peft", "merged"),
 }  # fmt: skip
-SHOWN = 1e-2  # errors, as a share of a weight, that are printed layer by layer: more than rounding to bfloat16 makes
+# An error above this share of the weight is printed for its layer. Rounding to bfloat16 gives less.
+SHOWN = 1e-2
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be meant, before anything is read.
+    """Check the config before anything is read.
 
     Raises:
-        ValueError: a key of another format was set, or the output would lie in the run.
+        ValueError: a key of another format was set, or the output would lie in the run's folder.
         FileExistsError: output_dir exists.
     """
     output_dir = Path(cfg.output_dir)
@@ -61,7 +65,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Deviations:
-    """Everything but the card; returns how far the weights are from those that were trained."""
+    """Write everything but the model card. The result says how far the written weights are from the
+    trained ones.
+    """
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu")) if cfg.dtype else None
     match cfg.format:
         case "peft":
@@ -80,7 +86,7 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> De
 
 
 def name_of_base(run: TrainedRun) -> str:
-    """The repository that ``tune download`` noted, or else the folder."""
+    """Return the repository that ``tune download`` recorded, or the path of the base's folder."""
     note = run.checkpoint_dir / "original_repo_id.json"
     repository = (
         json.loads(note.read_text(encoding="utf-8")).get("repo_id") if note.is_file() else None
@@ -89,18 +95,21 @@ def name_of_base(run: TrainedRun) -> str:
 
 
 def print_errors(errors: Deviations, *, in_nf4: bool) -> None:
-    """One line in all, and one a layer where more than rounding is wrong: of every layer whose four bits are lost."""
+    """Print one line for all layers, and one for each layer whose error is more than rounding. With
+    an NF4 base, print every layer that has an error.
+    """
     for name, error in errors.items():
         if error.of_weight > SHOWN or (in_nf4 and error.of_weight):
             print(
-                f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of its update"
+                f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of "
+                "its update"
             )
     print(f"Difference from the trained weights: {error_sentence(errors)}.")
 
 
 @config.parse(config.EXPORT)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     check(cfg)
     output_dir = Path(cfg.output_dir)
     run = open_run(Path(cfg.adapter_checkpoint), checkpoint_dir=cfg.checkpoint_dir)

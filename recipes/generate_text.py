@@ -4,9 +4,12 @@
     tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]'
     dataset=null
 
-With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) every prompt is completed by the base model
-and by the tuned one; without it, by the base alone. ``prompts`` are completed as they are; of a ``dataset``, the first
-``num_samples`` different prompts, each shown with its reference. ``output_dir`` also gets them as completions.jsonl.
+With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) the base model and the
+tuned one complete every prompt. Without it, only the base model does.
+
+The prompts are those of the key ``prompts``, as they are, and the first ``num_samples`` different
+prompts of ``dataset``, each shown with its reference. With ``output_dir``, the completions are also
+written there, to completions.jsonl.
 """
 
 import json
@@ -36,7 +39,7 @@ log = utils.get_logger("INFO")
 
 
 class GenerateTextRecipe:
-    """Completions of prompts by a base model and by its fine-tuned version.
+    """Completes prompts with a base model and with its fine-tuned version.
 
     Args:
         cfg: the checked config.
@@ -48,7 +51,7 @@ class GenerateTextRecipe:
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """Find the adapter, collect the prompts, load the model."""
+        """Find the adapter, collect the prompts, and load the model."""
         self._adapter = (
             find_checkpoint(Path(cfg.adapter_checkpoint)) if cfg.adapter_checkpoint else None
         )
@@ -78,12 +81,14 @@ class GenerateTextRecipe:
             if quantized:
                 load_quantized(self._adapter, quantized, self._device)
             load_adapter_state_dict(self._model, self._adapter.adapter)
-            self._model.to(
-                self._device
-            )  # edits too, which the base's completions take at every token
+            # Folded edits wait on the CPU, but the base model's completions need them at every
+            # token.
+            self._model.to(self._device)
 
     def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:
-        """The first ``num_samples`` different prompts of a dataset (E2E, for one, has several references a prompt)."""
+        """Return the first ``num_samples`` different prompts of a dataset. Some datasets, such as
+        E2E, have several references for a prompt.
+        """
         found: dict[str, dict[str, Any]] = {}
         for i in range(len(dataset)):
             row = self._prompt_of(dataset[i])
@@ -93,7 +98,7 @@ class GenerateTextRecipe:
         return list(found.values())
 
     def _prompt_of(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Split a training sample where its response begins."""
+        """Split a training sample into the prompt and the response."""
         learned = sample["labels"] != -100
         begin = int(learned.argmax()) + 1
         response = [
@@ -109,7 +114,7 @@ class GenerateTextRecipe:
         }
 
     def generate(self, cfg: DictConfig) -> list[dict[str, str]]:
-        """Complete every prompt; returns one record each."""
+        """Complete every prompt, and return one record for each."""
         records = [
             {key: row[key] for key in ("prompt", "reference") if key in row}
             for row in self._prompts
@@ -136,7 +141,7 @@ class GenerateTextRecipe:
 
 
 def print_records(records: list[dict[str, str]]) -> None:
-    """One block a prompt."""
+    """Print one paragraph for each prompt."""
     for record in records:
         print()
         for name, text in record.items():
@@ -145,7 +150,7 @@ def print_records(records: list[dict[str, str]]) -> None:
 
 @config.parse(config.GENERATE)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = GenerateTextRecipe(cfg)
     recipe.setup(cfg)
     records = recipe.generate(cfg)

@@ -1,11 +1,12 @@
-"""Bring an adapter that PEFT saved here, to train it further, complete prompts with it or export it.
+"""Import an adapter that PEFT saved, to train it further, complete prompts with it, or export it.
 
     tune run import_adapter --config llama3_8b_lora peft_adapter=/tmp/my_lora output_dir=/tmp/imported
 
-It prints the command to type next, to train the adapter on.
+It prints the command that trains the adapter further.
 
-The config is a training config of the base model (any will do), or peft_import. Of it are used the base: model and
-checkpointer; where the adapters are and how large follows from the PEFT adapter. Every one becomes
+The config is any training config of the base model, or peft_import. Only the sections model and
+checkpointer are used, because they describe the base. The PEFT adapter says which linears it adapts
+and with what ranks. Every adapted linear becomes
 
     W_eff  =  W0 - E_out E_in + s B diag(d) A
 
@@ -14,7 +15,8 @@ checkpointer; where the adapters are and how large follows from the PEFT adapter
     CorDA, LoRA-GA, ... as PEFT saves them    E = s B0 A0  of the same adapter before training: initial_adapter
     KaSA                                      E  the r smallest singular triplets of W0
 
-with the rows of B and E in torchtune's order. The folder appears when all of it is on the disk.
+with the rows of B and E in torchtune's order. The output folder appears when all of it is on the
+disk.
 """
 
 import json
@@ -37,15 +39,16 @@ from kasa_tune.components.models.base_weights import read_base_weights, weights_
 
 
 def open_import(cfg: DictConfig) -> PeftImport:
-    """The adapter and its base, seen to belong together; all that can be refused is refused here.
+    """Open the adapter and its base, and check that they belong together. All checks are made here.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: the adapter cannot be imported; the message says why.
+        ValueError: the adapter cannot be imported. The message says why.
     """
     check_new(Path(cfg.output_dir))
     check_outside(Path(cfg.output_dir), Path(cfg.peft_adapter), "peft_adapter")
-    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
+    # The checkpointer of torchtune creates its output_dir, which is not needed here.
+    with tempfile.TemporaryDirectory() as unused:
         base = read_base_weights(
             config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused}))
         )
@@ -55,7 +58,9 @@ def open_import(cfg: DictConfig) -> PeftImport:
 
 
 def convert(cfg: DictConfig, imported: PeftImport) -> dict[str, Tensor]:
-    """The adapter's tensors under our names, made a module of the base at a time."""
+    """Convert the adapter's tensors to this project's names and shapes, such as ``(rank, d_in)``
+    for ``<module>.lora_a.weight``. One module of the base is converted at a time.
+    """
     device = utils.get_device(cfg.device)
     how = {"device": device, "dtype": training.get_dtype(cfg.dtype, device=device)}
     adapter = imported.left_alone()
@@ -65,7 +70,9 @@ def convert(cfg: DictConfig, imported: PeftImport) -> dict[str, Tensor]:
 
 
 def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
-    """What the adapter belongs to, as a run's checkpoint says it; it has done no step here."""
+    """Return what a run's checkpoint records about its base and its config. The imported adapter
+    has done no step.
+    """
     settings = OmegaConf.to_container(cfg)
     kept = ("output_dir", "peft_adapter", "initial_adapter", "checkpointer", "dtype")
     of_run = {key: settings[key] for key in kept} | {
@@ -76,7 +83,9 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
 
 
 def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
-    """What to type next: a recipe that takes the adapter, the configs that will do, the keys they must be told."""
+    """Return the command that trains the adapter further: a recipe that takes it, suitable configs,
+    and the keys to set.
+    """
     output_dir, model = Path(cfg.output_dir).resolve(), json.dumps(imported.model)
     keys = ["output_dir=<a new folder>", f"adapter_checkpoint={shlex.quote(str(output_dir))}"]
     recipe = "kasa_finetune_single_device --config <one of this base: *_kasa, *_lora>"
@@ -90,13 +99,14 @@ def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
 
 @config.parse(config.IMPORT)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     imported = open_import(cfg)
     adapter = convert(cfg, imported)
     with new_folder(Path(cfg.output_dir)) as folder:
         write_adapter(folder, adapter, run_state(cfg, imported))
     print(
-        f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}. To train on:"
+        f"Imported {len(imported.peft.layers)} modules of {cfg.peft_adapter} to {cfg.output_dir}. "
+        "To train further, run:"
     )
     print(*command_to_train_on(cfg, imported))
     return 0

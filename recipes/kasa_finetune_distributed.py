@@ -1,4 +1,5 @@
-"""Fine-tune a language model with KaSA (or LoRA) on several devices: fully sharded data parallel (FSDP2).
+"""Fine-tune a language model with KaSA (or LoRA) on several devices: fully sharded data parallel
+(FSDP2).
 
     tune run --nproc_per_node 2 kasa_finetune_distributed --config tiny_kasa
     tune cp kasa_finetune_distributed my_kasa.py && tune run --nproc_per_node 8 my_kasa.py --config my.yaml
@@ -11,7 +12,8 @@ The algorithm (KaSA, arXiv 2412.06071):
                                    L  =  cross-entropy + beta * mean |d|^2 + gamma * mean (|B'B - I| + |AA' - I|)
                                    (A, B, d)  <-  AdamW
 
-Every process reads its rows of W; a W is decomposed by one process for all. The checkpoints are those of one device.
+Every process reads its rows of W. Each W is decomposed by one process for all. The checkpoints have
+the same form as on one device.
 """
 
 import sys
@@ -58,14 +60,14 @@ log = utils.get_logger("INFO")
 
 
 class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
-    """KaSA and LoRA fine-tuning on the processes that torchrun starts, each with a part of every weight.
+    """Fine-tuning with KaSA or LoRA on several processes, each with a part of every weight.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        training.set_seed(cfg.seed)  # the same in all processes until the adapters have started
+        training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
         self._device = self._world.device if self._world else torch.device("cpu")
@@ -73,7 +75,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         if cfg.dry_run:
             self._setup_model(cfg)
             self._print_budget(cfg)
@@ -96,7 +98,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._lr_scheduler = config.instantiate(
             cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if world.rank:  # from here on, what is random differs
+        if world.rank:  # from here on, processes draw different random numbers, for dropout
             torch.manual_seed(cfg.seed + world.rank)
         self.steps = Steps(
             cfg,
@@ -112,7 +114,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         )
 
     def _setup_model(self, cfg: DictConfig) -> None:
-        """Build the model's shapes, its loss and its tokenizer; no weight is read."""
+        """Build the model's shapes, its loss and its tokenizer, without reading any weight."""
         self._model = build_training_model(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
         self._vocab_size = self._model.tok_embeddings.num_embeddings
@@ -121,7 +123,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:
-        """Build this process's part of the data."""
+        """Build this process's share of the data."""
         options = {
             "device": self._device,
             "dense_mask": needs_dense_mask(self._model),
@@ -134,7 +136,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
             self._checkpoint.check_data(self._data.fingerprint)
 
     def _open_base(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
+        """Open the base and read the saved adapter, if any. Both must fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.all_succeed("Opening the checkpoint"):
             base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
@@ -145,7 +147,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         return base, saved
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Read base weights and start adapters, a block at a time, of which each process keeps its part."""
+        """Read base weights and start adapters, block by block. Each process keeps its part."""
         base, saved = self._open_base(cfg)
         linears, shared = block_linears(self._model), SharedReading(base, self._world)
         load_base_weights(
@@ -171,7 +173,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
             shard(block, self._world, offload=cfg.fsdp_cpu_offload)
 
     def _find_edits(self, base: Mapping[str, Tensor]) -> dict[str, LowRank]:
-        """The smallest singular triplets of every adapted weight, each found by one process, the costliest first."""
+        """Find the smallest singular triplets of all adapted weights, the most expensive first."""
         started = time.perf_counter()
 
         def find(name: str, k: int) -> LowRank:
@@ -212,7 +214,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         adapter = cfg.adapter
         options = {key: adapter[key] for key in ("orthogonal_gram", "reduction")}
         with self.steps as steps:
@@ -220,7 +222,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
                 for batch in step.batches:
                     self._model.set_requires_gradient_sync(step.is_last_batch)
                     loss = self._loss_sum(batch) / step.num_tokens
-                    (loss * self._world.size).backward()  # FSDP takes the mean over processes
+                    (loss * self._world.size).backward()  # FSDP divides by the number of processes
                     step.add_loss(loss)
                 l2, l3 = kasa_regularization(self._linears.values(), **options)
                 (adapter.beta * l2 + adapter.gamma * l3).backward()
@@ -229,13 +231,13 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         return steps.exit_status
 
     def cleanup(self) -> None:
-        """Part from the other processes."""
+        """Leave the group of processes."""
         self._world.leave()
 
 
 @config.parse(config.FINETUNE)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = KaSAFinetuneRecipeDistributed(cfg)
     recipe.setup(cfg)
     if cfg.dry_run:

@@ -44,7 +44,7 @@ log = utils.get_logger("INFO")
 
 
 class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
-    """KaSA and LoRA fine-tuning on a CPU or one GPU, with exact resume from any saved step.
+    """Fine-tuning with KaSA or LoRA on a CPU or one GPU. Runs resume exactly.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
@@ -57,7 +57,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_training_model(cfg, dtype=self._dtype)
         vocab_size = self._model.tok_embeddings.num_embeddings
@@ -101,7 +101,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         )
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Read the base weights; take the adapter from a checkpoint, or truncate every adapted weight and start it."""
+        """Read the base weights. Load the adapters, or truncate the weights and initialize them."""
         base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
@@ -128,7 +128,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         adapter = cfg.adapter
         options = {key: adapter[key] for key in ("orthogonal_gram", "reduction")}
         with self.steps as steps:
@@ -146,7 +146,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
 @config.parse(config.FINETUNE)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = KaSAFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
     return 0 if cfg.dry_run else recipe.train(cfg)

@@ -1,5 +1,5 @@
-"""Fine-tune a language model with QCorDA (or QPiSSA, LoftQ, QLoRA, QKaSA) on several devices: the base in 4 bits, cut
-over the devices (FSDP2).
+"""Fine-tune a language model with QCorDA (or QPiSSA, LoftQ, QLoRA, QKaSA) on several devices: the
+base in 4 bits, cut over the devices (FSDP2).
 
     tune run --nproc_per_node 2 qcorda_finetune_distributed --config tiny_qcorda
     tune cp qcorda_finetune_distributed my_qcorda.py && tune run --nproc_per_node 8 my_qcorda.py --config my.yaml
@@ -16,8 +16,8 @@ The algorithm (QCorDA, arXiv 2506.13187, section 3.4), reading a block of weight
     for every batch:               y  =  Q x + s B A x
                                    (A, B)  <-  AdamW on the cross-entropy
 
-Every process runs the model over its part of the calibration rows; a W is decomposed and quantized by one process for
-all. The checkpoints are those of one device.
+Every process runs the model over its part of the calibration rows. Each W is decomposed and
+quantized by one process for all. The checkpoints have the same form as on one device.
 """
 
 import sys
@@ -83,14 +83,14 @@ log = utils.get_logger("INFO")
 
 
 class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
-    """Fine-tuning of a base in NF4 on the processes that torchrun starts, each with a part of every weight.
+    """Fine-tuning on an NF4 base, on several processes, each with a part of every weight.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        training.set_seed(cfg.seed)  # the same in all processes until the adapters have started
+        training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
         self._device = self._world.device if self._world else torch.device("cpu")
@@ -100,7 +100,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._regularized = "kasa" in self._method.builders
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         if cfg.dry_run:
             self._setup_model(cfg)
             self._print_budget(cfg)
@@ -115,7 +115,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         digest = self._calibrator.digest if self._calibrator else None
         world.check_same(facts | {"calibration data": str(digest)})
         if cfg.compile:
-            allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
+            allow_graphs(4 * len(self._linears))  # every rank needs its own graph
             training.compile_model(self._model, verbose=False)
         self._setup_weights(cfg)
         offload = cfg.enable_activation_offloading
@@ -125,7 +125,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._lr_scheduler = config.instantiate(
             cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if world.rank:  # from here on, what is random differs
+        if world.rank:  # from here on, processes draw different random numbers, for dropout
             torch.manual_seed(cfg.seed + world.rank)
         self.steps = Steps(
             cfg,
@@ -141,7 +141,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         )
 
     def _setup_model(self, cfg: DictConfig) -> None:
-        """Build the model's shapes, its loss and its tokenizer; no weight is read."""
+        """Build the model's shapes, its loss and its tokenizer, without reading any weight."""
         self._model = build_training_model(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
         self._quantized = quantized_linears(self._model, cfg.quantization.block_size)
@@ -151,7 +151,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:
-        """Build this process's part of the data and of the calibration rows."""
+        """Build this process's share of the training data and of the calibration rows."""
         options = {
             "device": self._device,
             "dense_mask": needs_dense_mask(self._model),
@@ -166,7 +166,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             self._calibrator = Calibrator(cfg, self._tokenizer, self._model, **options)
 
     def _open_base(self, cfg: DictConfig) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        """The base's weights, to be read when asked for, and the adapter to start with; both fit the model."""
+        """Open the base and read the saved adapter, if any. Both must fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.all_succeed("Opening the checkpoint"):
             base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
@@ -177,7 +177,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         return base, saved
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Quantize the base and start adapters, a block at a time, of which each process keeps its part."""
+        """Quantize the base and start adapters, block by block. Each process keeps its part."""
         base, saved = self._open_base(cfg)
         checkpoint, shared, kept = self._checkpoint, SharedReading(base, self._world), {}
         load_base_weights(
@@ -201,7 +201,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
                 if self._world.is_rank_zero:
                     kept[name] = start.weight
             shard(block, self._world, offload=cfg.fsdp_cpu_offload)
-        next(starts, None)  # what comes after the last
+        next(starts, None)  # run the generator's code after its last yield
         shard(self._model, self._world, offload=cfg.fsdp_cpu_offload)
         resumes = checkpoint and checkpoint.resumes
         known = checkpoint.run.get("quantized_base") if resumes else None
@@ -212,7 +212,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     def _find_starts(
         self, cfg: DictConfig, base: Mapping[str, Tensor], shared: SharedReading
     ) -> Iterator[tuple[str, QuantizedStart]]:
-        """Every linear's quantized weight and its adapter's start, each found by one process, in the model's order."""
+        """Yield every linear's quantized weight and its adapter's start, in the model's order."""
         started = time.perf_counter()
         # An adapter that comes without a quantized base takes nothing out of the weights.
         method = METHODS["qlora"] if self._checkpoint else self._method
@@ -252,7 +252,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         log.info(f"Base quantized and adapters started in {seconds:.1f} s.")
 
     def _decompose(self, cfg: DictConfig, base: SharedReading) -> tuple[dict[str, Component], dict]:
-        """CorDA's components of all adapted layers; a CorDA run on the same weights and rows shares its cache."""
+        """Compute CorDA's components of all adapted layers, or take them from the cache."""
         with self._world.all_succeed("Opening the decomposition's cache"):
             cache = open_cache(
                 cfg,
@@ -273,7 +273,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         )
 
     def _covariances(self, base: SharedReading, wanted: Wanted, title: str) -> Iterator[tuple]:
-        """Layers that share an input, calibration round, covariance over all processes."""
+        """Yield layers with the same input, the round, and the covariance ``(d_in, d_in)``."""
         return self._calibrator.covariances(
             wanted,
             title,
@@ -306,7 +306,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         adapter = cfg.adapter
         options = {key: adapter[key] for key in ("orthogonal_gram", "reduction")}
         with self.steps as steps:
@@ -314,7 +314,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
                 for batch in step.batches:
                     self._model.set_requires_gradient_sync(step.is_last_batch)
                     loss = self._loss_sum(batch) / step.num_tokens
-                    (loss * self._world.size).backward()  # FSDP takes the mean over processes
+                    (loss * self._world.size).backward()  # FSDP divides by the number of processes
                     step.add_loss(loss)
                 if self._regularized:
                     l2, l3 = kasa_regularization(self._linears.values(), **options)
@@ -324,13 +324,13 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         return steps.exit_status
 
     def cleanup(self) -> None:
-        """Part from the other processes."""
+        """Leave the group of processes."""
         self._world.leave()
 
 
 @config.parse(config.QCORDA)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = QCorDAFinetuneRecipeDistributed(cfg)
     recipe.setup(cfg)
     if cfg.dry_run:

@@ -1,4 +1,5 @@
-"""Fine-tune a language model with QCorDA (or QPiSSA, LoftQ, QLoRA, QKaSA) on one device: the base in 4 bits.
+"""Fine-tune a language model with QCorDA (or QPiSSA, LoftQ, QLoRA, QKaSA) on one device: the base
+in 4 bits.
 
     tune run qcorda_finetune_single_device --config tiny_qcorda
     tune cp qcorda_finetune_single_device my_qcorda.py && tune run my_qcorda.py --config my.yaml
@@ -74,7 +75,7 @@ log = utils.get_logger("INFO")
 
 
 class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
-    """Fine-tuning of a base in NF4 on a CPU or one GPU, with exact resume from any saved step.
+    """Fine-tuning on an NF4 base, on a CPU or one GPU. Runs resume exactly.
 
     Args:
         cfg: the checked config; docs/configs.md describes its keys.
@@ -89,7 +90,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
-        """Set up what can fail cheaply first: the checkpoint to start from, the model's shapes, the data."""
+        """Set up the run. The checks that can fail quickly come before any weight is read."""
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_training_model(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
@@ -111,7 +112,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             self._checkpoint.check_data(self._data.fingerprint)
         self._setup_weights(cfg)
         if cfg.compile:
-            allow_graphs(4 * len(self._linears))  # ranks differ from layer to layer
+            allow_graphs(4 * len(self._linears))  # every rank needs its own graph
             training.compile_model(self._model, verbose=False)
         offload = cfg.enable_activation_offloading
         self._offload = training.get_act_offloading_ctx_manager(self._model, offload)
@@ -133,7 +134,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         )
 
     def _setup_weights(self, cfg: DictConfig) -> None:
-        """Read the base; take quantized weights and adapter from a checkpoint, or quantize and start them."""
+        """Read the base. Load NF4 weights and adapters from a checkpoint, or make them."""
         base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
         checkpoint = self._checkpoint
         load_base_weights(
@@ -143,7 +144,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             adapter_dtype=self._adapter_dtype,
             without={f"{name}.weight" for name in self._quantized},
         )
-        with run_lock(Path(cfg.output_dir) / "checkpoints"):  # another run's files stay untouched
+        with run_lock(Path(cfg.output_dir) / "checkpoints"):  # two runs must not write here at once
             if checkpoint and checkpoint.has_quantized_base:
                 load_quantized(checkpoint, self._quantized, self._device)
             else:
@@ -158,7 +159,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             )
 
     def _start_adapters(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> None:
-        """Decompose what QCorDA adapts, a block of weights at a time; then quantize, a weight at a time."""
+        """Decompose the adapted weights, one block at a time. Then quantize all weights."""
         started = time.perf_counter()
         # An adapter that comes without a quantized base takes nothing out of the weights.
         method = METHODS["qlora"] if self._checkpoint else self._method
@@ -187,7 +188,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _decompose(
         self, cfg: DictConfig, base: Mapping[str, Tensor]
     ) -> tuple[dict[str, Component], dict]:
-        """CorDA's components of all adapted layers; a CorDA run on the same weights and rows shares its cache."""
+        """Compute CorDA's components of all adapted layers, or take them from the cache."""
         cache = open_cache(
             cfg,
             self._method,
@@ -206,7 +207,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
     def _covariances(
         self, base: Mapping[str, Tensor], wanted: Wanted, title: str
     ) -> Iterator[tuple]:
-        """Layers that share an input, calibration round, covariance; only their block's weights are in memory."""
+        """Yield layers with the same input, the round, and the covariance ``(d_in, d_in)``."""
         loaded = partial(weights_loaded, self._quantized, base, device=self._device)
         return self._calibrator.covariances(wanted, title, loaded=loaded)
 
@@ -229,7 +230,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         return self._loss(self._model.output, hidden, labels)
 
     def train(self, cfg: DictConfig) -> int:
-        """Run to the end, or to the first SIGINT or SIGTERM. Returns the exit status: 0, or 128 + signal."""
+        """Train until the end or a stop signal, and return the exit status."""
         adapter = cfg.adapter
         regularization = {key: adapter[key] for key in ("orthogonal_gram", "reduction")}
         with self.steps as steps:
@@ -248,7 +249,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
 @config.parse(config.QCORDA)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = QCorDAFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
     return 0 if cfg.dry_run else recipe.train(cfg)

@@ -1,10 +1,10 @@
-"""Draw a run's loss curve and singular values, from its folder.
+"""Plot a run's loss curve and singular values from the files in its folder.
 
     tune run report_run --config /tmp/run/config.yaml                 # every run leaves its config beside its metrics
     tune run report_run --config tiny_kasa output_dir=/tmp/run        # the same
 
-Takes runs of every fine-tuning recipe. Writes loss_curve.png and singular_values.png into output_dir, and ranks.png
-where the layers' ranks differ.
+It takes the runs of every fine-tuning recipe. It writes loss_curve.png and singular_values.png into
+output_dir. If the layers' ranks differ, it writes ranks.png as well.
 """
 
 import sys
@@ -37,10 +37,10 @@ LAYERS_DRAWN = 6
 
 @torch.no_grad()
 def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpectrum]:
-    """Spectra of a few adapted layers, spread over the depth of the model.
+    """Compute the singular values of a few adapted layers, spread over the depth of the model.
 
     Raises:
-        ValueError: the checkpoint is of another model or on another base than the config's.
+        ValueError: the checkpoint belongs to another model or another base than the config's.
     """
     adapter = checkpoint.adapter
     base = read_base_weights(config.instantiate(cfg.checkpointer))
@@ -50,7 +50,7 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
     )
     drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
-    del base  # a large model's would stay in memory during the decompositions
+    del base  # the weights of a large model would stay in memory during the decompositions
     linears = dict(
         adapter_linears(build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32))
     )
@@ -69,9 +69,10 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
 
 
 def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors ``(d_out, k)`` and ``(k, d_in)`` of what training added to a weight.
+    """Return factors ``(d_out, k)`` and ``(k, d_in)`` of what training added to a weight.
 
-    ``s B diag(d) A``; where the update started as a part of the weight (CorDA), less that start: ``s (B A - B0 A0)``.
+    This is ``s B diag(d) A``. If the update started as a part of the weight (CorDA), the start is
+    subtracted: ``s (B A - B0 A0)``.
     """
     out, into = (
         linear.scaling * part["lora_b.weight"] * part.get("lora_diag", 1.0),
@@ -83,25 +84,27 @@ def learned_update(linear: AdapterLinear, part: Mapping[str, Tensor]) -> tuple[T
 
 
 def _adapts_the_first(cfg: DictConfig) -> bool:
-    """Whether what was taken out of the weights is the large part of their spectra, as in PiSSA and CorDA's IPM."""
+    """Tell whether the part that was taken out of the weights has the largest singular values, as
+    in PiSSA and CorDA's IPM.
+    """
     method = method_of(cfg.adapter)
     return method.decomposition is not None and method.mode != "kpm"
 
 
 def _words(cfg: DictConfig) -> dict[str, str]:
-    """What the picture calls the two things that differ between methods."""
+    """Return labels for the plot of singular values. They depend on the method."""
     method = method_of(cfg.adapter)
     if method.builders == ("kasa",):
         return {"removed": "removed", "update": "s B diag(d) A"}
     if method.decomposition is None:
         return {"removed": "removed", "update": "s B A"}
-    if method.decomposition == "quantization_error":  # the first part of W - Q, not of W
+    if method.decomposition == "quantization_error":  # the start is a part of W - Q, not of W
         return {"removed": "taken up by the adapter", "update": "s (B A - B₀ A₀)"}
     return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
 
 
 def adapter_ranks(checkpoint: Checkpoint) -> dict[str, int]:
-    """Every adapted layer's rank in a checkpoint."""
+    """Return the rank of every adapted layer in a checkpoint."""
     suffix = ".lora_a.weight"
     adapter = checkpoint.adapter
     return {
@@ -112,7 +115,9 @@ def adapter_ranks(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _spread(names: list[str]) -> list[str]:
-    """A few of ``names``, in their order: from the first layer to the last, each of another kind while kinds last."""
+    """Choose a few of ``names``, spread from the first layer to the last, and keep their order.
+    They are of different kinds as far as there are enough kinds.
+    """
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     chosen = set()
     for i in range(LAYERS_DRAWN):
@@ -130,9 +135,11 @@ def _fastest_device() -> torch.device:
 
 
 def product_singular_values(out: Tensor, into: Tensor) -> Tensor:
-    """The r singular values of ``out @ into``, descending, without the product: ``out (m, r)``, ``into (r, n)``.
+    """Compute the r singular values of ``out @ into``, descending, for ``out (m, r)`` and
+    ``into (r, n)``. The product is not formed.
 
-    With out = Q R and intoᵀ = P S they are those of the r x r matrix R Sᵀ.
+    With out = Q R and intoᵀ = P S they are those of the r x r matrix R Sᵀ. The result has the shape
+    ``(r,)``.
     """
     return torch.linalg.svdvals(torch.linalg.qr(out).R @ torch.linalg.qr(into.T).R.T)
 
@@ -141,17 +148,20 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{run} holds no metrics.jsonl: set output_dir to the folder of a run that logged with JSONLLogger."
+            f"{run} holds no metrics.jsonl: set output_dir to the folder of a run that logged with "
+            "JSONLLogger."
         )
     return read_metrics(path)
 
 
 @config.parse(None)
 def recipe_main(cfg: DictConfig) -> int:
-    """Entry point: ``--config <name or path> [key=value ...]``, the config of any fine-tuning recipe."""
+    """Run the recipe from the command line: ``--config <name or path> [key=value ...]``. It takes
+    the config of any fine-tuning recipe.
+    """
     if "optimizer" not in cfg:
         raise ValueError(
-            "This config trains nothing: give that of the run, --config <its output_dir>/config.yaml."
+            "This config trains nothing: give the run's own, --config <its output_dir>/config.yaml."
         )
     run = Path(cfg.output_dir)
     loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
