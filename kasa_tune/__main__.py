@@ -1,4 +1,4 @@
-"""`python -m kasa_tune` is the command `kasa-tune`."""
+"""Lets `python -m kasa_tune` run the command `kasa-tune`."""
 
 import sys
 

@@ -1,9 +1,11 @@
-"""Shows our recipes to torchtune's `tune` command.
+"""Adds the recipes of this package to torchtune's `tune` command.
 
-torch calls `install` at the end of `import torch` (entry point group `torch.backends`; off with the environment
-variable TORCH_DEVICE_BACKEND_AUTOLOAD=0). It runs in every process that imports torch, so it imports neither torch nor
-torchtune, does nothing but register a finder, and never raises. The finder acts once: when torchtune's list of recipes
-is imported.
+torch calls `install` at the end of `import torch`, because of the entry point group
+`torch.backends`. The environment variable TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns this off.
+
+The function runs in every process that imports torch. It therefore imports neither torch nor
+torchtune, only registers a finder, and never raises. The finder acts once, when torchtune's list of
+recipes is imported.
 """
 
 import sys
@@ -13,7 +15,9 @@ _REGISTRY = "torchtune._recipe_registry"
 
 
 class _RegistryFinder:
-    """Meta-path finder that lets the regular ones find torchtune's registry and extends it once it is loaded."""
+    """Meta-path finder that lets the regular finders find torchtune's registry, and extends the
+    registry after it is loaded.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _REGISTRY:
@@ -28,6 +32,7 @@ class _RegistryFinder:
 
 
 def _extend_after_loading(loader: Any) -> None:
+    """Make a module loader extend torchtune's registry right after it has loaded it."""
     try:
         exec_module = loader.exec_module
 
@@ -37,23 +42,26 @@ def _extend_after_loading(loader: Any) -> None:
                 _extend(module)
 
         loader.exec_module = exec_and_extend
-    except Exception:  # a loader that cannot be wrapped: `tune` stays as torchtune ships it
+    except Exception:
+        # The loader cannot be wrapped. Then `tune` works as torchtune ships it.
         pass
 
 
 def _extend(module: Any) -> None:
+    """Add the recipes to torchtune's registry, and ignore every failure."""
     try:
         from kasa_tune import registry
 
         registry.add_to_torchtune(module)
-    except (
-        Exception
-    ):  # an installation of ours that is half gone must not break torchtune's command
+    except Exception:
+        # A damaged installation of this package must not break torchtune's command.
         pass
 
 
 def install() -> None:
-    """Make torchtune's registry list our recipes, now or when it is imported. May be called again; never raises."""
+    """Make torchtune's registry list the recipes of this package. It may be called repeatedly, and
+    it never raises.
+    """
     try:
         if _REGISTRY in sys.modules:
             _extend(sys.modules[_REGISTRY])

@@ -1,6 +1,7 @@
-"""`kasa-tune run|ls|cp|cat|validate`: what torchtune's `tune` does for our recipes and configs, with no hook.
+"""The command line `kasa-tune run|ls|cp|cat|validate`. It offers torchtune's `tune` commands for
+the recipes and configs of this package, and it does not need the entry point that extends `tune`.
 
-Everything but `run` answers without importing torch.
+All commands except `run` work without importing torch.
 """
 
 import argparse
@@ -18,31 +19,30 @@ _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=v
 _RUN_HELP = f"""usage: {_RUN_USAGE}
 
 Run a recipe. Recipe and config are names from `kasa-tune ls` or paths to files of your own.
-Any option of torchrun before the recipe starts it through torchrun; without one it runs in this process.
+The recipe runs in this process, or through torchrun if options of torchrun precede it.
 
 examples:
     kasa-tune run kasa_finetune_single_device --config tiny_kasa
-    kasa-tune run kasa_finetune_single_device --config llama3_8b_kasa model.rank=16 optimizer.lr=1e-4
+    kasa-tune run kasa_finetune_single_device --config llama3_8b_kasa model.rank=16 seed=1
     kasa-tune run ./my_recipe.py --config ./my_config.yaml
     kasa-tune run --nproc_per_node 2 my_distributed_recipe.py --config my_config.yaml
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own).
+    """Run the command line `argv`. The default is the command line of this process.
 
     Returns:
-        The exit code: 0, or 2 for an error in what was asked, which is explained on stderr. `run` returns what its
-        recipe does, exceptions and `SystemExit` included.
+        The exit status. It is 0, or 2 for a mistake in the command line, which a message on stderr
+        explains. `run` passes on what its recipe returns or raises, `SystemExit` included.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == [
-        "run"
-    ]:  # torchrun's options stand before the recipe, so its parser reads the rest
+    if argv[:1] == ["run"]:
+        # The arguments of `run` begin with torchrun's options, which torchrun's parser reads.
         return _run(argv[1:])
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "validate":  # argparse gives up on overrides that follow an option
+    if args.command == "validate":  # argparse does not assign overrides that follow an option
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.func(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `kasa-tune ls | head`: nobody reads on
+    except BrokenPipeError:  # the reader has closed the pipe, as in `kasa-tune ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
@@ -130,12 +130,12 @@ def _cp(args: argparse.Namespace) -> int:
             print(f"{destination} exists and was left as it is.")
             return 0
         if destination.samefile(source):
-            raise ValueError(f"{destination} is the file to copy; give another destination.")
+            raise ValueError(f"{destination} is the file to copy. Give another destination.")
     if args.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)
     elif not destination.parent.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {destination.parent}; create it, or add --make-parents."
+            f"There is no folder {destination.parent}. Create it, or add --make-parents."
         )
     shutil.copyfile(source, destination)
     print(f"Copied {source.stem} to {destination}")
@@ -158,7 +158,9 @@ def _cat(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     path = registry.find_config(args.config)
-    from kasa_tune import config  # here, so that the other commands do not pay for omegaconf
+    from kasa_tune import (
+        config,
+    )  # imported here, because omegaconf would slow down the other commands
 
     config.validate_file(path, args.overrides, check_files=not args.skip_files)
     print(f"{args.config}: the config is valid.")
@@ -166,7 +168,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _find_either(name_or_path: str) -> Path:
-    """The path of a recipe or config given by name, or of any file given by path."""
+    """Return the path of a recipe or config, given its name, or of any file, given its path."""
     try:
         return registry.find_recipe(name_or_path)
     except FileNotFoundError:
@@ -200,15 +202,16 @@ def _run(argv: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a config may name components of the working directory
     sys.argv = [str(path), *recipe_args]
-    logging.getLogger("torchao").setLevel(
-        logging.ERROR
-    )  # it announces, at every start, extensions that nobody here uses
+    # Without this, torchao warns at every start about extensions that are not used here.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     runpy.run_path(str(path), run_name="__main__")
     return 0
 
 
 def _split_run(argv: list[str]) -> tuple[list[str], str, list[str]]:
-    """Split a `run` command line into torchrun's options, the recipe, and the recipe's own arguments."""
+    """Split the arguments of `run` into torchrun's options, the recipe, and the recipe's own
+    arguments.
+    """
     if not argv[0].startswith("-"):
         return [], argv[0], argv[1:]
     from torch.distributed.run import get_args_parser
@@ -218,14 +221,18 @@ def _split_run(argv: list[str]) -> tuple[list[str], str, list[str]]:
     parsed = parser.parse_args(argv)
     if parsed.module or parsed.no_python:
         raise ValueError(
-            "--module and --no-python do not go with a recipe; give its name or the path of its file."
+            "--module and --no-python cannot be used with a recipe. Give its name or the path of "
+            "its "
+            "file."
         )
     recipe_args = parsed.training_script_args
     return argv[: len(argv) - len(recipe_args) - 1], parsed.training_script, recipe_args
 
 
 def _with_config_path(recipe_args: list[str], recipe: Path) -> list[str]:
-    """The recipe's arguments with the value of `--config` replaced by the path it stands for."""
+    """Return the recipe's arguments with the value of `--config` replaced by the path that it
+    stands for.
+    """
     for i, argument in enumerate(recipe_args):
         if argument.startswith("--config="):
             return [*recipe_args[:i], "--config", _config_path(argument[9:]), *recipe_args[i + 1 :]]
@@ -250,11 +257,14 @@ def _config_path(name_or_path: str) -> str:
 def _check_distributed(path: Path) -> None:
     for recipe in registry.recipes():
         if recipe.path == path and not recipe.supports_distributed:
-            raise ValueError(f"{recipe.name} runs in one process; leave out torchrun's options.")
+            raise ValueError(f"{recipe.name} runs in one process. Remove torchrun's options.")
 
 
 def _standalone(options: list[str]) -> list[str]:
-    """`--standalone` unless the options say where processes meet: runs side by side then need no port of their own."""
+    """Return `--standalone` unless the options say where the processes meet.
+
+    With this option, several runs on one machine do not need a port each.
+    """
     rendezvous = ("rdzv", "master", "node", "nnodes", "standalone")
     names = [
         option.lstrip("-").replace("-", "_").split("=")[0]

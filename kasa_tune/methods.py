@@ -1,13 +1,14 @@
-"""The table of fine-tuning methods. Whatever must know a method by its name reads this file.
+"""The table of fine-tuning methods. Code that needs to know a method by its name reads this table.
 
-It is plain data: it imports neither torch nor omegaconf, so that listing recipes and checking configs stays fast.
+This file imports neither torch nor omegaconf, so that listing recipes and checking configs stay
+fast.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The beginning of a builder's name (`corda_llama3_8b`), and the class of the adapter linears that it builds.
+# First word of a builder's name, as in `corda_llama3_8b`, and the class of its adapter linears.
 LINEARS = {"kasa": "KaSALinear", "lora": "LoRALinear", "corda": "CorDALinear"}
 
 
@@ -16,22 +17,27 @@ class Method:
     """One row of the table.
 
     Args:
-        name: what ends the names of its configs, as in ``tiny_<name>.yaml``.
-        title: what model cards and docs call it.
-        paper: its number on arXiv.
-        summary: what it does, in words that follow a colon in the headers of configs.
-        recipe: what trains it, without ``_single_device`` or ``_distributed``: both of them do.
-        builders: how the names of the model builders begin whose adapters it trains; keys of LINEARS.
-        setting: the value of ``adapter.method`` that chooses it; None where the recipe has no such key.
-        decomposition: how the update's start is found, a key of
-            :data:`~kasa_tune.components.corda.all_layers.DECOMPOSITIONS`, or ``quantization_error`` (LoftQ). None where
-            the update starts at zero without one.
-        mode: which end of the singular values the update starts from: ``ipm`` the largest, ``kpm`` the smallest.
-        split: how A and B share what was found, see
-            :func:`~kasa_tune.components.linalg.decomposition.split_component`; None where ``adapter.split`` says so.
-        calibrated: whether it looks at data before training.
+        name: name of the method. The names of its configs end in it, as in ``tiny_<name>.yaml``.
+        title: name of the method in model cards and docs.
+        paper: number of its paper on arXiv.
+        summary: what the method does. These words follow a colon in the headers of configs.
+        recipe: name of its recipes without ``_single_device`` or ``_distributed``. Both train it.
+        builders: first words of the names of the model builders whose adapters it trains. They are
+            keys of LINEARS.
+        setting: the value of ``adapter.method`` that selects it. None if the recipe has no such
+            key.
+        decomposition: how the start of the update is found: a key of
+            :data:`~kasa_tune.components.corda.all_layers.DECOMPOSITIONS`, or ``quantization_error``
+            (LoftQ). None if the update starts at zero.
+        mode: which singular values the update starts from: ``ipm`` the largest, ``kpm`` the
+            smallest.
+        split: how the start is split into A and B, see
+            :func:`~kasa_tune.components.linalg.decomposition.split_component`. None if
+            ``adapter.split`` decides.
+        calibrated: whether the method runs the model on data before training.
         quantized: whether the frozen weights are stored in four bits.
-        quantization_iterations: the default of that key; None where the method does not read it.
+        quantization_iterations: default of the key with this name. None if the method does not read
+            it.
     """
 
     name: str
@@ -50,23 +56,27 @@ class Method:
 
     @property
     def suffix(self) -> str:
-        """What ends the names of its configs."""
+        """Last part of the names of its configs, such as ``_kasa``."""
         return f"_{self.name}"
 
     @property
     def citation(self) -> str:
-        """Its title and its paper, for a model card."""
+        """Title and paper, for a model card."""
         return f"{self.title} (arXiv {self.paper})" if self.paper else self.title
 
 
 def _corda(name: str, title: str, paper: str, summary: str, **more: Any) -> Method:
-    """A method of the corda recipes. A config chooses it with ``adapter.method=<name>`` unless ``more`` says else."""
+    """Make the row of a method of the corda recipes. Unless ``more`` says otherwise,
+    ``adapter.method=<name>`` selects it.
+    """
     more = {"builders": ("corda",), "setting": name, **more}
     return Method(name, title, paper, summary, "corda_finetune", **more)
 
 
 def _qcorda(name: str, title: str, paper: str, summary: str, **more: Any) -> Method:
-    """A method of the qcorda recipes, whose frozen weights are in four bits."""
+    """Make the row of a method of the qcorda recipes, whose frozen weights are stored in
+    four bits.
+    """
     more = {"builders": ("corda",), "setting": name, "quantized": True, **more}
     return Method(name, title, paper, summary, "qcorda_finetune", **more)
 
@@ -111,7 +121,8 @@ _ROWS = (
     ),
     _corda(
         "eva", "EVA", "2410.07170",
-        "A starts as the directions in which a layer's inputs vary most, B starts at zero, and the layers share out "
+        "A starts as the directions in which a layer's inputs vary most, B starts at zero, and the "
+        "layers share out "
         "their ranks by the variance that is explained",
         decomposition="input_svd", split="unscaled", calibrated=True,
     ),
@@ -125,18 +136,21 @@ _ROWS = (
     ),
     _qcorda(
         "qcorda", "QCorDA", "2506.13187",
-        "the adapters start from the part of each weight that the new task uses most, and what remains is frozen in "
+        "the adapters start from the part of each weight that the new task uses most, and what "
+        "remains is frozen in "
         "four bits (NF4)",
         calibrated=True, **_LARGEST,
     ),
     _qcorda(
         "qpissa", "QPiSSA", "2404.02948",
-        "the adapters start from each weight's largest singular values, and what remains is frozen in four bits (NF4)",
+        "the adapters start from each weight's largest singular values, and what remains is frozen "
+        "in four bits (NF4)",
         quantization_iterations=1, **_LARGEST,
     ),
     _qcorda(
         "loftq", "LoftQ", "2310.08659",
-        "the weights are frozen in four bits (NF4), and the adapters start from what they lose by it",
+        "the weights are frozen in four bits (NF4), and the adapters start from what they lose by "
+        "it",
         decomposition="quantization_error", mode="ipm", quantization_iterations=5,
     ),
     _qcorda(
@@ -145,7 +159,8 @@ _ROWS = (
     ),
     _qcorda(
         "qkasa", "KaSA on an NF4 base", "2412.06071",
-        "each weight loses its smallest singular values and is frozen in four bits (NF4), and each adapter has trained "
+        "each weight loses its smallest singular values and is frozen in four bits (NF4), and each "
+        "adapter has trained "
         "ones",
         builders=("kasa",),
     ),
@@ -155,20 +170,22 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
 
 
 def method_of(adapter: Mapping[str, Any]) -> Method:
-    """The method that a config's section ``adapter`` chooses; without a key ``method`` that is KaSA.
+    """Return the method that a config's section ``adapter`` selects. A section without a key
+    ``method`` selects KaSA.
 
     Raises:
-        KeyError: the table has no such method; a checked config has none of those.
+        KeyError: the table has no such method. This cannot happen with a checked config.
     """
     name = adapter.get("method") or "kasa"
     return METHODS.get(f"{name}_{adapter.get('mode')}") or METHODS[name]
 
 
 def methods_of(recipe: str) -> list[Method]:
-    """The methods that a recipe trains, in the table's order; none for a recipe that trains nothing.
+    """Return the methods that a recipe trains, in the table's order. A recipe that trains nothing
+    has none.
 
     Args:
-        recipe: its name, with or without ``_single_device`` or ``_distributed``.
+        recipe: name of the recipe, with or without ``_single_device`` or ``_distributed``.
     """
     task = recipe.removesuffix("_single_device").removesuffix("_distributed")
     return [method for method in METHODS.values() if method.recipe == task]

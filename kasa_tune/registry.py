@@ -1,6 +1,8 @@
-"""Finds recipes, configs and files of the package, by name or path, without importing torch or any recipe.
+"""Finds the recipes, configs and files of the package by name or path, without importing torch or
+any recipe.
 
-The only file that knows torchtune's registry: `add_to_torchtune` appends our recipes to its list.
+Only this file depends on torchtune's registry: `add_to_torchtune` appends the recipes to
+torchtune's list.
 """
 
 import re
@@ -16,7 +18,7 @@ from kasa_tune.methods import methods_of
 PACKAGE_ROOT = Path(__file__).resolve().parent
 RESOURCE_SCHEME = "kasa_tune://"
 
-# What ends the names of the configs of recipes that train nothing.
+# Suffixes of the names of the configs of recipes that train nothing.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "generate_text": ("_generate",),
     "export_adapter": ("_export",),
@@ -26,7 +28,7 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """A shipped YAML: the name one types and where the file lies."""
+    """A config in the package: its name, and the path of its YAML file."""
 
     name: str
     path: Path
@@ -34,7 +36,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A shipped script, the configs made for it, and whether torchrun may start it on several processes."""
+    """A recipe in the package: its name and path, its configs, and whether torchrun may start it on
+    several processes.
+    """
 
     name: str
     path: Path
@@ -43,7 +47,9 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """All shipped recipes by name, each with its configs. Reads two folders, imports nothing."""
+    """Return all recipes in the order of their names, each with its configs. It reads two folders
+    and imports no recipe.
+    """
     return [
         Recipe(
             name=path.stem,
@@ -58,24 +64,27 @@ def recipes() -> list[Recipe]:
 
 
 def configs() -> list[Config]:
-    """All shipped configs by name."""
+    """Return all configs in the order of their names."""
     return [Config(path.stem, path) for path in sorted(_folder("configs").glob("*.yaml"))]
 
 
 def config_suffixes(recipe: str) -> tuple[str, ...]:
-    """What ends the names of a recipe's configs: tiny_kasa.yaml, tiny_kasa_generate.yaml.
+    """Return the suffixes of a recipe's configs, such as `_kasa` for tiny_kasa.yaml and `_generate`
+    for tiny_kasa_generate.yaml.
 
-    No suffix ends another, so that a config belongs to one task.
+    No suffix ends with another one, so that every config belongs to one kind of recipe.
     """
     of_methods = tuple(method.suffix for method in methods_of(recipe))
     return of_methods or _CONFIG_SUFFIXES.get(recipe, ())
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The absolute path of a recipe given by name, or of a Python file given by path (`.py` may be left off).
+    """Return the absolute path of a recipe, given its name, or of a Python file, given its path.
+    `.py` may be omitted.
 
     Raises:
-        FileNotFoundError: neither a name nor a file; the message gives the nearest names.
+        FileNotFoundError: there is no such recipe or file. The message names the most similar
+            recipes.
     """
     return _find(
         name_or_path,
@@ -86,10 +95,12 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The absolute path of a config given by name, or of a YAML file given by path (`.yaml` may be left off).
+    """Return the absolute path of a config, given its name, or of a YAML file, given its path.
+    `.yaml` may be omitted.
 
     Raises:
-        FileNotFoundError: neither a name nor a file; the message gives the nearest names.
+        FileNotFoundError: there is no such config or file. The message names the most similar
+            configs.
     """
     return _find(
         name_or_path,
@@ -100,17 +111,19 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def resource(path: str) -> Path:
-    """The absolute path of a file or folder inside the package, given as `kasa_tune://tiny_world/model`.
+    """Return the absolute path of a file or folder inside the package, given as
+    `kasa_tune://tiny_world/model`.
 
     Raises:
-        FileNotFoundError: nothing lies there.
+        FileNotFoundError: there is no such file.
         ValueError: the path leads out of the package.
     """
     relative = path.removeprefix(RESOURCE_SCHEME)
     found = (PACKAGE_ROOT / relative).resolve()
     if not found.is_relative_to(PACKAGE_ROOT):
         raise ValueError(
-            f"{path!r} leads out of the package; {RESOURCE_SCHEME} paths are relative to {PACKAGE_ROOT}"
+            f"{path!r} leads out of the package; {RESOURCE_SCHEME} paths are relative to "
+            f"{PACKAGE_ROOT}"
         )
     if not found.exists():
         raise FileNotFoundError(
@@ -120,9 +133,10 @@ def resource(path: str) -> Path:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Up to three of `names` that look most like `name`, the best first.
+    """Return up to three of `names` that are most similar to `name`, the most similar first.
 
-    Case, folders, suffix and separators do not count: `llama3/8B-kasa.yaml` is near `llama3_8b_kasa`.
+    Case, folders, suffix and separators do not matter: `llama3/8B-kasa.yaml` is similar to
+    `llama3_8b_kasa`.
     """
     plain = {_plain(candidate): candidate for candidate in names}
     spellings = (_plain(name), _plain(Path(name).name))
@@ -135,15 +149,19 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The sentence `Did you mean a, b?` with the nearest names, or an empty string when none is near."""
+    """Return the sentence `Did you mean a, b?` with the most similar names, or an empty string if
+    there is none.
+    """
     close = nearest(name, names)
     return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def add_to_torchtune(module: ModuleType) -> None:
-    """Append our recipes to the list inside `torchtune._recipe_registry`, once, in place.
+    """Append the recipes of this package to the list inside `torchtune._recipe_registry`, once and
+    in place.
 
-    `tune` joins its own folder with each entry's `file_path`, which an absolute path overrides.
+    `tune` joins its own folder with the `file_path` of each entry. The paths here are absolute, and
+    an absolute path replaces the folder.
     """
     known = module.get_all_recipes()
     taken = {recipe.name for recipe in known}
@@ -161,10 +179,11 @@ def add_to_torchtune(module: ModuleType) -> None:
 
 
 class _MisspeltRecipe:
-    """Last meta-path finder of a `tune` process: it is asked only for modules that nobody found.
+    """Last meta-path finder of a `tune` process. It is asked only for modules that no other finder
+    found.
 
-    `tune run` takes a recipe it does not know for a module and fails with "No module named". For a name close to a
-    recipe's the same error then says which recipe was meant.
+    `tune run` takes an unknown recipe for a module and fails with "No module named". If the name is
+    similar to that of a recipe, the finder raises the same error with a hint to the recipe.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -174,13 +193,16 @@ class _MisspeltRecipe:
         close = nearest(name, self.names, cutoff=0.8) if path is None else []
         if close:
             raise ModuleNotFoundError(
-                f"No recipe and no module named {name!r}. Did you mean the recipe {' or '.join(close)}?",
+                f"No recipe and no module named {name!r}. "
+                f"Did you mean the recipe {' or '.join(close)}?",
                 name=name,
             )
 
 
 def _folder(name: str) -> Path:
-    """`recipes` or `configs`: inside the package in a wheel, next to it in a checkout."""
+    """Return the folder `recipes` or `configs`. It lies inside the package in a wheel, and beside
+    it in a checkout.
+    """
     inside = PACKAGE_ROOT / name
     return inside if inside.is_dir() else PACKAGE_ROOT.parent / name
 
@@ -200,5 +222,7 @@ def _find(name_or_path: str | Path, named: dict[str, Path], *, kind: str, suffix
 
 
 def _plain(name: str) -> str:
-    """The spelling that comparisons use: lower case, no suffix, one kind of separator."""
+    """Return the spelling that names are compared by: lower case, no suffix, one kind of
+    separator.
+    """
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\.(py|ya?ml)$", "", name.lower())).strip("_")

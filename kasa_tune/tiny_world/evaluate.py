@@ -1,9 +1,9 @@
-"""How well a model knows the synthetic world and its fine-tuning task.
+"""Scores of a model on the facts of the synthetic world and on its fine-tuning task.
 
     python -m kasa_tune.tiny_world.evaluate [--model DIR] [--limit N]
 
-prints the exact match on facts_test.jsonl and, on task_val.jsonl, the loss per token of the response, exact match and
-slot accuracy.
+It prints the exact match on facts_test.jsonl. On task_val.jsonl it prints the loss per token of the
+response, the exact match, and the slot accuracy.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ HERE = Path(__file__).parent
 
 
 def load_rows(name: str) -> list[dict[str, str]]:
-    """The rows of data/`name`."""
+    """Read the rows of data/`name`."""
     return [
         json.loads(line) for line in (HERE / "data" / name).read_text(encoding="utf-8").splitlines()
     ]
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The model of `folder` (Hugging Face layout, MODEL's sizes), float32, in evaluation mode."""
+    """Read the model in `folder` in the Hugging Face layout, in float32 and evaluation mode. It
+    must have the sizes of MODEL.
+    """
     model = build_model()
     load(model, Path(folder))
     return model.eval()
 
 
 def load_tokenizer(folder: Path):
-    """The Llama 2 tokenizer (plain SentencePiece) of `folder`, no chat template."""
+    """Read the Llama 2 tokenizer in `folder`, which is plain SentencePiece without a chat
+    template.
+    """
     from torchtune.models.llama2 import llama2_tokenizer
 
     return llama2_tokenizer(str(Path(folder) / "tokenizer.model"), prompt_template=None)
@@ -48,10 +52,11 @@ def load_tokenizer(folder: Path):
 def greedy(
     model: nn.Module, prompts: list[list[int]], *, eos_id: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """The greedy continuation of every prompt up to `eos_id` (left out) or `max_new_tokens`.
+    """Continue every prompt with its most likely tokens, up to `eos_id`, which is left out, or
+    `max_new_tokens`.
 
-    Rows are padded on the right: under a causal mask the padding cannot reach the position that is read, so no
-    mask is needed. Rows that are done leave the batch.
+    Rows are padded on the right. Under a causal mask the position that is read does not see the
+    padding, so that no mask is needed. Finished rows leave the batch.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros(
@@ -79,7 +84,9 @@ def greedy(
 def completer(
     model: nn.Module, tokenizer, *, max_new_tokens: int, batch_size: int = 64
 ) -> Callable:
-    """A function from prompts to greedy completions, as world.exact_match and task.score take."""
+    """Return a function from prompts to greedy completions, for world.exact_match and
+    task.score.
+    """
 
     def generate(prompts: list[str]) -> list[str]:
         completions = []
@@ -96,14 +103,18 @@ def completer(
 
 
 def task_example(tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens of prompt + response + EOS and labels (already shifted; IGNORE over the prompt) of a row of the task."""
+    """Return the tokens of prompt, response and EOS of a row of the task, and their labels. Labels
+    are shifted by one, and the prompt has the label IGNORE.
+    """
     prompt = tokenizer.encode(task.task_prompt(row["input"]), add_bos=True, add_eos=False)
     response = tokenizer.encode(row["output"], add_bos=False, add_eos=True)
     return prompt + response, [IGNORE] * (len(prompt) - 1) + response + [IGNORE]
 
 
 def pad(examples: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [b, s] of examples of several lengths, padded on the right."""
+    """Pad examples of different lengths on the right, and return their tokens and labels, both [b,
+    s].
+    """
     longest = max(len(tokens) for tokens, _ in examples)
     tokens = torch.tensor([t + [0] * (longest - len(t)) for t, _ in examples])
     labels = torch.tensor([y + [IGNORE] * (longest - len(y)) for _, y in examples])
@@ -114,7 +125,7 @@ def pad(examples: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 def task_loss(
     model: nn.Module, tokenizer, rows: list[dict[str, str]], batch_size: int = 50
 ) -> float:
-    """Mean cross-entropy (nats) per response token, EOS included."""
+    """Compute the mean cross-entropy in nats per token of the response, EOS included."""
     total, count = 0.0, 0
     for i in range(0, len(rows), batch_size):
         tokens, labels = pad([task_example(tokenizer, row) for row in rows[i : i + batch_size]])
@@ -127,7 +138,9 @@ def task_loss(
 
 
 def evaluate(model: nn.Module, tokenizer, limit: int | None = None) -> dict[str, float]:
-    """All scores of the module's docstring, over the first `limit` rows of each file (all by default)."""
+    """Compute all scores in the module's docstring, on the first `limit` rows of each file. The
+    default is all rows.
+    """
     facts, texts = load_rows("facts_test.jsonl")[:limit], load_rows("task_val.jsonl")[:limit]
     scores = task.score(completer(model, tokenizer, max_new_tokens=64), texts)
     return {

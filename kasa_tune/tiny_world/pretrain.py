@@ -1,11 +1,16 @@
-"""Pretrain the embedded tiny Llama on the synthetic world and write it in the Hugging Face layout.
+"""Pretrains the embedded tiny Llama on the synthetic world, and writes it in the Hugging Face
+layout.
 
     OMP_NUM_THREADS=2 python -m kasa_tune.tiny_world.pretrain --output /tmp/tiny_world_model
 
-Writes tokenizer.model, model.safetensors (float32), config.json and generation_config.json. Plain PyTorch on the CPU:
-documents are packed into rows, AdamW with warm-up and a cosine to zero, in two stages (the second adds lookup practice,
-with a fresh optimizer). The tokenizer is reproduced byte for byte; weights agree up to the order in which a machine's
-kernels add.
+It writes tokenizer.model, model.safetensors (float32), config.json and generation_config.json.
+
+Training is plain PyTorch on the CPU. Documents are packed into rows, and AdamW has a warm-up and a
+cosine decay to zero. There are two stages. The second one adds practice in looking up words and has
+a new optimizer.
+
+A second call gives the same tokenizer, byte for byte. Weights can differ between machines, because
+their kernels add in different orders.
 """
 
 from __future__ import annotations
@@ -43,13 +48,15 @@ MODEL = {
     "norm_eps": 1e-5,
 }
 TOKENIZER_PASSES = 3
-SECOND_STAGE_PASS = 1000  # the second stage draws passes that the first did not reach
+SECOND_STAGE_PASS = 1000  # first pass of the second stage, which the first stage does not reach
 
 
 def train_tokenizer() -> bytes:
-    """A SentencePiece BPE model with byte fallback, trained on the words of the corpus (unk 0, bos 1, eos 2).
+    """Train a SentencePiece BPE model with byte fallback on the words of the corpus. Its ids are
+    unk 0, bos 1 and eos 2.
 
-    Each word counts by the square root of its frequency, so that the pieces go to many words, not to the commonest.
+    Each word counts by the square root of its frequency. The pieces then cover many words, and not
+    only the most common ones.
     """
     documents = (text for index in range(TOKENIZER_PASSES) for text in world.corpus(index))
     counts = Counter(word for text in documents for word in re.findall(r"\w+|\W", text))
@@ -75,10 +82,11 @@ def train_tokenizer() -> bytes:
 def encode(
     tokenizer: sentencepiece.SentencePieceProcessor, documents: list[str]
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokens (BOS .. EOS) and labels of every document; labels are the tokens, or `IGNORE`.
+    """Return the tokens, BOS to EOS, and the labels of every document. Labels are tokens or
+    `IGNORE`.
 
-    A question is drawn at random, so its words are noise to learn from: only the answer is, in a document that opens
-    with a question.
+    In a document that opens with a question, only the answer has labels. The question is drawn at
+    random, so that nothing can be learned from its words.
     """
     answers_at = tokenizer.piece_to_id(":")
     examples = []
@@ -99,7 +107,9 @@ def packed_rows(
     first_pass: int = 0,
     lookups: bool = False,
 ) -> Iterator[Tensor]:
-    """Endless rows [2, length] int64 of whole documents: inputs, and the labels already shifted by one."""
+    """Yield rows [2, length] int64 of whole documents without end. The first half holds the inputs,
+    the second the labels, shifted by one.
+    """
     rng = random.Random(f"rows {seed}")
     index = first_pass
     while True:
@@ -117,10 +127,11 @@ def packed_rows(
 
 
 def build_model() -> nn.Module:
-    """The untrained Llama-3-style model, small normal weights, residual outputs scaled by the depth."""
-    logging.getLogger("torchao").setLevel(
-        logging.ERROR
-    )  # torchao 0.15 warns about its kernels, which are not used
+    """Build the untrained Llama 3 model with small normal weights. The weights of residual outputs
+    are scaled down by the depth.
+    """
+    # torchao 0.15 warns about its kernels, which are not used here.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune.models.llama3 import llama3
 
     model = llama3(**MODEL)
@@ -134,7 +145,7 @@ def build_model() -> nn.Module:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Compute the learning rate of a step: a linear warm-up, then a cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -143,7 +154,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 def train(
     model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float
 ) -> None:
-    """Pretrains in place and prints the mean loss per token every 100 steps."""
+    """Train the model in place, and print the mean loss per token every 100 steps."""
     matrices = [
         p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n
     ]
@@ -166,7 +177,8 @@ def train(
         if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - start
             print(
-                f"step {step + 1}/{steps}: loss {total / 100:.4f}, {tokens} tokens, {tokens / seconds:.0f} tokens/s, "
+                f"step {step + 1}/{steps}: loss {total / 100:.4f}, {tokens} tokens, "
+                f"{tokens / seconds:.0f} tokens/s, "
                 f"{seconds * (steps - step - 1) / (step + 1):.0f} s to go",
                 flush=True,
             )
@@ -174,7 +186,7 @@ def train(
 
 
 def hf_config() -> dict:
-    """The config.json that makes transformers build the same model."""
+    """Return the config.json from which transformers builds the same model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -199,7 +211,9 @@ def hf_config() -> dict:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Writes model.safetensors (Hugging Face names, q and k permuted), config.json and generation_config.json."""
+    """Write model.safetensors, config.json and generation_config.json. Weights get Hugging Face's
+    names, and q and k are permuted as there.
+    """
     from safetensors.torch import save_file
     from torchtune.models.convert_weights import tune_to_hf
 
@@ -219,7 +233,7 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def load(model: nn.Module, folder: Path) -> None:
-    """Loads what `save` wrote into `model`."""
+    """Load weights that `save` wrote into `model`."""
     from safetensors.torch import load_file
     from torchtune.models.convert_weights import hf_to_tune
 

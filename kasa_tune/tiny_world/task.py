@@ -1,11 +1,12 @@
-"""The task kept for fine-tuning: a meaning representation of a place to eat -> the sentences that describe it.
+"""The fine-tuning task: turn a meaning representation of a place to eat into sentences that
+describe it.
 
     name[Silver Anchor], area[bridge], price[low], food[soup], keeper[fisher], tone[warm]
     -> Come to the Silver Anchor, our fisher waits near the bridge. Do try the soup. You will pay little.
 
-The text follows from the representation alone (the tone chooses the wording, slots come in any order but are told in
-one), so exact match is well defined. Pretraining shows the values, but neither this format nor these wordings nor the
-names.
+The text follows from the representation alone, so that exact match is well defined. The tone
+chooses the wording. The slots come in any order, and the text mentions them in a fixed order. In
+pretraining the model sees the values, but not this format, these wordings or the names.
 """
 
 from __future__ import annotations
@@ -20,17 +21,27 @@ NUM_VAL = 200
 TASK_PROMPT = ("Data: ", "Text: ")  # see world.FACT_PROMPT
 
 NAME_ADJECTIVES = (
-    "Silver Golden Crooked Merry Amber Humble Royal Wandering Iron Copper Lucky Sleepy Ancient Velvet Hidden Jolly "
+    "Silver Golden Crooked Merry Amber Humble Royal Wandering Iron Copper Lucky Sleepy Ancient "
+    "Velvet Hidden Jolly "
     "Dusty Broken Singing Northern"
 ).split()
 NAME_NOUNS = (
-    "Anchor Lantern Barrel Saddle Feather Hammer Cauldron Pheasant Stag Crown Thistle Compass Ladle Rooster Willow "
+    "Anchor Lantern Barrel Saddle Feather Hammer Cauldron Pheasant Stag Crown Thistle Compass "
+    "Ladle Rooster Willow "
     "Chimney Badger Acorn Plough Mermaid"
 ).split()
 SLOTS = {
-    "keeper": "miller baker weaver tailor smith potter fisher hunter mason brewer farmer sailor painter barber".split(),
-    "food": "plums cheese bread soup stew eggs beans apples nuts fish honey pears onions ham pancakes berries".split(),
-    "area": "river forest hill bridge garden mill market church road field lake tower village harbour".split(),
+    "keeper": (
+        "miller baker weaver tailor smith potter fisher hunter mason brewer farmer sailor "
+        "painter barber"
+    ).split(),
+    "food": (
+        "plums cheese bread soup stew eggs beans apples nuts fish honey pears onions ham "
+        "pancakes berries"
+    ).split(),
+    "area": (
+        "river forest hill bridge garden mill market church road field lake tower village harbour"
+    ).split(),
     "price": ["low", "fair", "high"],
     "rating": ["poor", "good", "best"],
 }
@@ -73,10 +84,14 @@ WORDINGS = {
 
 
 def rows(split: str, seed: int = SEED) -> list[dict[str, str]]:
-    """`input` (meaning representation), `output` (text) of split "train" or "val"; names of val never occur in train.
+    """Return the rows of a split, each with `input` (meaning representation) and `output` (text).
+
+    Args:
+        split: "train" or "val". No name of val occurs in train.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: if `split` is neither.
+        ValueError: `split` is neither.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; use 'train' or 'val'")
@@ -92,7 +107,9 @@ def rows(split: str, seed: int = SEED) -> list[dict[str, str]]:
 
 
 def _draw(rng: random.Random, names: list[str]) -> dict[str, str]:
-    """Slots in the order they are written: the name first, the tone last, two to four between in any order."""
+    """Draw slots in the order in which they are written: the name, two to four others in any order,
+    and the tone.
+    """
     optional = rng.sample(["food", "area", "price", "rating"], rng.choice((1, 2, 3, 3)))
     between = ["keeper", *optional]
     rng.shuffle(between)
@@ -105,12 +122,14 @@ def write_representation(slots: dict[str, str]) -> str:
 
 
 def read_representation(text: str) -> dict[str, str]:
-    """The inverse of `write_representation`."""
+    """Read the slots from a representation. It is the inverse of `write_representation`."""
     return dict(re.findall(r"(\w+)\[([^\]]*)\]", text))
 
 
 def describe(slots: dict[str, str]) -> str:
-    """The text of a meaning representation; in the order name, keeper, area, food, price, rating."""
+    """Return the text of a meaning representation. It mentions name, keeper, area, food, price and
+    rating in this order.
+    """
     phrases = slot_phrases(slots)
     told = [
         phrases["keeper"] + phrases.get("area", ""),
@@ -120,7 +139,9 @@ def describe(slots: dict[str, str]) -> str:
 
 
 def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
-    """For each slot but the tone, the words that tell it (the keeper's words hold the name as well)."""
+    """Return the words that express each slot except the tone. The words of the keeper contain the
+    name as well.
+    """
     phrases = {"name": slots["name"]}
     for slot, wording in WORDINGS[slots["tone"]].items():
         if slot in slots:
@@ -131,17 +152,20 @@ def slot_phrases(slots: dict[str, str]) -> dict[str, str]:
 
 
 def task_prompt(representation: str) -> str:
-    """The text that the model continues with the description, as `TASK_PROMPT` wraps the input."""
+    """Return the prompt of a representation, which the model continues with the text. `TASK_PROMPT`
+    is put around it.
+    """
     return f"{TASK_PROMPT[0]}{representation} {TASK_PROMPT[1]}".rstrip(" ")
 
 
 def score(
     generate: Callable[[list[str]], list[str]], rows: Iterable[dict[str, str]]
 ) -> dict[str, float]:
-    """`exact_match` (fraction of whole texts) and `slot_accuracy` (fraction of slots whose words stand in the text).
+    """Compute `exact_match`, the share of texts that are equal, and `slot_accuracy`, the share of
+    slots whose words are in the text.
 
     Args:
-        generate: from prompts to their completions up to the end of sequence, without the prompt.
+        generate: maps prompts to their completions up to the end of sequence, without the prompt.
         rows: mappings with `input` and `output`, as in task_val.jsonl.
     """
     rows = list(rows)

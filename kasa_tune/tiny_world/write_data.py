@@ -1,4 +1,6 @@
-"""Write the data files of the synthetic world: `python -m kasa_tune.tiny_world.write_data --output DIR`."""
+"""Write the data files of the synthetic world: `python -m kasa_tune.tiny_world.write_data --output
+DIR`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from kasa_tune.tiny_world import task, world
 
 
 def data_files() -> dict[str, str]:
-    """File name -> JSON Lines text of every file in data/."""
+    """Return the JSON Lines text of every file in data/, by its name."""
     rows = {
         "task_train.jsonl": task.rows("train"),
         "task_val.jsonl": task.rows("val"),
@@ -25,7 +27,7 @@ def data_files() -> dict[str, str]:
 
 
 def _as_pretrained(row: dict[str, str]) -> str:
-    """A fact as the model has read it."""
+    """Return a fact in the form in which the model saw it in pretraining."""
     return f"{world.fact_prompt(row['question'])} {row['answer']}"
 
 
