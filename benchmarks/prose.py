@@ -9,7 +9,8 @@ sentence even without a full stop. An inline code span counts as one word, and a
 text. An entry of a docstring's section (`name: text`) counts without the name.
 
 With `--python`, the last columns count the public functions whose signature names a tensor, and how
-many of them have a docstring that gives a shape, such as `(d_out, rank)`, `[b, s]` or "scalar".
+many of them have a docstring that gives a shape, such as `(d_out, rank)`, `[b, s]`,
+"scalar" or "any shape".
 """
 
 import argparse
@@ -26,7 +27,7 @@ LONG = 25  # words; longer sentences are counted separately
 _LIST_ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Note|Shape|Example|Examples):$")
 _ENTRY = re.compile(r"^ {4}(\*{0,2}[\w.]+(?:, \*{0,2}\w+)*(?: \([^)]*\))?:\s+)?(?=\S)")
-_SHAPE = re.compile(r"[(\[]\s*\w+(?:\s*[,+*/]\s*\w*)+\s*[)\]]|\[\w+\]|\bscalar\b")
+_SHAPE = re.compile(r"[(\[]\s*\w+(?:\s*[,+*/]\s*\w*)+\s*[)\]]|\[\w+\]|\bscalars?\b|\bany shape\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[*)\"]*\s+(?=[A-Z`*(\"\[0-9])")
 
 

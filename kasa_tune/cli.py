@@ -158,9 +158,7 @@ def _cat(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     path = registry.find_config(args.config)
-    from kasa_tune import (
-        config,
-    )  # imported here, because omegaconf would slow down the other commands
+    from kasa_tune import config  # not above, because omegaconf would slow down other commands
 
     config.validate_file(path, args.overrides, check_files=not args.skip_files)
     print(f"{args.config}: the config is valid.")

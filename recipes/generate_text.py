@@ -81,8 +81,7 @@ class GenerateTextRecipe:
             if quantized:
                 load_quantized(self._adapter, quantized, self._device)
             load_adapter_state_dict(self._model, self._adapter.adapter)
-            # Folded edits wait on the CPU, but the base model's completions need them at every
-            # token.
+            # Folded edits are kept on the CPU, but the base's completions need them at every token.
             self._model.to(self._device)
 
     def _prompts_of(self, dataset: Dataset, num_samples: int) -> list[dict[str, Any]]:

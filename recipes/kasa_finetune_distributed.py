@@ -98,7 +98,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         self._lr_scheduler = config.instantiate(
             cfg.lr_scheduler, self._optimizer, num_training_steps=self._data.total_steps
         )
-        if world.rank:  # from here on, processes draw different random numbers, for dropout
+        if world.rank:  # from here on, each process draws its own random numbers
             torch.manual_seed(cfg.seed + world.rank)
         self.steps = Steps(
             cfg,

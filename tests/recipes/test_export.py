@@ -374,7 +374,11 @@ def test_an_unfinished_or_damaged_checkpoint_is_refused(trained, run_main, tmp_p
     (empty / "checkpoints").mkdir(parents=True)
     (checkpoint / "manifest.json").rename(tmp_path / "manifest.json")
     refused(
-        run_main, tmp_path, ValueError, "no complete checkpoint", f"adapter_checkpoint={checkpoint}"
+        run_main,
+        tmp_path,
+        ValueError,
+        "not a complete checkpoint",
+        f"adapter_checkpoint={checkpoint}",
     )
     (tmp_path / "manifest.json").rename(checkpoint / "manifest.json")
     with (checkpoint / "adapter.safetensors").open("r+b") as file:

@@ -255,7 +255,7 @@ def test_an_adapter_of_another_model_or_base_is_refused(finetune, tmp_path):
         ValueError, match=r"adapter_checkpoint: got .*nowhere.*, which does not exist"
     ):
         finetune(f"adapter_checkpoint={tmp_path / 'nowhere'}", **options)
-    with pytest.raises(ValueError, match="is no complete checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         finetune(f"adapter_checkpoint={other}", **options)
 
 

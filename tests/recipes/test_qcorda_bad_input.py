@@ -383,7 +383,7 @@ def test_resume_with_a_damaged_quantized_base(qcorda, stopped, file, damage):
     """An earlier checkpoint would need the same base: the message must not send there."""
     damage(stopped / FOLDER / "step_00000000" / file)
     with pytest.raises(
-        ValueError, match=rf"{stopped / FOLDER}.*(damaged|no complete).*Copy it there"
+        ValueError, match=rf"{stopped / FOLDER}.*(damaged|not a complete).*Copy it there"
     ) as refused:
         resume(qcorda)
     assert "earlier checkpoint" not in str(refused.value)

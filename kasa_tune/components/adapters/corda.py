@@ -65,8 +65,7 @@ class CorDALinear(AdapterLinear):
         self.set_rank(start.rank)
         self.lora_b.weight.copy_(start.out)
         self.lora_a.weight.copy_(start.into)
-        # The edit is made from the parameters, which may be bfloat16. Then exactly the initial
-        # update is subtracted.
+        # The parameters may be bfloat16. The edit is made from them, so that it equals the update.
         edit = LowRank(
             self.lora_b.weight.float() * self.scaling, self.lora_a.weight.float().clone()
         )
@@ -123,7 +122,6 @@ class CorDALinear(AdapterLinear):
             return super().forward(x)
         h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype))  # [..., r]
         update = F.linear(h, (self.lora_b.weight.float() * self.scaling).to(x.dtype))
-        # The products have the same order as those of the update, so that equal factors cancel to
-        # zero.
+        # The products have the same order as in the update, so that equal factors cancel to zero.
         edit = F.linear(F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out.to(x.dtype))
         return F.linear(x, self.weight, self.bias) + (update - edit)

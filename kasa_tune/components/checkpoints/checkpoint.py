@@ -137,13 +137,13 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no folder: give a run's output_dir or one of its checkpoints."
+            f"{path} is not a folder: give a run's output_dir or one of its checkpoints."
         )
     if not (path / "checkpoints").is_dir():
         if not (path / MANIFEST).exists():
             raise CheckpointError(
-                f"{path} is no complete checkpoint (it has no {MANIFEST}) and no run's output_dir "
-                "(no checkpoints/)."
+                f"{path} is not a complete checkpoint (it has no {MANIFEST}) and not a run's "
+                "output_dir (it has no folder checkpoints)."
             )
         return Checkpoint(path)
     newest, passed_over = latest_checkpoint(path / "checkpoints")
@@ -248,18 +248,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise _unreadable(path / MANIFEST, error) from error
         raise CheckpointError(
-            f"{path} is no complete checkpoint: its {MANIFEST} is missing."
+            f"{path} is not a complete checkpoint: its {MANIFEST} is missing."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no complete checkpoint: its {MANIFEST} is missing or unreadable ({error})."
+            f"{path} is not a complete checkpoint: its {MANIFEST} is missing or unreadable "
+            f"({error})."
         ) from None
     return manifest
 
 
 def load_part(path: Path, name: str) -> Any:
-    """Read one part of a verified checkpoint. Its tensors, of the shapes that were saved, are on
-    the CPU.
+    """Read one part of a verified checkpoint. Its tensors are on the CPU and may have any shape.
 
     Raises:
         CheckpointError: the checkpoint has no such part.

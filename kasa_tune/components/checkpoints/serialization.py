@@ -18,7 +18,7 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     Args:
         tree: nested dicts, lists, tuples, tensors, strings, numbers, booleans and None.
         path: where ``tree`` lies in the outermost container, such as ``state/0/exp_avg``.
-        tensors: receives a copy of each tensor, in its own shape ``(...)`` and on the CPU, under
+        tensors: receives a copy of each tensor, on the CPU and of any shape, under
             its path.
 
     Raises:
@@ -63,7 +63,7 @@ def decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Args:
         document: what :func:`encode` returned.
-        tensors: the tensors that it stored, by path, in their own shapes ``(...)``.
+        tensors: the tensors that it stored, of any shape, by path.
     """
     if isinstance(document, list):
         return [decode(value, tensors) for value in document]

@@ -100,8 +100,7 @@ def _continue(
     for row, prompt in zip(batch, prompts, strict=True):
         row[width - len(prompt) :] = torch.tensor(prompt, device=device)
     with device:
-        # The embedding is never quantized. A quantized weight reports the dtype of the run it came
-        # from.
+        # Unlike a quantized weight, the embedding always has the dtype of the present run.
         dtype = model.tok_embeddings.weight.dtype
         model.setup_caches(len(prompts), dtype, decoder_max_seq_len=width + max_new_tokens)
     try:
@@ -125,7 +124,7 @@ def _padding_id(prompts: Sequence[Sequence[int]], vocab_size: int) -> int | None
     prompts contain every id.
     """
     if len(set(map(len, prompts))) == 1:
-        return -1  # nothing to pad
+        return -1  # no prompt needs padding
     used = {token for prompt in prompts for token in prompt}
     return next((token for token in range(vocab_size) if token not in used), None)
 

@@ -156,8 +156,7 @@ def co_svd(
     covariance_power: float = 1.0,
     solver: str = "auto",
 ) -> Component:
-    """Compute the context-oriented SVD of CorDA (arXiv 2406.05223, equations 2 to 5) without
-    inverting the covariance.
+    """Compute CorDA's context-oriented SVD (arXiv 2406.05223, equations 2 to 5) without ``C⁻¹``.
 
     The paper takes the singular triplets of ``W C = U S Vᵀ`` and multiplies by ``C⁻¹``. Since
     ``S Vᵀ C⁻¹ = Uᵀ W``, the component of some left singular vectors is ``U Uᵀ W``. Neither V nor
@@ -166,8 +165,7 @@ def co_svd(
     A weight with ``d_out > d_in`` is first reduced to the R of ``W = Q R``. The smallest singular
     vectors then belong to the ``d_in`` existing singular values, and not to the null space.
 
-    All computation is in float64. If a GPU has no room for it, the CPU does it, and a line in the
-    log says so.
+    It computes in float64. If a GPU has no room for that, the CPU does it, and the log says so.
 
     Args:
         weight: ``(d_out, d_in)``, any floating dtype.
@@ -325,8 +323,7 @@ def _oriented(rows: Tensor, covariance: Tensor | None, power: float) -> Tensor:
     if power == 1:
         return rows @ covariance.double()
     eigenvalues, vectors = torch.linalg.eigh(covariance.double())
-    # `vectors.T` on the right is left out, because a rotation of the columns changes no left
-    # vector.
+    # A rotation of the columns changes no left vector, so that `vectors.T` on the right is omitted.
     return (rows @ vectors) * eigenvalues.clamp_min(0) ** power
 
 
@@ -358,8 +355,7 @@ def split_component(component: Component, scaling: float, split: str = "balanced
     lengths = component.singular_values.to(component.projection.device)
     if split == "balanced":
         lengths = torch.linalg.vector_norm(component.projection, dim=1, dtype=torch.float64)
-    # A direction that the weight does not use would start at B = A = 0. Both gradients would be
-    # zero.
+    # A direction that the weight does not use would start at B = A = 0, with gradients of zero.
     lengths = lengths.clamp_min(1e-6 * lengths.mean() + 1e-30)[:, None]
     out = component.vectors.double() * (lengths.T / scaling).sqrt()
     into = component.projection.double() / (lengths * scaling).sqrt()
@@ -368,8 +364,7 @@ def split_component(component: Component, scaling: float, split: str = "balanced
 
 def check_finite(weight: Tensor, name: str = "The weight") -> None:
     """Raise ValueError if a weight ``(d_out, d_in)`` holds NaN or infinity."""
-    # The rows are summed in parts, because a CPU sums a half-precision tensor in a float32 copy of
-    # it.
+    # Rows are summed in parts, because a CPU copies a half-precision tensor to float32 to sum it.
     sums = [part.sum(dtype=torch.float32) for part in weight.split(1024)]
     if not all(torch.stack(sums).isfinite()):
         raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# For n below EXACT_BELOW, or k above this share of n, a full decomposition is cheaper than a
-# search.
+# Below this n, or for k above this share of n, a full decomposition is cheaper than a search.
 EXACT_BELOW = 640
 EXACT_ABOVE_SHARE = 1 / 16
 # A block holds this many vectors more than are wanted, because these speed up the convergence.
@@ -272,8 +271,8 @@ def _inverse_krylov(matrix: Tensor, k: int) -> Subspace:
             )
         if basis.shape[1] + block > min(n, MAX_BLOCKS * block):
             basis, images = basis @ rotation[:, : 2 * block], images @ rotation[:, : 2 * block]
-        # Orthogonalizing twice is enough (Kahan). Once is not where the correction lies almost
-        # inside the basis.
+        # Orthogonalizing twice is enough (Kahan). Once is not enough for a correction that lies
+        # almost inside the basis.
         newest = torch.linalg.qr(_outside(torch.linalg.qr(_outside(correction, basis)).Q, basis)).Q
     raise torch.linalg.LinAlgError(
         f"no convergence in {MAX_STEPS} steps, last correction {residual:.1e}"
@@ -334,8 +333,7 @@ class _SquareInverse:
         self.trace = torch.linalg.vector_norm(self.matrix).square()
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(self.matrix)
         diagonal = self.lu.diagonal()
-        # A pivot of a singular W is raised to this, so that solutions become large and not
-        # infinite.
+        # This replaces a zero pivot of a singular W, so that solutions are large and not infinite.
         tiny = 1e-16 * diagonal.abs().max()
         diagonal.copy_(torch.where(diagonal.abs() < tiny, tiny, diagonal))
 

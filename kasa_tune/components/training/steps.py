@@ -195,7 +195,7 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         self.model.train()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # leave out loading and decomposing
+            torch.cuda.reset_peak_memory_stats(self.device)  # do not count loading
         self._open_log()
         save_every = self.cfg.save_every_n_steps
         while not self._done:

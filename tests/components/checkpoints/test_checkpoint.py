@@ -465,9 +465,11 @@ def test_no_checkpoint_to_use(tmp_path):
         CheckpointError, match=r"torn holds no finished checkpoint.*step_00000007 is damaged: run"
     ):
         find_checkpoint(tmp_path / "torn")
-    with pytest.raises(CheckpointError, match=r"nowhere is no folder.*output_dir"):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder.*output_dir"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*and no run's output_dir"):
+    with pytest.raises(
+        CheckpointError, match=r"not a complete checkpoint.*and not a run's output_dir"
+    ):
         find_checkpoint(tmp_path)
 
 
@@ -567,7 +569,7 @@ def test_a_manifest_that_is_none_is_no_checkpoint(content, tmp_path):
     manifest.unlink()
     if content is not None:
         manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint.*manifest\.json"):
         verify_checkpoint(tmp_path / "step_00000002")
     assert newest(tmp_path)[0] == tmp_path / "step_00000001"
 
@@ -609,7 +611,7 @@ def test_all_damaged_is_none_with_all_reasons(tmp_path):
 
 
 def test_a_path_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         verify_checkpoint(tmp_path / "nowhere")
 
 

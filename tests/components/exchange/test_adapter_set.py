@@ -616,7 +616,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     (run / "checkpoints" / "step_00000003" / "adapter.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="damaged"):
         AdapterSet(base_of()).add("it", run)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         AdapterSet(base_of()).add("it", tmp_path / "nowhere")
 
 

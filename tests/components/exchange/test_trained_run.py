@@ -189,9 +189,11 @@ def test_its_method_by_name(method, name, tmp_path):
 
 
 def test_no_run_at_all(tmp_path):
-    with pytest.raises(CheckpointError, match="is no folder: give a run's output_dir"):
+    with pytest.raises(CheckpointError, match="is not a folder: give a run's output_dir"):
         open_run(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint .*no run's output_dir"):
+    with pytest.raises(
+        CheckpointError, match=r"not a complete checkpoint .*not a run's output_dir"
+    ):
         open_run(tmp_path)
 
 
