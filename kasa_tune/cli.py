@@ -1,7 +1,7 @@
-"""The command line `kasa-tune run|ls|cp|cat|validate`. It offers torchtune's `tune` commands for
-the recipes and configs of this package, and it does not need the entry point that extends `tune`.
+"""The command line `kasa-tune run|ls|cp|cat|validate` for the recipes and configs of this package.
 
-All commands except `run` work without importing torch.
+It does what torchtune's `tune` does, and it does not need the entry point that extends `tune`. All
+commands except `run` work without importing torch.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) the base model and the
 tuned one complete every prompt. Without it, only the base model does.
 
-The prompts are those of the key ``prompts``, as they are, and the first ``num_samples`` different
-prompts of ``dataset``, each shown with its reference. With ``output_dir``, the completions are also
+The texts in ``prompts`` are completed as they are. The first ``num_samples`` different prompts of
+``dataset`` follow, each shown with its reference. With ``output_dir``, the completions are also
 written there, to completions.jsonl.
 """
 

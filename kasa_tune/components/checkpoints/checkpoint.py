@@ -146,11 +146,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
                 "output_dir (it has no folder checkpoints)."
             )
         return Checkpoint(path)
-    newest, passed_over = latest_checkpoint(path / "checkpoints")
+    newest, skipped = latest_checkpoint(path / "checkpoints")
     if newest is None:
-        raise CheckpointError(" ".join([f"{path} holds no finished checkpoint.", *passed_over]))
-    if passed_over:
-        log.warning(f"Using {newest}. {' '.join(passed_over)}")
+        raise CheckpointError(" ".join([f"{path} holds no finished checkpoint.", *skipped]))
+    if skipped:
+        log.warning(f"Using {newest}. {' '.join(skipped)}")
     return newest
 
 
@@ -188,13 +188,13 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     with contextlib.suppress(OSError):  # the folder may be read-only
         put_back(folder)
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return Checkpoint(path), passed_over
+            return Checkpoint(path), skipped
         except CheckpointError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            skipped.append(str(error))
+    return None, skipped
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

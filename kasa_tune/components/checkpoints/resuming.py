@@ -128,14 +128,14 @@ def resume_point(
             the saved ones.
     """
     if choice is True:
-        checkpoint, passed_over = latest_checkpoint(folder)
-        if passed_over and checkpoint is None:
+        checkpoint, skipped = latest_checkpoint(folder)
+        if skipped and checkpoint is None:
             raise ValueError(
-                f"{folder} holds checkpoints and none of them is intact. {' '.join(passed_over)} "
+                f"{folder} holds checkpoints and none of them is intact. {' '.join(skipped)} "
                 "To "
                 f"start over, set resume_from_checkpoint={RESTART}, which moves them aside."
             )
-        for reason in passed_over:
+        for reason in skipped:
             log.warning(reason)
     else:
         checkpoint = find_checkpoint(Path(choice)) if choice else None

@@ -272,8 +272,8 @@ def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
 def co_svd_workspace(d_out: int, d_in: int) -> int:
     """Compute the largest number of bytes that :func:`co_svd` takes, all in float64.
 
-    They are the weight, its Householder reflectors, the covariance, the product of weight and
-    covariance, and the factors or the basis of that product.
+    They are the weight, its Householder reflectors, the covariance, and the product of weight and
+    covariance. The factors or the basis of that product come on top.
     """
     n = min(d_out, d_in)
     return 8 * (2 * d_out * d_in + d_in * d_in + n * d_in + 4 * n * n)
@@ -334,8 +334,8 @@ def split_component(component: Component, scaling: float, split: str = "balanced
 
     ``balanced`` gives ``b_i`` and ``a_i`` the same length. With ``t_i = ‖u_iᵀ W‖`` they are
     ``b_i = u_i √(t_i / s)`` and ``a_i = u_iᵀ W / √(t_i s)``. ``paper`` (arXiv 2406.05223, equation
-    6) uses the singular value of ``W C`` in place of ``t_i``, so that the lengths depend on the
-    scale of C. Both give ``s · B A = U Uᵀ W``.
+    6) uses the singular value of ``W C`` in place of ``t_i``. The lengths then depend on the scale
+    of C. Both splits give ``s · B A = U Uᵀ W``.
 
     ``unscaled`` (arXiv 2406.01775, algorithm 1) takes ``U`` and ``Uᵀ W`` themselves as B and A.
     Then ``s · B A`` is s times the component.

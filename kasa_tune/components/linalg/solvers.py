@@ -2,12 +2,12 @@
 its shape.
 
 All computation is in float64. The smallest singular values of a trained weight are 1e-3 to 1e-5 of
-the largest, and a float32 Gram matrix, which squares them, would hold no correct digit of them. The
-singular values of a weight times a covariance span a wider range still.
+the largest. A float32 Gram matrix squares them, and would hold no correct digit of them. The
+singular values of a weight times a covariance span an even wider range.
 :func:`extreme_singular_subspace` therefore squares nothing.
 
-Shapes: W is ``(n, m)`` with ``n <= m``, and ``G = W Wᵀ`` is ``(n, n)``. k is the number of vectors
-wanted, b the number of vectors in a block, p the number of vectors in a basis.
+Shapes: W is ``(n, m)`` with ``n <= m``, and ``G = W Wᵀ`` is ``(n, n)``. There are k wanted vectors,
+b vectors in a block, and p vectors in a basis.
 """
 
 from __future__ import annotations

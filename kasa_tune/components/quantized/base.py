@@ -143,10 +143,10 @@ def find_quantized(checkpoint: Checkpoint) -> Checkpoint:
     path = checkpoint.path.absolute()
     of_a_run = path.parent.name == "checkpoints" and not (path / FOLDER).is_dir()
     folder = (path.parent.parent if of_a_run else path) / FOLDER
-    stored, passed_over = latest_checkpoint(folder)
+    stored, skipped = latest_checkpoint(folder)
     if not stored:
         # An earlier checkpoint is no remedy here, because all of them need this one base.
-        found = " ".join(passed_over).replace(" Use an earlier checkpoint.", "")
+        found = " ".join(skipped).replace(" Use an earlier checkpoint.", "")
         raise CheckpointError(
             f"{path} was trained on a quantized base, which should be in {folder}. "
             f"{found or 'It is not there.'} Copy it there from where it was."

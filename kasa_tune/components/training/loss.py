@@ -1,8 +1,8 @@
 """The loss of a batch: the contract that the recipes ask for, and the cross-entropy that they use
 by default.
 
-A loss returns the *sum* over the labelled tokens of a batch, because a recipe divides by the number
-of labelled tokens in all batches of a step. There are two kinds of losses:
+A loss returns the *sum* over the labelled tokens of a batch. The recipe divides it by the number of
+labelled tokens in all batches of a step. There are two kinds of losses:
 
 - ``loss(logits [n, vocab] float32, labels [n])`` is given only the labelled tokens. It may be any
   module or function, such as ``torch.nn.CrossEntropyLoss(reduction="sum")``.

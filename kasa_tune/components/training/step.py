@@ -96,8 +96,8 @@ class Step:
             NonFiniteError: a loss or the gradient is not finite. No weight has been changed.
         """
         steps = self._steps
-        loss, heard = steps.processes.sum(self._loss, steps.signals.received is not None)
-        steps.stopping |= heard > 0
+        loss, num_signals = steps.processes.sum(self._loss, steps.signals.received is not None)
+        steps.stopping |= num_signals > 0
         max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
         checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}

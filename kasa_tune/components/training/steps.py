@@ -126,22 +126,22 @@ class Steps:
     # --- the life of a run
 
     def __enter__(self) -> Steps:
-        cfg, leads = self.cfg, self.processes.is_rank_zero
-        with contextlib.ExitStack() as held:
+        cfg, is_rank_zero = self.cfg, self.processes.is_rank_zero
+        with contextlib.ExitStack() as resources:
             with self.processes.all_succeed("Opening the output folder"):
-                if leads:
-                    held.enter_context(run_lock(self.folder))
+                if is_rank_zero:
+                    resources.enter_context(run_lock(self.folder))
                     clean_up(self.folder, keep_last=cfg.keep_last)
-            self.signals = held.enter_context(StopSignals())
-            self._logger = instantiate(cfg.metric_logger) if leads else SilentLogger()
-            held.callback(self._logger.close)
+            self.signals = resources.enter_context(StopSignals())
+            self._logger = instantiate(cfg.metric_logger) if is_rank_zero else SilentLogger()
+            resources.callback(self._logger.close)
             enabled = cfg.profiler.enabled
             profiler = instantiate(cfg.profiler)[0] if enabled else training.DummyProfiler()
-            self._profiler = held.enter_context(profiler)
-            options = {"unit": "step", "dynamic_ncols": True, "disable": not leads}
+            self._profiler = resources.enter_context(profiler)
+            options = {"unit": "step", "dynamic_ncols": True, "disable": not is_rank_zero}
             self._bar = tqdm(total=self.data.total_steps, initial=self.step, **options)
-            held.callback(self._bar.close)
-            self._held = held.pop_all()
+            resources.callback(self._bar.close)
+            self._resources = resources.pop_all()
         return self
 
     def __exit__(
@@ -150,7 +150,7 @@ class Steps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._held:
+        with self._resources:
             if isinstance(error, Exception):
                 self._save_finished_steps(error)
         if error is not None:
@@ -185,8 +185,8 @@ class Steps:
 
     @property
     def exit_status(self) -> int:
-        """Exit status: 0 for a run that reached its end, and 128 + the signal's number for a run
-        that a signal stopped.
+        """Exit status of the run. It is 0 at its end, and 128 + the signal's number after
+        a signal.
         """
         if self.stopping and self.step < self.data.total_steps:
             return 128 + (self.signals.received or signal.SIGTERM)
@@ -233,9 +233,9 @@ class Steps:
             except Exception as error:
                 failure = error
             labelled = sum(self._num_labelled(batch) for batch in batches or ())
-            heard = self.signals.received is not None
+            signal_received = self.signals.received is not None
             labelled, failed, stopping = map(
-                int, self.processes.sum(labelled, failure is not None, heard)
+                int, self.processes.sum(labelled, failure is not None, signal_received)
             )
             if failed:
                 if self.step:
