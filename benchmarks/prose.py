@@ -2,15 +2,15 @@
 
     python benchmarks/prose.py                 # this checkout
     python benchmarks/prose.py /path/to/other  # another checkout
-    python benchmarks/prose.py --python        # docstrings and comments of the Python files, by room
+    python benchmarks/prose.py --python        # docstrings and comments, by room
 
 Headings, code blocks, tables, images and comments are left out. A paragraph and a list item end a
 sentence even without a full stop. An inline code span counts as one word, and a link counts as its
 text. An entry of a docstring's section (`name: text`) counts without the name.
 
 With `--python`, the last columns count the public functions whose signature names a tensor, and how
-many of them have a docstring that gives a shape, such as `(d_out, rank)`, `[b, s]`,
-"scalar" or "any shape".
+many of them have a docstring that gives a shape, such as `(d_out, rank)`, `[b, s]`, "scalar" or
+"any shape".
 """
 
 import argparse
@@ -27,7 +27,9 @@ LONG = 25  # words; longer sentences are counted separately
 _LIST_ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Note|Shape|Example|Examples):$")
 _ENTRY = re.compile(r"^ {4}(\*{0,2}[\w.]+(?:, \*{0,2}\w+)*(?: \([^)]*\))?:\s+)?(?=\S)")
-_SHAPE = re.compile(r"[(\[]\s*\w+(?:\s*[,+*/]\s*\w*)+\s*[)\]]|\[\w+\]|\bscalars?\b|\bany shape\b")
+_SHAPE = re.compile(
+    r"[(\[]\s*[\w.]+(?:\s*[,+*/]\s*\w*)+\s*[)\]]|\[\w+\]|\bscalars?\b|\bany shapes?\b"
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])[*)\"]*\s+(?=[A-Z`*(\"\[0-9])")
 
 
@@ -85,7 +87,9 @@ def docstring_blocks(docstring: str) -> Iterator[str]:
 
 
 def comments(source: str) -> Iterator[str]:
-    """The comments of a Python file; comments on consecutive lines are one. Directives are no prose."""
+    """The comments of a Python file. Comments on consecutive lines are one. Directives are left
+    out.
+    """
     text, last = "", 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not re.match(
@@ -106,7 +110,9 @@ def documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.Fun
 
 
 def tensor_functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef]:
-    """The public functions and methods whose signature names `Tensor`, nested functions left out."""
+    """The public functions and methods whose signature names `Tensor`, nested functions
+    left out.
+    """
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from tensor_functions(node)
@@ -151,12 +157,12 @@ def measure_python(root: Path) -> None:
 
 
 def num_words(sentence: str) -> int:
-    """Words of a sentence; a lone dash, an operator or a bracket is none."""
+    """Count the words of a sentence. A lone dash, an operator or a bracket is none."""
     return sum(re.search(r"\w", word) is not None for word in sentence.split())
 
 
 def row(name: str, lengths: list[int]) -> str:
-    """One line of the table."""
+    """Make one line of the table."""
     if not lengths:
         return f"{name:<40} {0:>9}"
     ordered = sorted(lengths)

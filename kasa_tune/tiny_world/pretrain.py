@@ -154,7 +154,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 def train(
     model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float
 ) -> None:
-    """Train the model in place, and print the mean loss per token every 100 steps."""
+    """Train the model in place on rows [2, length], and print the mean loss per token every 100
+    steps.
+    """
     matrices = [
         p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n
     ]
