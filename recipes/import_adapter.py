@@ -33,7 +33,7 @@ from kasa_tune import config
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
-from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 
 
 def open_import(cfg: DictConfig) -> PeftImport:
@@ -46,9 +46,7 @@ def open_import(cfg: DictConfig) -> PeftImport:
     check_new(Path(cfg.output_dir))
     check_outside(Path(cfg.output_dir), Path(cfg.peft_adapter), "peft_adapter")
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        base = read_base_weights(
-            config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused}))
-        )
+        base = read_base(cfg.checkpointer, output_dir=unused)
     initial = Path(cfg.initial_adapter) if cfg.initial_adapter else None
     model = OmegaConf.to_container(cfg.model)
     return open_peft(Path(cfg.peft_adapter), base, model, initial_folder=initial)

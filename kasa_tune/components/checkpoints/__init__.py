@@ -1,5 +1,6 @@
 """Step checkpoints that are whole or absent, and where a run resumes."""
 
+from kasa_tune.components.checkpoints.allowed import build_allowed, check_allowed
 from kasa_tune.components.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,6 +25,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "adapter_start",
+    "build_allowed",
+    "check_allowed",
     "check_saveable",
     "clean_up",
     "find_checkpoint",

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torchtune.config import instantiate
 
 from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
+from kasa_tune.components.checkpoints import build_allowed
 from kasa_tune.components.exchange.peft_files import PeftAdapter
 from kasa_tune.components.linalg.decomposition import (
     check_finite,
@@ -338,5 +337,5 @@ def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -
 
 
 def _build(section: Mapping[str, Any]) -> nn.Module:
-    build: Callable[[], nn.Module] = partial(instantiate, OmegaConf.create(dict(section)))
+    build: Callable[[], nn.Module] = partial(build_allowed, section, "model", "The adapter")
     return build_on_meta(build, dtype=torch.float32)

@@ -22,6 +22,7 @@ from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from kasa_tune.components.checkpoints import Checkpoint
+from kasa_tune.components.models.base_files import check_base_files, checked_config
 from kasa_tune.components.processes.world import World
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -48,6 +49,10 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         ValueError: the files cannot be read, are not of the model type that the checkpointer was told, or hold
             quantized weights.
     """
+    if type(checkpointer) is FullModelHFCheckpointer:
+        folder = Path(checkpointer._checkpoint_dir)
+        checkpointer._config = checked_config(folder)
+        check_base_files(folder, [path.name for path in map(Path, checkpointer._checkpoint_paths)])
     try:
         if type(checkpointer) is FullModelHFCheckpointer:
             paths = [Path(path) for path in checkpointer._checkpoint_paths]
@@ -59,6 +64,25 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
             f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
             f"{error.__cause__ or ''}"
         ) from error
+
+
+def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
+    """The weights that a config's section ``checkpointer`` describes, its files looked at first.
+
+    Args:
+        node: the section.
+        more: arguments that take the place of the section's.
+
+    Raises:
+        FileNotFoundError: config.json is missing.
+        ValueError: as :func:`read_base_weights`, or config.json is damaged, or ``checkpoint_files`` lists what are no
+            weights or not all of them.
+    """
+    if node.get("_component_") == "torchtune.training.FullModelHFCheckpointer":
+        folder = Path(node.checkpoint_dir)
+        checked_config(folder)  # which torchtune reads without naming it
+        check_base_files(folder, node.checkpoint_files)
+    return read_base_weights(instantiate(node, **more))
 
 
 def open_base(
@@ -74,7 +98,7 @@ def open_base(
         ValueError: as :func:`read_base_weights`.
         CheckpointError: the checkpoint belongs to another base or model.
     """
-    base = read_base_weights(instantiate(cfg.checkpointer))
+    base = read_base(cfg.checkpointer)
     fingerprint = weights_fingerprint(base)
     if checkpoint:
         model: Any = OmegaConf.to_container(cfg.model, resolve=True)
@@ -229,6 +253,7 @@ def _conversion(checkpointer: FullModelHFCheckpointer) -> Convert:
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         return partial(phi3_hf_to_tune, **(shape if heads != kv_heads else dict.fromkeys(shape)))
     if kind == ModelType.QWEN2:
-        return partial(qwen2_hf_to_tune, **shape, tie_word_embeddings=config["tie_word_embeddings"])
+        tied = bool(config.get("tie_word_embeddings", False))  # transformers' default
+        return partial(qwen2_hf_to_tune, **shape, tie_word_embeddings=tied)
     convert = gemma2_hf_to_tune if kind == ModelType.GEMMA2 else convert_weights.hf_to_tune
     return partial(convert, **shape, head_dim=config.get("head_dim"))
