@@ -89,7 +89,7 @@ class PeftImport:
         self.peft, self.base, self.initial = peft, base, initial
         for adapter in filter(None, (peft, initial)):
             adapter.check_fits(base.stored)
-            adapter.check_copies(base.read)
+            adapter.check_copies(base.read, base.stored)
         _check_start(peft, initial)
         self._places = self._find_places(model)
         self._adapted = [
@@ -147,6 +147,7 @@ class PeftImport:
             return {"dtype": "fp32"}
         if self.peft.start == "corda":
             mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
+            mode = mode if mode in ("ipm", "kpm") else "ipm"
             return {"method": "corda", "mode": mode, "dtype": "fp32"}
         start = self.peft.start.partition("_")[0]  # of pissa_niter_16, pissa
         known = start in METHODS and self.method in METHODS[start].builders
