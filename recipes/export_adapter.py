@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from kasa_tune import config
+from kasa_tune.components.exchange.checksums import write_checksums
 from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.merged import write_merged
 from kasa_tune.components.exchange.model_card import error_sentence, model_card
@@ -36,6 +37,7 @@ ONLY_OF = {
     "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",), "max_shard_size": ("merged",),
     "dtype": ("peft", "merged"),
 }  # fmt: skip
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHOWN = 1e-2  # errors, as a share of a weight, that are printed layer by layer: more than rounding to bfloat16 makes
 
 
@@ -104,9 +106,11 @@ def recipe_main(cfg: DictConfig) -> int:
     check(cfg)
     output_dir = Path(cfg.output_dir)
     run = open_run(Path(cfg.adapter_checkpoint), checkpoint_dir=cfg.checkpoint_dir)
-    base_model = cfg.base_model or name_of_base(run)
+    base_model, digest = cfg.base_model or name_of_base(run), run.check_base()
     with new_folder(output_dir) as folder:
         errors = write(cfg, run, folder, base_model)
+        if cfg.format == "peft":
+            write_checksums(folder, PEFT_FILES, base_digest=digest)
         peft_config = folder / "adapter_config.json"
         facts = (
             {"config": json.loads(peft_config.read_text(encoding="utf-8"))}

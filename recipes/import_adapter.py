@@ -70,7 +70,13 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
         "model": imported.model,
         "adapter": imported.adapter_section(),
     }
-    return {"step": 0, "base": weights_fingerprint(imported.base), "data": None, "config": of_run}
+    return {
+        "step": 0,
+        "base": weights_fingerprint(imported.base),
+        "base_digest": imported.check_base(),
+        "data": None,
+        "config": of_run,
+    }
 
 
 def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:

@@ -29,7 +29,7 @@ from kasa_tune.components.linalg.decomposition import (
     smallest_triplets,
 )
 from kasa_tune.components.linalg.low_rank import LowRank
-from kasa_tune.components.models.base_weights import StreamedWeights
+from kasa_tune.components.models.base_weights import StreamedWeights, weights_digest
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.methods import LINEARS, METHODS, methods_of
 
@@ -128,6 +128,19 @@ class PeftImport:
                 found |= {f"{name}.{key}": value[place.rows] for key, value in of_rows.items()}
                 found |= {f"{name}.{key}": value.clone() for key, value in of_all.items()}
         return found
+
+    def check_base(self) -> str:
+        """The base's digest; a warning where the adapter's folder says that it was exported for other weights.
+
+        The same weights in another dtype have another digest.
+        """
+        digest = weights_digest(self.base)
+        if self.peft.base_digest not in (None, digest):
+            log.warning(
+                f"{self.peft.folder} was exported for a base whose digest is {self.peft.base_digest}; that of "
+                f"checkpointer.checkpoint_dir is {digest}. On other weights it is another model."
+            )
+        return digest
 
     def left_alone(self) -> dict[str, Tensor]:
         """Adapters of rank 0, of linears that have none in PEFT and are of a kind that others have one of."""

@@ -84,18 +84,25 @@ def write_peft(
             tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
             tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
         if magnitudes := _magnitudes(run, linears):
-            # Rows without an adapter keep the base's length.
-            magnitude = torch.linalg.vector_norm(base, dim=1)
-            for rows, values in magnitudes:
-                magnitude[rows] = values
+            magnitude = _scale_rows(exported, base, magnitudes)
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
-            exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
     config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
+
+
+def _scale_rows(exported: Tensor, base: Tensor, magnitudes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Give the rows of a weight their trained lengths, in place; rows without an adapter keep the base's. Returns all
+    lengths ``(d_out,)``.
+    """
+    magnitude = torch.linalg.vector_norm(base, dim=1)
+    for rows, values in magnitudes:
+        magnitude[rows] = values
+    exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
+    return magnitude
 
 
 def _stored(update: LowRank, rank: int, scale: float, random: torch.Generator) -> LowRank:

@@ -23,6 +23,7 @@ from kasa_tune.components.adapters.state import (
 )
 from kasa_tune.components.checkpoints import (
     Checkpoint,
+    CheckpointError,
     build_allowed,
     check_allowed,
     find_checkpoint,
@@ -33,6 +34,7 @@ from kasa_tune.components.models.base_files import checked_config, listed_files,
 from kasa_tune.components.models.base_weights import (
     StreamedWeights,
     read_base_weights,
+    weights_digest,
     weights_fingerprint,
 )
 from kasa_tune.components.models.loading import (
@@ -99,6 +101,27 @@ class TrainedRun:
         if adapter.get("method") and not self.config.get("adapter_checkpoint"):
             return method_of(adapter)
         return _method_of(next(iter(self.linears.values())))
+
+    def check_base(self) -> str:
+        """Compare every byte of the base with what the run was trained on, where the run says so.
+
+        Returns:
+            The base's :func:`~kasa_tune.components.models.base_weights.weights_digest`.
+
+        Raises:
+            CheckpointError: a byte differs.
+        """
+        digest = weights_digest(self.base)
+        trained_on = self.state.get("base_digest")
+        # Of a base in another format, the run's digest is over other names.
+        files = listed_files(self.config["checkpointer"].get("checkpoint_files"))
+        comparable = all(name.endswith(".safetensors") for name in files)
+        if trained_on and comparable and trained_on != digest:
+            raise CheckpointError(
+                f"{self.checkpoint} was trained on other base weights than those in {self.checkpoint_dir}: their "
+                f"digests are {trained_on} and {digest}. Copy or download the base again, or set checkpoint_dir."
+            )
+        return digest
 
     @property
     def changed(self) -> list[str]:

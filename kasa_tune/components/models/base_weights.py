@@ -23,6 +23,7 @@ from torchtune.training.checkpointing import ModelType
 
 from kasa_tune.components.checkpoints import Checkpoint
 from kasa_tune.components.models.base_files import check_base_files, checked_config
+from kasa_tune.components.models.digests import digest_line, digest_lines
 from kasa_tune.components.processes.world import World
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -156,6 +157,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
 
+    def digest_lines(self) -> dict[str, str]:
+        """Of every tensor of the files its line of :func:`weights_digest`, by its own name."""
+        return digest_lines(self._paths)
+
     def location(self, name: str) -> Location:
         """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
         key = self._keys[name]
@@ -192,6 +197,24 @@ def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) ->
             f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.numpy().tobytes()
         )
     return digest.hexdigest()
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every byte of every tensor: proves that no value changed.
+
+    The digest is that of the lines ``<name> <dtype> [<shape>] <sha256 of the tensor's bytes>``, sorted, each ended by a
+    newline; names, dtypes (``torch.bfloat16``) and bytes are those of the files where weights are streamed from
+    safetensors, whatever shards they are cut into, else the mapping's. Tensors are read by several threads. What was
+    found in a file is kept in ``~/.cache/kasa_tune`` for as long as its path, size and time of change stay the same.
+
+    Args:
+        weights: from :func:`read_base_weights`.
+    """
+    if isinstance(weights, StreamedWeights):
+        lines = weights.digest_lines()
+    else:
+        lines = {name: digest_line(name, weights[name]) for name in weights}
+    return hashlib.sha256("".join(sorted(lines.values())).encode()).hexdigest()
 
 
 class SharedReading(Mapping[str, Tensor]):

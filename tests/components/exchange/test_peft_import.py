@@ -22,10 +22,15 @@ from kasa_tune.components.adapters.state import (
     adapter_update,
     load_adapter_state_dict,
 )
+from kasa_tune.components.exchange.checksums import write_checksums
 from kasa_tune.components.exchange.peft_config import targets_of
 from kasa_tune.components.exchange.peft_files import PeftAdapter
 from kasa_tune.components.exchange.peft_import import open_peft
-from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
+from kasa_tune.components.models.base_weights import (
+    StreamedWeights,
+    read_base_weights,
+    weights_digest,
+)
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens
 from tests.toy_checkpoints import checkpointer
@@ -632,6 +637,45 @@ def test_missing_and_damaged_files_are_named(llama, adapter):
         FileNotFoundError, match=r"is no PEFT adapter: it has no adapter_config.json"
     ):
         opened(llama, adapter)
+
+
+def test_files_are_compared_with_the_sums_beside_them(llama, adapter):
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    write_checksums(adapter, files, base_digest="a" * 64)
+    assert opened(llama, adapter).peft.base_digest == "a" * 64
+    path = adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    for position in (-1, len(content) // 2, 20):
+        content[position] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"adapter_model\.safetensors is not the file that was"
+        ):
+            opened(llama, adapter)
+        content[position] ^= 4
+    path.write_bytes(content)
+    opened(llama, adapter)
+    change_config(adapter, lora_alpha=ALPHA + 1)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not .* remove checksums\.json"):
+        opened(llama, adapter)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"../x": {}}}', "{}"])
+def test_damaged_sums_are_named(llama, adapter, text):
+    (adapter / "checksums.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
+        opened(llama, adapter)
+
+
+def test_another_base_than_the_exports_is_warned_of(llama, adapter, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    digest = weights_digest(weights_of(llama))
+    write_checksums(adapter, [], base_digest=digest)
+    assert opened(llama, adapter).check_base() == digest
+    assert "was exported for a base" not in caplog.text
+    write_checksums(adapter, [], base_digest="b" * 64)
+    assert opened(llama, adapter).check_base() == digest
+    assert f"was exported for a base whose digest is {'b' * 64}" in caplog.text
 
 
 def test_another_base_is_refused(llama, adapter, tmp_path):

@@ -13,6 +13,7 @@ from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, load_p
 from kasa_tune.components.exchange.adapter_set import AdapterSet
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.trained_run import open_run
+from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.quantized.base import FOLDER
 from tests.tolerances import FP64
 from tests.toy_checkpoints import toy, write_checkpoint
@@ -295,6 +296,32 @@ def test_a_base_of_other_values(tmp_path):
     save_file(state, file)
     with pytest.raises(CheckpointError, match="belongs to other base weights"):
         open_run(run.path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_base_with_one_other_byte_is_refused_where_the_run_knows_all_of_them(
+    pickled, tmp_path, monkeypatch
+):
+    """The fingerprint looks at samples; a run that noted the digest of all bytes is compared with that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = toy_run(tmp_path, "llama2", "kasa")
+    digest = weights_digest(open_run(run.path).base)
+    state = load_part(checkpoint_of(run), "run") | {"base_digest": digest}
+    if pickled:  # whose digest is over other names
+        state["config"]["checkpointer"]["checkpoint_files"] = ["model.bin"]
+    rewritten(run, run=state)
+    assert open_run(run.path).check_base() == digest
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(Checkpoint, "check_belongs", lambda *_, **__: None)  # it missed the byte
+    opened = open_run(run.path)
+    if pickled:
+        assert opened.check_base() != digest
+        return
+    with pytest.raises(CheckpointError, match=rf"trained on other base weights .*{digest}"):
+        opened.check_base()
 
 
 def test_a_base_of_another_family(tmp_path):
