@@ -12,7 +12,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components.checkpoints import list_checkpoints, verify_checkpoint
 from kasa_tune.components.checkpoints.files import size_and_digest
-from kasa_tune.components.exchange import trained_run
+from kasa_tune.components.exchange import prompting
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.quantized.base import FOLDER
@@ -144,9 +144,8 @@ def test_the_merged_checkpoint_is_the_trained_model(trained, export, method):
     run = trained(method)
     folder = export(run, "merged", "max_shard_size=10GB")
     assert_same_logits(logits(plain_model(folder)), logits(run.recipe._model))
-    assert {path.name for path in folder.iterdir()} == {path.name for path in BASE.iterdir()} | {
-        "README.md"
-    }
+    added = {"README.md", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} == {p.name for p in BASE.iterdir()} | added
 
 
 def test_mixed_ranks_become_one_or_a_pattern(trained, export):
@@ -252,7 +251,7 @@ def test_an_export_can_be_imported_and_exported_again(trained, export, run_main)
     ]
     assert run_main("export_adapter", *arguments) == 0
     assert_same_logits(logits(plain_model(merged)), logits(run.recipe._model))
-    assert f"imported from `{folder}`" in (merged / "README.md").read_text()
+    assert f"imported from `{folder.name}`" in (merged / "README.md").read_text()
 
 
 def test_the_card_says_what_it_is(trained, export):
@@ -280,8 +279,8 @@ def test_the_card_of_a_run_that_went_on_says_from_what(trained, export, corda):
     first = trained("corda++")
     run = corda(f"adapter_checkpoint={first.folder}", "adapter.method=lora", "max_steps=1")
     card = (export(run, "peft") / "README.md").read_text()
-    assert f"1 steps of 1, on from the adapter in `{first.folder}`" in card
-    assert "| method | one of CorDA" in card
+    assert f"1 steps of 1, on from the adapter in `{first.folder.name}`" in card
+    assert "| method | one of CorDA, instruction-previewed, " in card
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -464,12 +463,12 @@ def test_a_full_disk_leaves_nothing(trained, run_main, tmp_path, monkeypatch, fo
     before, folder = sorted(tmp_path.rglob("*")), trained("kasa").folder
     arguments = [f"adapter_checkpoint={folder}", f"output_dir={tmp_path / 'out'}"]
     fail_at = at_each_call(monkeypatch, disk_full)
-    open_run = trained_run.open_run
+    prompting_of = prompting.prompting_of
     for call in (1, 2, 3, 5, 8, 11, 14):  # of those after the run has been read
         monkeypatch.setattr(
-            trained_run,
-            "open_run",
-            lambda *a, call=call, **k: (open_run(*a, **k), fail_at(call))[0],
+            prompting,
+            "prompting_of",
+            lambda *a, call=call, **k: (prompting_of(*a, **k), fail_at(call))[0],
         )
         with pytest.raises(OSError, match="No space left"):
             run_main("export_adapter", "--config", f"{form}_export", *arguments)

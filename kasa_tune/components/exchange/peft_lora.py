@@ -33,7 +33,7 @@ def write_peft(
     rank: int | None = None,
     rank_pattern: bool = False,
     tolerance: float | None = None,
-    base_model: str,
+    base_model: str | None,
 ) -> Deviations:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -53,7 +53,7 @@ def write_peft(
         rank: of every layer, filled up; None for the largest that a layer needs.
         rank_pattern: each layer its own rank instead.
         tolerance: leave out singular values of at most this share of a layer's largest; None: the exact update.
-        base_model: what ``adapter_config.json`` calls the base.
+        base_model: what ``adapter_config.json`` calls the base; None: nothing.
 
     Returns:
         By how much each weight then differs from what was trained.
@@ -61,11 +61,7 @@ def write_peft(
     Raises:
         ValueError: a layer needs more than ``rank``.
     """
-    modules = run.modules(run.linears)
-    updates, norms = {}, {}
-    for key, linears in modules.items():
-        exact = run.module_update(key, linears)
-        updates[key], norms[key] = exact.balanced(tolerance or 0.0).to(torch.float32), exact.norm()
+    updates, norms = _updates(run, tolerance or 0.0)
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
     largest, random = max(ranks.values()), torch.Generator().manual_seed(0)
     updates = {
@@ -92,6 +88,15 @@ def write_peft(
     text = json.dumps(config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
+
+
+def _updates(run: TrainedRun, tolerance: float) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """By tensor of the base: what was added to it, as balanced factors, and that one's norm."""
+    updates, norms = {}, {}
+    for key, linears in run.modules(run.linears).items():
+        exact = run.module_update(key, linears)
+        updates[key], norms[key] = exact.balanced(tolerance).to(torch.float32), exact.norm()
+    return updates, norms
 
 
 def _scale_rows(exported: Tensor, base: Tensor, magnitudes: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -140,7 +145,7 @@ def _ranks(
     return dict.fromkeys(needed, rank or needed[largest] or 1)
 
 
-def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
+def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str | None) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig; ranks that differ from the largest stand in its pattern."""
     largest = max(ranks.values())
     return {
