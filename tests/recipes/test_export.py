@@ -254,6 +254,80 @@ def test_an_export_can_be_imported_and_exported_again(trained, export, run_main)
     assert f"imported from `{folder.name}`" in (merged / "README.md").read_text()
 
 
+def test_an_export_has_sums_that_import_compares(trained, export, run_main, tmp_path):
+    folder = export(trained("kasa"), "peft")
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums["base_digest"] in (folder / "README.md").read_text()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert sums["files"][name] == size_and_digest(folder / name)
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 8  # a value that still is a number
+    path.write_bytes(content)
+    arguments = ["--config", "tiny_kasa", f"peft_adapter={folder}", f"output_dir={tmp_path / 'in'}"]
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not the file that was"):
+        run_main("import_adapter", *arguments)
+    assert not (tmp_path / "in").exists()
+    (folder / "checksums.json").unlink()
+    assert run_main("import_adapter", *arguments) == 0
+
+
+def test_a_base_with_one_other_byte_is_refused_where_the_run_noted_its_digest(
+    trained, export, run_main, tmp_path
+):
+    """An imported adapter notes it; the byte is one that the quick comparison does not look at."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    arguments = ["--config", "tiny_kasa", f"checkpointer.checkpoint_dir={base}"]
+    arguments += [f"peft_adapter={export(trained('kasa'), 'peft')}"]
+    assert run_main("import_adapter", *arguments, f"output_dir={tmp_path / 'in'}") == 0
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8:start])["model.layers.3.mlp.up_proj.weight"]
+    content[start + entry["data_offsets"][0] + 5] ^= (
+        1  # the second value; every twelfth is a sample
+    )
+    path.write_bytes(content)
+    chosen = f"adapter_checkpoint={tmp_path / 'in'}"
+    refused(run_main, tmp_path, ValueError, "trained on other base weights", chosen)
+
+
+def test_a_hostile_adapter_runs_nothing(trained, run_main, tmp_path):
+    """A folder of safetensors and JSON whose run.json names a function of the standard library."""
+    marker, run = tmp_path / "ran", trained("kasa")
+    for section in ("model", "checkpointer", "tokenizer"):
+        state = run.part("run")
+        hostile = {"_component_": "subprocess.getoutput", "cmd": f"touch {marker}"}
+        kept = {"checkpoint_dir": str(BASE)} if section == "checkpointer" else {}
+        state["config"][section] = hostile | kept
+        folder = tmp_path / section
+        folder.mkdir()
+        write_adapter(folder, run.part("adapter"), state)
+        chosen = f"adapter_checkpoint={folder}"
+        if section != "tokenizer":  # which a card is without
+            words = rf"names {section}\._component_ 'subprocess\.getoutput'"
+            refused(run_main, tmp_path, ValueError, words, chosen)
+            continue
+        arguments = ["--config", "peft_export", chosen, f"output_dir={tmp_path / 'out'}"]
+        assert run_main("export_adapter", *arguments) == 0
+        assert "could not be found out" in (tmp_path / "out" / "README.md").read_text()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("note", ["[]", "{", '{"repo_id": 3}', '{"repo_id": "a b"}'])
+def test_a_note_of_the_repository_that_is_damaged(trained, run_main, tmp_path, note):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    (base / "original_repo_id.json").write_text(note)
+    chosen = [f"adapter_checkpoint={trained('kasa').folder}", f"checkpoint_dir={base}"]
+    if "repo_id" not in note:
+        refused(run_main, tmp_path, ValueError, r"original_repo_id\.json is damaged", *chosen)
+        return
+    arguments = ["--config", "peft_export", *chosen, f"output_dir={tmp_path / 'out'}"]
+    assert run_main("export_adapter", *arguments) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+
+
 def test_the_card_says_what_it_is(trained, export):
     card = (export(trained("kasa"), "peft", "base_model=me/base") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])

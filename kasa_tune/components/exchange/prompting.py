@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tokenizers import Tokenizer
 from torchtune.data import AlpacaToMessages, Message, QuestionAnswerTemplate
 
@@ -24,6 +23,7 @@ from kasa_tune.components.models.base_files import read_object
 SAID = "Name three colours."
 _ANSWERS = ("", "0", "a", "Z", ".", "\n")  # beginnings that tokenizers merge with different things
 ANSWER = "Red."
+_DAMAGED = (ValueError, OSError, TypeError, KeyError, AttributeError)
 _ONE_TURN = """{%- for message in messages if message['role'] == 'assistant' -%}
 {{- raise_exception('Training had one question and one answer: send one message of the user.') -}}
 {%- endfor -%}
@@ -79,7 +79,7 @@ def prompting_of(config: Mapping[str, Any], folder: Path, source: Any) -> Prompt
     try:
         tokenizer = build_allowed(_moved(node, folder), "tokenizer", source, max_seq_len=None)
         return _prompting(tokenizer, config.get("dataset"), folder)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # files of any content: an export does not fail for its card's sake
         raise NoPromptError(f"its tokenizer could not be read: {error}") from error
 
 
@@ -94,7 +94,11 @@ def put_chat_template(folder: Path, prompting: Prompting) -> None:
         return
     path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     path.unlink(missing_ok=True)
-    content = read_object(settings) if settings.is_file() else {}
+    content = {}
+    with contextlib.suppress(
+        ValueError, FileNotFoundError
+    ):  # no JSON: no one finds a template in it
+        content = read_object(settings)
     had = content.pop("chat_template", None) is not None
     if prompting.chat_template is not None:
         path.write_text(prompting.chat_template, encoding="utf-8")
@@ -276,7 +280,7 @@ def _templates(
     messages: Sequence[tuple[str, str]],
 ) -> Iterator[tuple[str, bool]]:
     """Chat templates that may be the run's, each with whether it is the base's own."""
-    with contextlib.suppress(ValueError, OSError):  # a damaged one is not the run's
+    with contextlib.suppress(*_DAMAGED):  # what cannot be read is not the run's template
         settings = folder / "tokenizer_config.json"
         own = load_chat_template(folder, None, read_object(settings) if settings.is_file() else {})
         if isinstance(own, str):
@@ -345,6 +349,6 @@ def _renders(
         text = compile_template(template).render(
             messages=dialogue, add_generation_prompt=True, tools=None, documents=None
         )
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except Exception:  # a template of others fails in any way; then it is not that of training
         return None
     return encode(text)

@@ -112,6 +112,8 @@ def checked_config(folder: Path) -> dict[str, Any]:
         ValueError: it is no JSON object, or a number is missing or is none.
     """
     config = read_object(folder / "config.json")
+    if (folder / "original_repo_id.json").is_file():
+        read_object(folder / "original_repo_id.json")  # torchtune reads it, and does not name it
     heads = config.get("num_attention_heads")
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads

@@ -3,6 +3,7 @@
 The tokens are those of data sets built as the recipes build them; servers are stood in for by transformers' tokenizers.
 """
 
+import contextlib
 import json
 import shutil
 
@@ -224,3 +225,50 @@ def test_a_tokenizer_that_moved_is_found_beside_the_base(tmp_path):
     node = SENTENCEPIECE | {"path": "/gone/tokenizer.model", "prompt_template": TAGS}
     found = prompting_of({"tokenizer": node, "dataset": INSTRUCT}, tmp_path, "test")
     assert found.text == "Data: Name three colours. Text:"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"chat_template": 3}',
+        b'{"chat_template": [1]}',
+        b'{"chat_template": [{"name": 3}]}',
+        b'{"chat_template": "{% for %}"}',
+        b'{"chat_template": "{{ 1 / 0 }}"}',
+        b'{"chat_template": "{{ messages[9].content }}", "eos_token": {"a": 1}}',
+    ],
+)
+def test_settings_of_the_base_that_are_damaged_do_not_stop_an_export(settings, tmp_path):
+    """The run's own tokenizer is a sentencepiece model, beside which they lie."""
+    shutil.copy(WORLD / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(settings)
+    (tmp_path / "tokenizer.json").write_bytes(settings)
+    node = SENTENCEPIECE | {"prompt_template": TAGS}
+    found = prompting_of({"tokenizer": node, "dataset": INSTRUCT}, tmp_path, "test")
+    assert found.text == "Data: Name three colours. Text:"
+    put_chat_template(tmp_path, found)
+    assert (tmp_path / "chat_template.jinja").read_text() == found.chat_template
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", '{"eos_token": {"a": 1}}'),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"eos_token": "<|end|>", "chat_template": 3}'),
+        ("tokenizer_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("generation_config.json", "null"),
+        ("tokenizer.json", '{"model": 3}'),
+    ],
+)
+def test_a_tokenizer_of_wrong_types_is_a_prompt_or_a_sentence(file, content, tmp_path):
+    node = byte_level(tmp_path / "base")
+    (tmp_path / "base" / file).write_text(content)
+    with contextlib.suppress(NoPromptError):
+        found = prompting_of({"tokenizer": node, "dataset": INSTRUCT}, tmp_path / "base", "test")
+        assert found.ids
