@@ -187,6 +187,30 @@ def test_a_rank_that_was_asked_for(base, tmp_path):
     )
 
 
+def test_adapters_are_added_up_by_cat_and_not_by_linear(base, tmp_path):
+    """Of two exports with unlike ranks filled up to one: PEFT's `cat` is the sum of both updates."""
+    folder, state = base("llama2"), {}
+    for name, method in (("one", "kasa"), ("two", "corda_ipm")):
+        (tmp_path / name).mkdir()
+        _, opened = run_on(folder, tmp_path / name, "llama2", method)
+        as_peft(opened, tmp_path / name / "peft", rank=16)
+        weights = peft_weights(tmp_path / name / "peft", folder)
+        original = load_file(folder / "model.safetensors")
+        for key, value in original.items():
+            state[key] = state.get(key, value.double()) + weights[key] - value.double()
+    expected = from_files(folder)
+    expected.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+    model = peft.PeftModel.from_pretrained(from_files(folder), tmp_path / "one" / "peft", "one")
+    model.load_adapter(tmp_path / "two" / "peft", "two")
+    found = {}
+    for kind in ("cat", "linear"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], kind, combination_type=kind)
+        model.set_adapter(kind)
+        found[kind] = logits(model.eval())
+    torch.testing.assert_close(found["cat"], logits(expected), **LOGITS)
+    assert (found["linear"] - logits(expected)).abs().max() > 100 * LOGITS["atol"]
+
+
 def test_a_filled_rank_learns_when_peft_trains_on(base, tmp_path):
     """The columns of B that are zero get a gradient: of both factors at zero they would get none."""
     _, opened = run_on(base("llama2"), tmp_path, "llama2", "kasa")

@@ -44,8 +44,6 @@ def write_peft(
     readers are right: those that look a layer's rank up in ``rank_pattern`` (PEFT, vLLM) and those that take it from
     the tensor (llama.cpp) multiply by R / k. ``alpha_pattern``, which the latter do not know, stays empty.
 
-    Rows that fill A up are random and the columns of B zero, as a LoRA starts: they change nothing, and can learn.
-
     Args:
         run: what to export.
         folder: exists.
@@ -83,9 +81,8 @@ def write_peft(
             magnitude = _scale_rows(exported, base, magnitudes)
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
-    config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"
+    text = json.dumps(_config(run, ranks, base_model), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
 
@@ -111,7 +108,10 @@ def _scale_rows(exported: Tensor, base: Tensor, magnitudes: list[tuple[Tensor, T
 
 
 def _stored(update: LowRank, rank: int, scale: float, random: torch.Generator) -> LowRank:
-    """An update as the file has it: filled up to a rank, B times ``scale``."""
+    """An update as the file has it: filled up to a rank, B times ``scale``.
+
+    Rows that fill A up are random and the columns of B zero, as a LoRA starts: they change nothing, and can learn.
+    """
     filled = update.padded(rank)
     into, width = filled.into.clone(), filled.into.shape[1]
     more = into.new_empty(rank - update.rank, width)
