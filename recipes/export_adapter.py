@@ -17,7 +17,6 @@ The output folder appears when all of it is on the disk. Its README.md says what
 load it.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,19 +25,29 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from kasa_tune import config
+from kasa_tune.components.exchange.checksums import write_checksums
 from kasa_tune.components.exchange.deviations import Deviations
+from kasa_tune.components.exchange.markdown import is_repository
 from kasa_tune.components.exchange.merged import write_merged
-from kasa_tune.components.exchange.model_card import error_sentence, model_card
+from kasa_tune.components.exchange.model_card import Written, error_sentence, model_card
 from kasa_tune.components.exchange.native import write_native
 from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_lora import write_peft
+from kasa_tune.components.exchange.prompting import (
+    NoPromptError,
+    Prompting,
+    prompting_of,
+    put_chat_template,
+)
 from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
+from kasa_tune.components.models.base_files import read_object
 
 # Formats that each of these keys belongs to. All other keys belong to every format.
 ONLY_OF = {
     "rank": ("peft",), "rank_pattern": ("peft",), "tolerance": ("peft",),
     "max_shard_size": ("merged",), "dtype": ("peft", "merged"),
 }  # fmt: skip
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # An error above this share of the weight is printed for its layer. Rounding to bfloat16 gives less.
 SHOWN = 1e-2
 
@@ -64,7 +73,7 @@ def check(cfg: DictConfig) -> None:
     check_outside(output_dir, Path(cfg.adapter_checkpoint), "adapter_checkpoint")
 
 
-def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> Deviations:
+def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str | None) -> Deviations:
     """Write everything but the model card. The result says how far the written weights are from the
     trained ones.
     """
@@ -85,13 +94,19 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str) -> De
             return Deviations()
 
 
-def name_of_base(run: TrainedRun) -> str:
-    """Return the repository that ``tune download`` recorded, or the path of the base's folder."""
+def name_of_base(run: TrainedRun) -> str | None:
+    """The repository that ``tune download`` recorded. None without one: a path names no base to others."""
     note = run.checkpoint_dir / "original_repo_id.json"
-    repository = (
-        json.loads(note.read_text(encoding="utf-8")).get("repo_id") if note.is_file() else None
-    )
-    return repository or str(run.checkpoint_dir.resolve())
+    repository = read_object(note).get("repo_id") if note.is_file() else None
+    return repository if is_repository(repository) else None
+
+
+def how_to_prompt(run: TrainedRun) -> Prompting | str:
+    """The form of the prompts of training, or why it is not known."""
+    try:
+        return prompting_of(run.config, run.checkpoint_dir, run.checkpoint)
+    except NoPromptError as why:
+        return str(why)
 
 
 def print_errors(errors: Deviations, *, in_nf4: bool) -> None:
@@ -113,21 +128,23 @@ def recipe_main(cfg: DictConfig) -> int:
     check(cfg)
     output_dir = Path(cfg.output_dir)
     run = open_run(Path(cfg.adapter_checkpoint), checkpoint_dir=cfg.checkpoint_dir)
-    base_model = cfg.base_model or name_of_base(run)
+    base_model, digest = cfg.base_model or name_of_base(run), run.check_base()
+    prompting = how_to_prompt(run)
     with new_folder(output_dir) as folder:
         errors = write(cfg, run, folder, base_model)
-        peft_config = folder / "adapter_config.json"
-        facts = (
-            {"config": json.loads(peft_config.read_text(encoding="utf-8"))}
-            if peft_config.exists()
-            else {}
-        )
-        card = model_card(
-            run, output_dir, cfg.format, base_model=base_model, errors=errors, **facts
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        if cfg.format == "peft":
+            write_checksums(folder, PEFT_FILES, base_digest=digest)
+        if cfg.format != "native" and isinstance(prompting, Prompting):
+            put_chat_template(folder, prompting)
+        settings = folder / "adapter_config.json"
+        written = Written(
+            output_dir, cfg.format, base_model, digest, errors, prompting,
+            config=read_object(settings) if settings.is_file() else None,
+        )  # fmt: skip
+        (folder / "README.md").write_text(model_card(run, written), encoding="utf-8")
     if errors:
         print_errors(errors, in_nf4=cfg.format == "peft" and bool(run.quantized))
+    print(f"Base weights: SHA-256 {digest}, of every byte.")
     print(f"{run.method.title}, {run.checkpoint.path.name}, as {cfg.format}: {output_dir}")
     return 0
 

@@ -31,7 +31,7 @@ from kasa_tune.components.checkpoints import find_checkpoint
 from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
 from kasa_tune.components.evaluation.generation import complete
-from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.quantized.base import linears_in_nf4, load_quantized
 
@@ -64,7 +64,7 @@ class GenerateTextRecipe:
             self._prompts += self._prompts_of(dataset, cfg.num_samples)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
-        base = read_base_weights(config.instantiate(cfg.checkpointer))
+        base = read_base(cfg.checkpointer)
         quantized = {}
         if self._adapter:
             model = OmegaConf.to_container(cfg.model, resolve=True)

@@ -35,7 +35,7 @@ from kasa_tune import config
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
-from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 
 
 def open_import(cfg: DictConfig) -> PeftImport:
@@ -49,9 +49,7 @@ def open_import(cfg: DictConfig) -> PeftImport:
     check_outside(Path(cfg.output_dir), Path(cfg.peft_adapter), "peft_adapter")
     # The checkpointer of torchtune creates its output_dir, which is not needed here.
     with tempfile.TemporaryDirectory() as unused:
-        base = read_base_weights(
-            config.instantiate(OmegaConf.merge(cfg.checkpointer, {"output_dir": unused}))
-        )
+        base = read_base(cfg.checkpointer, output_dir=unused)
     initial = Path(cfg.initial_adapter) if cfg.initial_adapter else None
     model = OmegaConf.to_container(cfg.model)
     return open_peft(Path(cfg.peft_adapter), base, model, initial_folder=initial)
@@ -79,7 +77,13 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
         "model": imported.model,
         "adapter": imported.adapter_section(),
     }
-    return {"step": 0, "base": weights_fingerprint(imported.base), "data": None, "config": of_run}
+    return {
+        "step": 0,
+        "base": weights_fingerprint(imported.base),
+        "base_digest": imported.check_base(),
+        "data": None,
+        "config": of_run,
+    }
 
 
 def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:

@@ -21,7 +21,7 @@ from kasa_tune import config
 from kasa_tune.components.adapters import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
-from kasa_tune.components.models.base_weights import read_base_weights, weights_fingerprint
+from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.reports.plots import (
     DrawnSpectrum,
@@ -43,7 +43,7 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
         ValueError: the checkpoint belongs to another model or another base than the config's.
     """
     adapter = checkpoint.adapter
-    base = read_base_weights(config.instantiate(cfg.checkpointer))
+    base = read_base(cfg.checkpointer)
     checkpoint.check_belongs(
         base_fingerprint=weights_fingerprint(base),
         model=OmegaConf.to_container(cfg.model, resolve=True),

@@ -30,7 +30,7 @@ EXPORT: Schema = {
         str | None,
         None,
         help="name of the base model in the adapter and its card; "
-        "null: the repository it was downloaded from, or its folder",
+        "null: the repository it was downloaded from, if that is known",
     ),
     "dtype": Key(
         Literal["bf16", "fp32"],

@@ -175,6 +175,8 @@ def test_a_rank_for_each_layer(name, base, tmp_path):
     torch.testing.assert_close(logits(model), logits(run.model), **LOGITS)
     ranks = {module.r["default"] for module in model.modules() if hasattr(module, "lora_A")}
     assert len(ranks) > 2
+    scalings = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")}
+    assert scalings == {max(ranks) / rank for rank in ranks}
 
 
 def test_a_rank_that_was_asked_for(base, tmp_path):
@@ -183,6 +185,45 @@ def test_a_rank_that_was_asked_for(base, tmp_path):
     torch.testing.assert_close(
         logits(with_peft(base("gemma"), tmp_path / "peft")), logits(run.model), **LOGITS
     )
+
+
+def test_adapters_are_added_up_by_cat_and_not_by_linear(base, tmp_path):
+    """Of two exports with unlike ranks filled up to one: PEFT's `cat` is the sum of both updates."""
+    folder, state = base("llama2"), {}
+    for name, method in (("one", "kasa"), ("two", "corda_ipm")):
+        (tmp_path / name).mkdir()
+        _, opened = run_on(folder, tmp_path / name, "llama2", method)
+        as_peft(opened, tmp_path / name / "peft", rank=16)
+        weights = peft_weights(tmp_path / name / "peft", folder)
+        original = load_file(folder / "model.safetensors")
+        for key, value in original.items():
+            state[key] = state.get(key, value.double()) + weights[key] - value.double()
+    expected = from_files(folder)
+    expected.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+    model = peft.PeftModel.from_pretrained(from_files(folder), tmp_path / "one" / "peft", "one")
+    model.load_adapter(tmp_path / "two" / "peft", "two")
+    found = {}
+    for kind in ("cat", "linear"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], kind, combination_type=kind)
+        model.set_adapter(kind)
+        found[kind] = logits(model.eval())
+    torch.testing.assert_close(found["cat"], logits(expected), **LOGITS)
+    assert (found["linear"] - logits(expected)).abs().max() > 100 * LOGITS["atol"]
+
+
+def test_a_filled_rank_learns_when_peft_trains_on(base, tmp_path):
+    """The columns of B that are zero get a gradient: of both factors at zero they would get none."""
+    _, opened = run_on(base("llama2"), tmp_path, "llama2", "kasa")
+    as_peft(opened, tmp_path / "peft", rank=16)
+    model = peft.PeftModel.from_pretrained(
+        from_files(base("llama2")), tmp_path / "peft", is_trainable=True
+    )
+    model(tokens(), labels=tokens()).loss.backward()
+    for module in (module for module in model.modules() if hasattr(module, "lora_A")):
+        weight = module.lora_B["default"].weight
+        filled = ~weight.any(dim=0)
+        assert 0 < filled.sum() < 16
+        assert (weight.grad[:, filled].norm(dim=0) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama3", "phi3"])
@@ -326,7 +367,7 @@ def test_the_adapter_is_one_that_vllm_loads(name, method, options, base, tmp_pat
     assert all(
         0 < rank <= VLLM_MAX_RANK and type(rank) is int for rank in config["rank_pattern"].values()
     )
-    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert config["alpha_pattern"] == {}
     model = from_files(base(name))
     linears = {
         path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)

@@ -26,6 +26,7 @@ from kasa_tune.components.checkpoints import (
     run_lock,
     verify_checkpoint,
 )
+from kasa_tune.components.models import digests
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.methods import methods_of
 
@@ -138,6 +139,13 @@ def run_recipe(
     status = recipe.train(cfg)
     recipe.cleanup()
     return Run(status, folder, recipe)
+
+
+@pytest.fixture(autouse=True)
+def _digests_of_their_own(monkeypatch, tmp_path_factory):
+    """What is known of bases' digests stays in the tests' folder, not in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "digests"
+    monkeypatch.setattr(digests, "cache_file", lambda: folder / "weights_digests.json")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from kasa_tune.components.checkpoints import list_checkpoints, verify_checkpoint
 from kasa_tune.components.checkpoints.files import size_and_digest
-from kasa_tune.components.exchange import trained_run
+from kasa_tune.components.exchange import prompting
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.quantized.base import FOLDER
@@ -144,9 +144,8 @@ def test_the_merged_checkpoint_is_the_trained_model(trained, export, method):
     run = trained(method)
     folder = export(run, "merged", "max_shard_size=10GB")
     assert_same_logits(logits(plain_model(folder)), logits(run.recipe._model))
-    assert {path.name for path in folder.iterdir()} == {path.name for path in BASE.iterdir()} | {
-        "README.md"
-    }
+    added = {"README.md", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} == {p.name for p in BASE.iterdir()} | added
 
 
 def test_mixed_ranks_become_one_or_a_pattern(trained, export):
@@ -252,7 +251,81 @@ def test_an_export_can_be_imported_and_exported_again(trained, export, run_main)
     ]
     assert run_main("export_adapter", *arguments) == 0
     assert_same_logits(logits(plain_model(merged)), logits(run.recipe._model))
-    assert f"imported from `{folder}`" in (merged / "README.md").read_text()
+    assert f"imported from `{folder.name}`" in (merged / "README.md").read_text()
+
+
+def test_an_export_has_sums_that_import_compares(trained, export, run_main, tmp_path):
+    folder = export(trained("kasa"), "peft")
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums["base_digest"] in (folder / "README.md").read_text()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert sums["files"][name] == size_and_digest(folder / name)
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 8  # a value that still is a number
+    path.write_bytes(content)
+    arguments = ["--config", "tiny_kasa", f"peft_adapter={folder}", f"output_dir={tmp_path / 'in'}"]
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not the file that was"):
+        run_main("import_adapter", *arguments)
+    assert not (tmp_path / "in").exists()
+    (folder / "checksums.json").unlink()
+    assert run_main("import_adapter", *arguments) == 0
+
+
+def test_a_base_with_one_other_byte_is_refused_where_the_run_noted_its_digest(
+    trained, export, run_main, tmp_path
+):
+    """An imported adapter notes it; the byte is one that the quick comparison does not look at."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    arguments = ["--config", "tiny_kasa", f"checkpointer.checkpoint_dir={base}"]
+    arguments += [f"peft_adapter={export(trained('kasa'), 'peft')}"]
+    assert run_main("import_adapter", *arguments, f"output_dir={tmp_path / 'in'}") == 0
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8:start])["model.layers.3.mlp.up_proj.weight"]
+    content[start + entry["data_offsets"][0] + 5] ^= (
+        1  # the second value; every twelfth is a sample
+    )
+    path.write_bytes(content)
+    chosen = f"adapter_checkpoint={tmp_path / 'in'}"
+    refused(run_main, tmp_path, ValueError, "trained on other base weights", chosen)
+
+
+def test_a_hostile_adapter_runs_nothing(trained, run_main, tmp_path):
+    """A folder of safetensors and JSON whose run.json names a function of the standard library."""
+    marker, run = tmp_path / "ran", trained("kasa")
+    for section in ("model", "checkpointer", "tokenizer"):
+        state = run.part("run")
+        hostile = {"_component_": "subprocess.getoutput", "cmd": f"touch {marker}"}
+        kept = {"checkpoint_dir": str(BASE)} if section == "checkpointer" else {}
+        state["config"][section] = hostile | kept
+        folder = tmp_path / section
+        folder.mkdir()
+        write_adapter(folder, run.part("adapter"), state)
+        chosen = f"adapter_checkpoint={folder}"
+        if section != "tokenizer":  # which a card is without
+            words = rf"names {section}\._component_ 'subprocess\.getoutput'"
+            refused(run_main, tmp_path, ValueError, words, chosen)
+            continue
+        arguments = ["--config", "peft_export", chosen, f"output_dir={tmp_path / 'out'}"]
+        assert run_main("export_adapter", *arguments) == 0
+        assert "could not be found out" in (tmp_path / "out" / "README.md").read_text()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("note", ["[]", "{", '{"repo_id": 3}', '{"repo_id": "a b"}'])
+def test_a_note_of_the_repository_that_is_damaged(trained, run_main, tmp_path, note):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    (base / "original_repo_id.json").write_text(note)
+    chosen = [f"adapter_checkpoint={trained('kasa').folder}", f"checkpoint_dir={base}"]
+    if "repo_id" not in note:
+        refused(run_main, tmp_path, ValueError, r"original_repo_id\.json is damaged", *chosen)
+        return
+    arguments = ["--config", "peft_export", *chosen, f"output_dir={tmp_path / 'out'}"]
+    assert run_main("export_adapter", *arguments) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
 
 
 def test_the_card_says_what_it_is(trained, export):
@@ -280,8 +353,8 @@ def test_the_card_of_a_run_that_went_on_says_from_what(trained, export, corda):
     first = trained("corda++")
     run = corda(f"adapter_checkpoint={first.folder}", "adapter.method=lora", "max_steps=1")
     card = (export(run, "peft") / "README.md").read_text()
-    assert f"1 steps of 1, on from the adapter in `{first.folder}`" in card
-    assert "| method | one of CorDA" in card
+    assert f"1 steps of 1, on from the adapter in `{first.folder.name}`" in card
+    assert "| method | one of CorDA, instruction-previewed, " in card
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -468,12 +541,12 @@ def test_a_full_disk_leaves_nothing(trained, run_main, tmp_path, monkeypatch, fo
     before, folder = sorted(tmp_path.rglob("*")), trained("kasa").folder
     arguments = [f"adapter_checkpoint={folder}", f"output_dir={tmp_path / 'out'}"]
     fail_at = at_each_call(monkeypatch, disk_full)
-    open_run = trained_run.open_run
+    prompting_of = prompting.prompting_of
     for call in (1, 2, 3, 5, 8, 11, 14):  # of those after the run has been read
         monkeypatch.setattr(
-            trained_run,
-            "open_run",
-            lambda *a, call=call, **k: (open_run(*a, **k), fail_at(call))[0],
+            prompting,
+            "prompting_of",
+            lambda *a, call=call, **k: (prompting_of(*a, **k), fail_at(call))[0],
         )
         with pytest.raises(OSError, match="No space left"):
             run_main("export_adapter", "--config", f"{form}_export", *arguments)

@@ -2,6 +2,7 @@
 leaves a checkpoint that is half written under its final name.
 """
 
+from kasa_tune.components.checkpoints.allowed import build_allowed, check_allowed
 from kasa_tune.components.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,6 +27,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "adapter_start",
+    "build_allowed",
+    "check_allowed",
     "check_saveable",
     "clean_up",
     "find_checkpoint",

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torchtune.config import instantiate
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_update, check_adapter_fits
-from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    build_allowed,
+    find_checkpoint,
+)
+from kasa_tune.components.exchange.trained_run import check_state
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized, to_parts
 from kasa_tune.components.models.base_weights import weights_fingerprint
@@ -270,9 +274,10 @@ def _trained_linears(checkpoint: Checkpoint) -> dict[str, AdapterLinear]:
     """The adapter linears of the run's model, on meta, once it is clear that their state is whole and that what it does
     to a model can be added to it.
     """
+    check_state(checkpoint, with_base=False)
     state = checkpoint.adapter
-    node = OmegaConf.create(checkpoint.config["model"])
-    model = build_on_meta(partial(instantiate, node), dtype=torch.float32)
+    build = partial(build_allowed, checkpoint.config["model"], "model", checkpoint)
+    model = build_on_meta(build, dtype=torch.float32)
     check_adapter_fits(model, state)
     if any(name.endswith(".lora_magnitude") for name in state):
         raise CheckpointError(

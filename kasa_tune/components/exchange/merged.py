@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,11 @@ _SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-
+# What the files of a tokenizer are called.
+_TOKENIZER_FILE = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken)[\w.-]*"
+    r"|[\w.-]+\.(model|tiktoken|jinja)"
+)
 # The name of a repository that holds other weights; an adapter that transformers would load besides.
 _NOT_OF_IT = ("original_repo_id.json", "adapter_config.json")
 
@@ -119,8 +124,10 @@ def _side_files(folder: Path) -> Iterator[Path]:
 
 
 def _paths_in(tokenizer: Mapping[str, Any]) -> list[Path]:
-    texts = [value for value in tokenizer.values() if isinstance(value, str)]
-    return [Path(text) for text in texts if Path(text).is_file()]
+    """The run's tokenizer files. The paths come from a data file, so nothing but tokenizer files is copied."""
+    texts = [value for value in tokenizer.values() if isinstance(value, str) and "\0" not in value]
+    paths = [Path(text) for text in texts if _TOKENIZER_FILE.fullmatch(Path(text).name)]
+    return [path for path in paths if path.is_file()]
 
 
 def _set_dtype(path: Path, dtypes: set[torch.dtype]) -> None:

@@ -13,7 +13,7 @@ from kasa_tune.components.checkpoints import save_checkpoint
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.quantized.base import FOLDER
 
-_KEPT = ("step", "base", "data", "config", "quantized_base")  # of the part `run`
+_KEPT = ("step", "base", "base_digest", "data", "config", "quantized_base")  # of the part `run`
 
 
 def write_native(run: TrainedRun, folder: Path) -> None:

@@ -1,11 +1,10 @@
 """A PEFT adapter's folder: what its config says, what its file holds, and whether the two and a base belong together.
 
-Nothing but the standard library, torch and safetensors is needed; PEFT itself is not.
+PEFT itself is not needed. What the config holds is another's: types are checked, patterns matched in bounded time.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,27 +15,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kasa_tune.components.exchange.checksums import check_checksums
+from kasa_tune.components.exchange.peft_config import (
+    is_number,
+    read_config,
+    shown,
+    targets_of,
+    values_of,
+)
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a base may have been loaded in
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PARTS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_diag|lora_magnitude_vector|base_layer)(\.weight)?"
 )
-
-# What else a PEFT LoRA may be, which W0 - E + s·B diag(d) A does not say; every one of them is off unless asked for.
-_UNSUPPORTED = {
-    "modules_to_save": "it trained whole modules besides, which an adapter here does not hold",
-    "trainable_token_indices": "it trained tokens' embeddings besides",
-    "target_parameters": "it adapts parameters that are no linear's weight",
-    "lora_bias": "its B have biases",
-    "fan_in_fan_out": "its weights are transposed, as GPT-2's",
-    "layer_replication": "it uses layers more than once",
-    "alora_invocation_tokens": "it is active after some tokens alone (aLoRA)",
-    "use_qalora": "it pools its inputs (QALoRA)",
-    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
-    "arrow_config": "it is a router over other adapters (Arrow)",
-    "monteclora_config": "it is a distribution of adapters (MonteCLoRA)",
-}
+# What PEFT also saves with bias="all" or "lora_only"; of B it is `lora_bias`.
+_BIAS = re.compile(rf"{re.escape(PREFIX)}(?P<module>(?:(?!\.lora_).)+?)(?:\.base_layer)?\.bias")
+_LARGEST_RANK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,7 @@ class PeftAdapter:
 
     Attributes:
         config: what adapter_config.json says.
+        base_digest: of the base it was exported for, if checksums.json says so.
         layers: the adapted modules by their names in the base model.
         copies: modules of which the file also holds the base's weight, as PEFT does with an adapted output projection.
 
@@ -70,16 +67,22 @@ class PeftAdapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
-        _check_supported(folder, self.config)
+        self.base_digest = check_checksums(folder)
+        self.config = read_config(folder)
         self.copies: list[str] = []
+        self._biases: dict[str, str] = {}  # keys of the base's biases that the file holds besides
         self._keys, self._shapes = self._headers()
         needed = (
             ["lora_A", "lora_B"]
             + ["lora_diag"] * self.is_kasa
             + ["lora_magnitude_vector"] * self.is_dora
         )
-        self.layers = {module: self._layer(module, needed) for module in self._shapes}
+        ranks = values_of(self.config, "rank_pattern", "r", self._shapes)
+        alphas = values_of(self.config, "alpha_pattern", "lora_alpha", self._shapes)
+        self.layers = {
+            module: self._layer(module, needed, ranks[module], alphas[module])
+            for module in self._shapes
+        }
 
     @property
     def is_kasa(self) -> bool:
@@ -110,20 +113,28 @@ class PeftAdapter:
             raise ValueError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinity.")
         return tensor
 
-    def check_copies(self, read: Callable[[str], Tensor]) -> None:
-        """See that weights of the base that the file holds besides are the base's.
+    def check_copies(self, read: Callable[[str], Tensor], stored: Collection[str]) -> None:
+        """See that weights and biases of the base that the file holds besides are the base's.
 
         Args:
             read: the base's tensor of a name.
+            stored: names of the base's tensors.
 
         Raises:
             ValueError: one is not.
         """
+        for module, key in self._biases.items():
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                bias = file.get_tensor(key)
+            name = f"{module}.bias"
+            if name not in stored or not _is_copy(bias, read(name)):
+                raise ValueError(
+                    f"{self.folder} cannot be imported: bias is {self.config.get('bias')!r}, and its file holds a bias "
+                    f"of {module} that is not the base's. An adapter here trains no biases."
+                )
         for module in self.copies:
             copy, weight = self.read(module, "base_layer"), read(f"{module}.weight")
-            if copy.shape != weight.shape or not any(
-                torch.equal(weight.to(kind).float(), copy) for kind in _DTYPES
-            ):
+            if not _is_copy(copy, weight):
                 raise ValueError(
                     f"{self.folder / WEIGHTS} holds a weight of {module} that is not the base's: the vocabulary was "
                     "changed, or the module trained, which cannot be imported."
@@ -172,7 +183,7 @@ class PeftAdapter:
     def _check_targets(self, modules: Collection[str]) -> None:
         if self.config.get("target_modules") == "all-linear":
             return  # the file says which
-        targets = {module for module in modules if is_target(self.config, module)}
+        targets = targets_of(self.config, modules)
         if not targets:
             raise ValueError(
                 f"{self.folder}: target_modules {self.config.get('target_modules')!r} matches no linear of the base "
@@ -202,6 +213,9 @@ class PeftAdapter:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if bias := _BIAS.fullmatch(key):
+                        self._biases[bias["module"]] = key
+                        continue
                     match = _PARTS.fullmatch(key.removeprefix(PREFIX))
                     if not match or not key.startswith(PREFIX):
                         raise ValueError(
@@ -221,20 +235,14 @@ class PeftAdapter:
             raise ValueError(f"{path} holds no tensors.")
         return keys, shapes
 
-    def _layer(self, module: str, needed: list[str]) -> PeftLayer:
+    def _layer(self, module: str, needed: list[str], rank: Any, alpha: Any) -> PeftLayer:
         shapes = self._shapes[module]
-        try:
-            rank = _of_pattern(self.config, "rank_pattern", module, self.config.get("r", 8))
-            alpha = _of_pattern(
-                self.config, "alpha_pattern", module, self.config.get("lora_alpha", 8)
-            )
-        except re.error as error:
+        if not (
+            type(rank) is int and 0 < rank <= _LARGEST_RANK and is_number(alpha, 1e9) and alpha > 0
+        ):
             raise ValueError(
-                f"{self.folder}: a key of rank_pattern or alpha_pattern is no pattern ({error})."
-            ) from None
-        if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
-            raise ValueError(
-                f"{self.folder} gives {module} rank {rank!r} and alpha {alpha!r}; both must be above 0."
+                f"{self.folder} gives {module} rank {shown(rank)} and alpha {shown(alpha)}; both must be above 0, "
+                "and no larger than those of any adapter."
             )
         if sorted(shapes) != sorted(needed):
             raise ValueError(
@@ -244,61 +252,8 @@ class PeftAdapter:
         return PeftLayer(rank, alpha * rank**0.5 if self.config.get("use_rslora") else alpha)
 
 
-def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT adapts a module: by ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and
-    ``layers_pattern`` of its config.
-    """
-
-    def named(names: str | Collection[str]) -> bool:
-        if isinstance(names, str):
-            return re.fullmatch(names, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
-    if not named(targets) or named(config.get("exclude_modules") or ()):
-        return False
-    if isinstance(targets, str) or module in targets or layers in (None, []):
-        return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
-    return False
-
-
-def _of_pattern(config: Mapping[str, Any], patterns: str, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits a module's name or its end."""
-    found = (
-        value
-        for key, value in (config.get(patterns) or {}).items()
-        if re.match(rf"(.*\.)?({key})$", module)
+def _is_copy(copy: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor is the base's, in one of the dtypes that a base may have been loaded in."""
+    return copy.shape == weight.shape and any(
+        torch.equal(weight.to(kind).float(), copy.float()) for kind in _DTYPES
     )
-    return next(found, default)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no PEFT adapter: it has no {CONFIG}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
-    if kind != "LORA":
-        raise ValueError(
-            f"{folder} has peft_type {kind}; only LORA, with its variants KaSA and DoRA, can be imported."
-        )
-    return config
-
-
-def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{key} is {config[key]!r}: {why}" for key, why in _UNSUPPORTED.items() if config.get(key)
-    ]
-    if config.get("bias", "none") != "none":
-        wrong.append(f"bias is {config['bias']!r}: it trained the base's biases besides")
-    if config.get("kasa_config") and config.get("use_dora"):
-        wrong.append("it is KaSA and DoRA at once")
-    if wrong:
-        raise ValueError(f"{folder} cannot be imported: {'; '.join(wrong)}.")

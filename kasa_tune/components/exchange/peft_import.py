@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torchtune.config import instantiate
 
 from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
+from kasa_tune.components.checkpoints import build_allowed
 from kasa_tune.components.exchange.peft_files import PeftAdapter
 from kasa_tune.components.linalg.decomposition import (
     check_finite,
@@ -30,7 +29,7 @@ from kasa_tune.components.linalg.decomposition import (
     smallest_triplets,
 )
 from kasa_tune.components.linalg.low_rank import LowRank
-from kasa_tune.components.models.base_weights import StreamedWeights
+from kasa_tune.components.models.base_weights import StreamedWeights, weights_digest
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.methods import LINEARS, METHODS, methods_of
 
@@ -90,7 +89,7 @@ class PeftImport:
         self.peft, self.base, self.initial = peft, base, initial
         for adapter in filter(None, (peft, initial)):
             adapter.check_fits(base.stored)
-            adapter.check_copies(base.read)
+            adapter.check_copies(base.read, base.stored)
         _check_start(peft, initial)
         self._places = self._find_places(model)
         self._adapted = [
@@ -130,6 +129,19 @@ class PeftImport:
                 found |= {f"{name}.{key}": value.clone() for key, value in of_all.items()}
         return found
 
+    def check_base(self) -> str:
+        """The base's digest; a warning where the adapter's folder says that it was exported for other weights.
+
+        The same weights in another dtype have another digest.
+        """
+        digest = weights_digest(self.base)
+        if self.peft.base_digest not in (None, digest):
+            log.warning(
+                f"{self.peft.folder} was exported for a base whose digest is {self.peft.base_digest}; that of "
+                f"checkpointer.checkpoint_dir is {digest}. On other weights it is another model."
+            )
+        return digest
+
     def left_alone(self) -> dict[str, Tensor]:
         """Adapters of rank 0, of linears that have none in PEFT and are of a kind that others have one of."""
         found: dict[str, Tensor] = {}
@@ -148,6 +160,7 @@ class PeftImport:
             return {"dtype": "fp32"}
         if self.peft.start == "corda":
             mode = (self.peft.config.get("corda_config") or {}).get("corda_method", "ipm")
+            mode = mode if mode in ("ipm", "kpm") else "ipm"
             return {"method": "corda", "mode": mode, "dtype": "fp32"}
         start = self.peft.start.partition("_")[0]  # of pissa_niter_16, pissa
         known = start in METHODS and self.method in METHODS[start].builders
@@ -338,5 +351,5 @@ def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -
 
 
 def _build(section: Mapping[str, Any]) -> nn.Module:
-    build: Callable[[], nn.Module] = partial(instantiate, OmegaConf.create(dict(section)))
+    build: Callable[[], nn.Module] = partial(build_allowed, section, "model", "The adapter")
     return build_on_meta(build, dtype=torch.float32)

@@ -7,7 +7,7 @@ rank ``r + k`` on the untouched weights: nothing has to be known of how it came 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,25 @@ def write_peft(
     rank: int | None = None,
     rank_pattern: bool = False,
     tolerance: float | None = None,
-    base_model: str,
+    base_model: str | None,
 ) -> Deviations:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B holds the scaling, so ``lora_alpha`` equals ``r``. A and B are the balanced factors of the whole change of a
     weight, see :meth:`~kasa_tune.components.linalg.low_rank.LowRank.balanced`.
 
+    With ``rank_pattern`` both are the largest rank R, and a layer of rank k has its B times k / R. So both kinds of
+    readers are right: those that look a layer's rank up in ``rank_pattern`` (PEFT, vLLM) and those that take it from
+    the tensor (llama.cpp) multiply by R / k. ``alpha_pattern``, which the latter do not know, stays empty.
+
     Args:
         run: what to export.
         folder: exists.
         dtype: of A and B as stored.
-        rank: of every layer, filled up with zeros; None for the largest that a layer needs.
+        rank: of every layer, filled up; None for the largest that a layer needs.
         rank_pattern: each layer its own rank instead.
         tolerance: leave out singular values of at most this share of a layer's largest; None: the exact update.
-        base_model: what ``adapter_config.json`` calls the base.
+        base_model: what ``adapter_config.json`` calls the base; None: nothing.
 
     Returns:
         By how much each weight then differs from what was trained.
@@ -55,13 +59,13 @@ def write_peft(
     Raises:
         ValueError: a layer needs more than ``rank``.
     """
-    modules = run.modules(run.linears)
-    updates, norms = {}, {}
-    for key, linears in modules.items():
-        exact = run.module_update(key, linears)
-        updates[key], norms[key] = exact.balanced(tolerance or 0.0).to(dtype), exact.norm()
+    updates, norms = _updates(run, tolerance or 0.0)
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
-    updates = {key: updates[key].padded(ranks[key]) for key in ranks}
+    largest, random = max(ranks.values()), torch.Generator().manual_seed(0)
+    updates = {
+        key: _stored(updates[key], ranks[key], ranks[key] / largest, random).to(dtype)
+        for key in ranks
+    }
     tensors: dict[str, Tensor] = {}
     errors = Deviations()
     # Quantized weights without an adapter are among the changed ones.
@@ -69,22 +73,50 @@ def write_peft(
         base, trained = run.base.read(key).float(), run.merged(key, linears)
         exported = base.clone()
         if key in updates:
-            exported.addmm_(updates[key].out.float(), updates[key].into.float())
+            out, into = updates[key].out.float(), updates[key].into.float()
+            exported.addmm_(out, into, alpha=largest / ranks[key])
             tensors[f"{PREFIX}{_module(key)}.lora_A.weight"] = updates[key].into.contiguous()
             tensors[f"{PREFIX}{_module(key)}.lora_B.weight"] = updates[key].out.contiguous()
         if magnitudes := _magnitudes(run, linears):
-            # Rows without an adapter keep the base's length.
-            magnitude = torch.linalg.vector_norm(base, dim=1)
-            for rows, values in magnitudes:
-                magnitude[rows] = values
+            magnitude = _scale_rows(exported, base, magnitudes)
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
-            exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
-    config = _config(run, ranks, base_model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"
+    text = json.dumps(_config(run, ranks, base_model), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
+
+
+def _updates(run: TrainedRun, tolerance: float) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """By tensor of the base: what was added to it, as balanced factors, and that one's norm."""
+    updates, norms = {}, {}
+    for key, linears in run.modules(run.linears).items():
+        exact = run.module_update(key, linears)
+        updates[key], norms[key] = exact.balanced(tolerance).to(torch.float32), exact.norm()
+    return updates, norms
+
+
+def _scale_rows(exported: Tensor, base: Tensor, magnitudes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Give the rows of a weight their trained lengths, in place; rows without an adapter keep the base's. Returns all
+    lengths ``(d_out,)``.
+    """
+    magnitude = torch.linalg.vector_norm(base, dim=1)
+    for rows, values in magnitudes:
+        magnitude[rows] = values
+    exported *= (magnitude / torch.linalg.vector_norm(exported, dim=1))[:, None]
+    return magnitude
+
+
+def _stored(update: LowRank, rank: int, scale: float, random: torch.Generator) -> LowRank:
+    """An update as the file has it: filled up to a rank, B times ``scale``.
+
+    Rows that fill A up are random and the columns of B zero, as a LoRA starts: they change nothing, and can learn.
+    """
+    filled = update.padded(rank)
+    into, width = filled.into.clone(), filled.into.shape[1]
+    more = into.new_empty(rank - update.rank, width)
+    into[update.rank :] = more.uniform_(-1.0, 1.0, generator=random) / math.sqrt(width)
+    return LowRank(filled.out * scale, into)
 
 
 def _magnitudes(run: TrainedRun, linears: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -113,19 +145,18 @@ def _ranks(
     return dict.fromkeys(needed, rank or needed[largest] or 1)
 
 
-def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig; ranks that differ from the commonest stand in its patterns."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {_module(key): rank for key, rank in ranks.items() if rank != common}
+def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str | None) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig; ranks that differ from the largest stand in its pattern."""
+    largest = max(ranks.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": common,
-        "lora_alpha": common,
+        "r": largest,
+        "lora_alpha": largest,
         "target_modules": _targets(run, ranks),
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": {_module(key): rank for key, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

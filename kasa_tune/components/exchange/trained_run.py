@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune import training
-from torchtune.config import instantiate
-from torchtune.training import FormattedCheckpointFiles
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import (
@@ -25,12 +21,20 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
 )
-from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
+from kasa_tune.components.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    build_allowed,
+    check_allowed,
+    find_checkpoint,
+)
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize
+from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
     StreamedWeights,
     read_base_weights,
+    weights_digest,
     weights_fingerprint,
 )
 from kasa_tune.components.models.loading import (
@@ -97,6 +101,27 @@ class TrainedRun:
         if adapter.get("method") and not self.config.get("adapter_checkpoint"):
             return method_of(adapter)
         return _method_of(next(iter(self.linears.values())))
+
+    def check_base(self) -> str:
+        """Compare every byte of the base with what the run was trained on, where the run says so.
+
+        Returns:
+            The base's :func:`~kasa_tune.components.models.base_weights.weights_digest`.
+
+        Raises:
+            CheckpointError: a byte differs.
+        """
+        digest = weights_digest(self.base)
+        trained_on = self.state.get("base_digest")
+        # Of a base in another format, the run's digest is over other names.
+        files = listed_files(self.config["checkpointer"].get("checkpoint_files"))
+        comparable = all(name.endswith(".safetensors") for name in files)
+        if trained_on and comparable and trained_on != digest:
+            raise CheckpointError(
+                f"{self.checkpoint} was trained on other base weights than those in {self.checkpoint_dir}: their "
+                f"digests are {trained_on} and {digest}. Copy or download the base again, or set checkpoint_dir."
+            )
+        return digest
 
     @property
     def changed(self) -> list[str]:
@@ -191,14 +216,16 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, belongs to other base weights, or lacks its quantized
             base.
-        ValueError: the base is no Hugging Face checkpoint in safetensors, or not of the model that was trained; the
-            adapter holds NaN or infinity.
+        ValueError: the checkpoint names something to call that a data file may not name; the base is no Hugging Face
+            checkpoint in safetensors, or not of the model that was trained; the adapter holds NaN or infinity.
     """
     checkpoint = find_checkpoint(path)
+    check_state(checkpoint)
     model_config = checkpoint.config["model"]
     base, folder = _open_base(checkpoint, checkpoint.config["checkpointer"], checkpoint_dir)
     checkpoint.check_belongs(base_fingerprint=weights_fingerprint(base), model=model_config)
-    model = build_on_meta(partial(instantiate, OmegaConf.create(model_config)), dtype=torch.float32)
+    build = partial(build_allowed, model_config, "model", checkpoint)
+    model = build_on_meta(build, dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
     check_adapter_fits(model, checkpoint.adapter)
     quantized = linears_in_nf4(model, checkpoint)
@@ -206,8 +233,35 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     return TrainedRun(checkpoint, base, folder, model, weights)
 
 
+def check_state(checkpoint: Checkpoint, *, with_base: bool = True) -> None:
+    """See that run.json has the form of a run's state, and names nothing to call that it may not name.
+
+    Args:
+        checkpoint: its part ``run`` is looked at.
+        with_base: whether the base is to be opened as run.json says.
+
+    Raises:
+        ValueError: it does not, or it does; the message says what is wrong.
+    """
+    state: Any = checkpoint.run
+    config = state.get("config") if isinstance(state, Mapping) else None
+    if not isinstance(config, Mapping) or type(state.get("step")) is not int:
+        raise ValueError(f"{checkpoint}: its run.json holds no step and config of a run.")
+    sections = ["model", *(["adapter", "checkpointer"] if with_base else [])]
+    for key in sections:
+        if not isinstance(config.get(key), Mapping):
+            raise ValueError(f"{checkpoint}: the config in its run.json has no section {key}.")
+    if not isinstance(state.get("base"), str):
+        raise ValueError(f"{checkpoint}: its run.json does not name the base's fingerprint.")
+    check_allowed(config["model"], "model", checkpoint)
+    if with_base:
+        check_allowed(config["checkpointer"], "checkpointer", checkpoint)
+        if not isinstance(config["checkpointer"].get("checkpoint_dir"), str):
+            raise ValueError(f"{checkpoint}: its run.json does not say where the base was.")
+
+
 def _open_base(
-    checkpoint: Checkpoint, node: dict[str, Any], checkpoint_dir: str | None
+    checkpoint: Checkpoint, node: Mapping[str, Any], checkpoint_dir: str | None
 ) -> tuple[StreamedWeights, Path]:
     folder = Path(checkpoint_dir or node["checkpoint_dir"])
     if not folder.is_dir():
@@ -219,17 +273,21 @@ def _open_base(
         raise ValueError(
             f"{folder} has no config.json, so it is no Hugging Face checkpoint; see checkpoint_dir."
         )
-    if not all((folder / name).is_file() for name in _files_of(node)) and (
-        files := _safetensors_in(folder)
-    ):
+    checked_config(folder)
+    files, component = listed_files(node.get("checkpoint_files")), node["_component_"]
+    present = all((folder / name).is_file() for name in files)
+    if not present and (found := shards_of(folder) or _safetensors_in(folder)):
         # The same weights may be cut otherwise than the run's, or have been in another format.
-        node = node | {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_files": files,
-        }
+        files, component = found, "torchtune.training.FullModelHFCheckpointer"
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        options = node | {"checkpoint_dir": str(folder), "output_dir": unused}
-        base = read_base_weights(instantiate(OmegaConf.create(options)))
+        options = {
+            "_component_": component,
+            "checkpoint_dir": str(folder),
+            "checkpoint_files": files,
+            "model_type": node.get("model_type"),
+            "output_dir": unused,
+        }
+        base = read_base_weights(build_allowed(options, "checkpointer", checkpoint))
     if not isinstance(base, StreamedWeights):
         raise ValueError(
             f"{folder} is read by {node['_component_'].rpartition('.')[2]} as a {node.get('model_type')} checkpoint. "
@@ -239,21 +297,8 @@ def _open_base(
     return base, folder
 
 
-def _files_of(node: dict[str, Any]) -> list[str]:
-    """Names of the files that a checkpointer is told to read."""
-    files = node["checkpoint_files"]
-    return (
-        FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames()
-        if isinstance(files, dict)
-        else files
-    )
-
-
 def _safetensors_in(folder: Path) -> list[str]:
-    """Names of a Hugging Face checkpoint's files; none if the folder holds no such."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """Names of the weights' files in a folder without an index."""
     return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 

@@ -22,6 +22,8 @@ from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from kasa_tune.components.checkpoints import Checkpoint
+from kasa_tune.components.models.base_files import check_base_files, checked_config
+from kasa_tune.components.models.digests import digest_line, digest_lines
 from kasa_tune.components.processes.world import World
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -48,6 +50,10 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         ValueError: the files cannot be read, are not of the model type that the checkpointer was told, or hold
             quantized weights.
     """
+    if type(checkpointer) is FullModelHFCheckpointer:
+        folder = Path(checkpointer._checkpoint_dir)
+        checkpointer._config = checked_config(folder)
+        check_base_files(folder, [path.name for path in map(Path, checkpointer._checkpoint_paths)])
     try:
         if type(checkpointer) is FullModelHFCheckpointer:
             paths = [Path(path) for path in checkpointer._checkpoint_paths]
@@ -59,6 +65,25 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
             f"Could not read {checkpointer._checkpoint_dir} as a {checkpointer._model_type.name} checkpoint: {error} "
             f"{error.__cause__ or ''}"
         ) from error
+
+
+def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
+    """The weights that a config's section ``checkpointer`` describes, its files looked at first.
+
+    Args:
+        node: the section.
+        more: arguments that take the place of the section's.
+
+    Raises:
+        FileNotFoundError: config.json is missing.
+        ValueError: as :func:`read_base_weights`, or config.json is damaged, or ``checkpoint_files`` lists what are no
+            weights or not all of them.
+    """
+    if node.get("_component_") == "torchtune.training.FullModelHFCheckpointer":
+        folder = Path(node.checkpoint_dir)
+        checked_config(folder)  # which torchtune reads without naming it
+        check_base_files(folder, node.checkpoint_files)
+    return read_base_weights(instantiate(node, **more))
 
 
 def open_base(
@@ -74,7 +99,7 @@ def open_base(
         ValueError: as :func:`read_base_weights`.
         CheckpointError: the checkpoint belongs to another base or model.
     """
-    base = read_base_weights(instantiate(cfg.checkpointer))
+    base = read_base(cfg.checkpointer)
     fingerprint = weights_fingerprint(base)
     if checkpoint:
         model: Any = OmegaConf.to_container(cfg.model, resolve=True)
@@ -132,6 +157,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
 
+    def digest_lines(self) -> dict[str, str]:
+        """Of every tensor of the files its line of :func:`weights_digest`, by its own name."""
+        return digest_lines(self._paths)
+
     def location(self, name: str) -> Location:
         """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
         key = self._keys[name]
@@ -168,6 +197,24 @@ def weights_fingerprint(weights: Mapping[str, Tensor], *, sample: int = 4096) ->
             f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.numpy().tobytes()
         )
     return digest.hexdigest()
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every byte of every tensor: proves that no value changed.
+
+    The digest is that of the lines ``<name> <dtype> [<shape>] <sha256 of the tensor's bytes>``, sorted, each ended by a
+    newline; names, dtypes (``torch.bfloat16``) and bytes are those of the files where weights are streamed from
+    safetensors, whatever shards they are cut into, else the mapping's. Tensors are read by several threads. What was
+    found in a file is kept in ``~/.cache/kasa_tune`` for as long as its path, size and time of change stay the same.
+
+    Args:
+        weights: from :func:`read_base_weights`.
+    """
+    if isinstance(weights, StreamedWeights):
+        lines = weights.digest_lines()
+    else:
+        lines = {name: digest_line(name, weights[name]) for name in weights}
+    return hashlib.sha256("".join(sorted(lines.values())).encode()).hexdigest()
 
 
 class SharedReading(Mapping[str, Tensor]):
@@ -229,6 +276,7 @@ def _conversion(checkpointer: FullModelHFCheckpointer) -> Convert:
     if kind in (ModelType.PHI3_MINI, ModelType.PHI4):
         return partial(phi3_hf_to_tune, **(shape if heads != kv_heads else dict.fromkeys(shape)))
     if kind == ModelType.QWEN2:
-        return partial(qwen2_hf_to_tune, **shape, tie_word_embeddings=config["tie_word_embeddings"])
+        tied = bool(config.get("tie_word_embeddings", False))  # transformers' default
+        return partial(qwen2_hf_to_tune, **shape, tie_word_embeddings=tied)
     convert = gemma2_hf_to_tune if kind == ModelType.GEMMA2 else convert_weights.hf_to_tune
     return partial(convert, **shape, head_dim=config.get("head_dim"))

@@ -329,6 +329,18 @@ def test_a_tokenizer_that_lies_elsewhere_comes_along_too(tmp_path):
     assert (folder / "other.model").read_bytes() == b"other pieces"
 
 
+def test_only_tokenizer_files_are_copied_at_a_checkpoints_word(tmp_path):
+    """A run.json that names a private file as its tokenizer would have it published with the model."""
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    credentials = tmp_path / "credentials.json"
+    credentials.write_text("{}")
+    tokenizer = {"path": str(private), "merges_file": str(credentials), "other": "a\0b"}
+    run = toy_run(tmp_path, "llama2", "kasa", tokenizer=tokenizer)
+    folder, _ = exported(tmp_path, run)
+    assert not {"id_rsa", "credentials.json"} & {path.name for path in folder.iterdir()}
+
+
 def test_the_config_says_the_dtype_under_the_key_it_has(tmp_path):
     run = toy_run(tmp_path, "llama2", "kasa")
     path = tmp_path / "base" / "config.json"

@@ -3,12 +3,16 @@
 No tensor here was written by us: PEFT's own model is the oracle, or the formula in float64 on its files.
 """
 
+import contextlib
 import json
 import shutil
+import time
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torchtune.config import instantiate
@@ -18,9 +22,15 @@ from kasa_tune.components.adapters.state import (
     adapter_update,
     load_adapter_state_dict,
 )
-from kasa_tune.components.exchange.peft_files import PeftAdapter, is_target
+from kasa_tune.components.exchange.checksums import write_checksums
+from kasa_tune.components.exchange.peft_config import targets_of
+from kasa_tune.components.exchange.peft_files import PeftAdapter
 from kasa_tune.components.exchange.peft_import import open_peft
-from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
+from kasa_tune.components.models.base_weights import (
+    StreamedWeights,
+    read_base_weights,
+    weights_digest,
+)
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens
 from tests.toy_checkpoints import checkpointer
@@ -382,7 +392,6 @@ def change_tensors(folder, change):
 
 UNSUPPORTED = {
     "other method": ({"peft_type": "LOHA"}, "has peft_type LOHA; only LORA"),
-    "biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
     "biases of B": ({"lora_bias": True}, "lora_bias is True: its B have biases"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is"),
@@ -409,7 +418,7 @@ UNSUPPORTED = {
     "an alpha of zero": ({"lora_alpha": 0}, r"rank \d+ and alpha 0; both must be above 0"),
     "a pattern that is none": (
         {"rank_pattern": {"(": 4}},
-        "a key of rank_pattern or alpha_pattern is no pattern",
+        r"'.*' in rank_pattern is no pattern",
     ),
     "a start yet to be invented": ({"init_lora_weights": "zeta"}, "started as zeta"),
 }
@@ -484,6 +493,131 @@ def test_numbers_that_are_none_are_refused(llama, adapter, value):
         state_of(opened(llama, adapter))
 
 
+TOO_SLOW = {
+    "target_modules": r"(.*)*(.*)*x(.*)*y$",
+    "exclude_modules": r"((\w|\.)+)+!",
+    "rank_pattern": {r"((\w|\.)+)+!": 4},
+    "alpha_pattern": {r"(([a-z._]|[^!])+)+!": 4},
+}
+
+
+@pytest.mark.parametrize("key", TOO_SLOW)
+def test_a_pattern_that_never_ends_is_refused_in_seconds(llama, adapter, key):
+    change_config(adapter, **{key: TOO_SLOW[key]})
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{key} is a pattern that takes more than 5 seconds"):
+        opened(llama, adapter)
+    assert time.monotonic() - started < 10
+
+
+def test_a_layers_pattern_that_never_ends_is_refused_too(llama, adapter):
+    change_config(adapter, layers_to_transform=[0], layers_pattern=[r"((\w|\.)+)+!"])
+    with pytest.raises(ValueError, match=r"layers_pattern is a pattern that takes more than 5"):
+        opened(llama, adapter)
+
+
+def test_patterns_that_peft_its_guides_and_unsloth_write(llama, tmp_path):
+    """A long list of names, alternatives, lazy repeats: each means what it means in PEFT."""
+    targets = [
+        r".*\.layers\.(0|1)\..*(q_proj|v_proj)$",
+        r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|mlp).*?(?:q_proj|v_proj))"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn)\.(?:(?:q_proj|v_proj)))",
+        r"model\.layers\.\d+\.self_attn\.(?!k_proj|o_proj)\w+",
+    ]
+    for number, pattern in enumerate(targets):
+        folder = tmp_path / str(number)
+        expected = saved("llama3", folder, target_modules=pattern)
+        imported = opened(llama, folder)
+        assert imported.model["attn_modules"] == ["q_proj", "v_proj"]
+        assert_same(llama, imported, expected)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_are_judged_by_the_tensors_in_the_file(llama, tmp_path, bias):
+    """Llama has none, whatever the config says; of Qwen 2 those that were left alone are the base's."""
+    expected = saved("llama3", tmp_path / "llama", bias=bias)
+    assert_same(llama, opened(llama, tmp_path / "llama"), expected)
+    random_hf_model(FAMILIES["qwen2"]).save_pretrained(tmp_path / "hf")
+    base = "qwen2", tmp_path / "hf"
+    expected = saved("qwen2", tmp_path / "qwen", bias=bias)
+    path = tmp_path / "qwen" / "adapter_model.safetensors"
+    biases = [key for key in load_file(path) if key.endswith(".bias")]
+    assert len(biases) == 2 * 3  # of q, k and v
+    assert_same(base, opened(base, tmp_path / "qwen"), expected)
+    change_tensors(tmp_path / "qwen", lambda state: state[biases[-1]].add_(0.1))
+    with pytest.raises(ValueError, match=rf"bias is '{bias}', .* a bias of .* not the base's"):
+        opened(base, tmp_path / "qwen")
+
+
+def test_a_bias_of_a_module_that_has_none_is_refused(llama, adapter):
+    change_config(adapter, bias="lora_only")
+    change_tensors(adapter, partial(add, f"{PREFIX}.model.layers.0.mlp.up_proj.bias"))
+    with pytest.raises(ValueError, match=r"a bias of model\.layers\.0\.mlp\.up_proj that is not"):
+        opened(llama, adapter)
+
+
+WRONG_TYPES = {
+    "target_modules": [{"a": 1}, [1], 7, [["q_proj"]]],
+    "exclude_modules": [3, {"a": 1}],
+    "layers_pattern": [5, [None]],
+    "layers_to_transform": ["1", [1.5], {"a": 1}, ["0"]],
+    "rank_pattern": [[], "x", ["q_proj"], {"q_proj": "8"}, {"q_proj": None}, {"q_proj": 2.0}],
+    "alpha_pattern": ["x", 3, {"q_proj": [1]}, {"q_proj": float("inf")}, {"q_proj": 10**400}],
+    "r": [True, 2.0, [4], -1, 10**30],
+    "lora_alpha": [float("inf"), float("nan"), -1, "6", True, [6], 10**400],
+    "lora_dropout": ["0.1", -0.1, 1.0, float("nan"), {"_component_": "subprocess.getoutput"}],
+    "use_rslora": ["yes", 1, []],
+    "use_dora": ["yes", {"a": 1}],
+    "init_lora_weights": [3, ["pissa"], {"a": 1}],
+    "kasa_config": ["x", [1], 5],
+    "bias": [3, ["none"]],
+    "base_model_name_or_path": [3, ["a"]],
+    "peft_type": [["LORA"], {"a": 1}, 7, "x" * 10**5],
+    "modules_to_save": ["x" * 10**5],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG_TYPES.items() for value in values]
+)
+def test_values_of_wrong_types_are_sentences_that_name_the_key(llama, adapter, key, value):
+    change_config(adapter, **{key: value})
+    words = {"r": "rank", "rank_pattern": "rank", "lora_alpha": "alpha", "alpha_pattern": "alpha"}
+    with pytest.raises(ValueError, match=words.get(key, key)) as error:
+        opened(llama, adapter)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"null", b"\xff\xfe", b"[" * 10**5])
+def test_a_config_that_is_no_object_is_damaged(llama, adapter, content):
+    (adapter / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
+        opened(llama, adapter)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = [*WRONG_TYPES, "corda_config", "lora_bias", "use_qalora", "fan_in_fan_out"]
+
+
+@seed(0)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+def test_any_config_is_imported_or_refused_in_a_sentence(llama, adapter, changes):
+    text = (adapter / "adapter_config.json").read_text()
+    try:
+        change_config(adapter, **changes)
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            state_of(opened(llama, adapter))
+    finally:
+        (adapter / "adapter_config.json").write_text(text)
+
+
 def test_missing_and_damaged_files_are_named(llama, adapter):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -503,6 +637,45 @@ def test_missing_and_damaged_files_are_named(llama, adapter):
         FileNotFoundError, match=r"is no PEFT adapter: it has no adapter_config.json"
     ):
         opened(llama, adapter)
+
+
+def test_files_are_compared_with_the_sums_beside_them(llama, adapter):
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    write_checksums(adapter, files, base_digest="a" * 64)
+    assert opened(llama, adapter).peft.base_digest == "a" * 64
+    path = adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    for position in (-1, len(content) // 2, 20):
+        content[position] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"adapter_model\.safetensors is not the file that was"
+        ):
+            opened(llama, adapter)
+        content[position] ^= 4
+    path.write_bytes(content)
+    opened(llama, adapter)
+    change_config(adapter, lora_alpha=ALPHA + 1)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not .* remove checksums\.json"):
+        opened(llama, adapter)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"../x": {}}}', "{}"])
+def test_damaged_sums_are_named(llama, adapter, text):
+    (adapter / "checksums.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
+        opened(llama, adapter)
+
+
+def test_another_base_than_the_exports_is_warned_of(llama, adapter, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    digest = weights_digest(weights_of(llama))
+    write_checksums(adapter, [], base_digest=digest)
+    assert opened(llama, adapter).check_base() == digest
+    assert "was exported for a base" not in caplog.text
+    write_checksums(adapter, [], base_digest="b" * 64)
+    assert opened(llama, adapter).check_base() == digest
+    assert f"was exported for a base whose digest is {'b' * 64}" in caplog.text
 
 
 def test_another_base_is_refused(llama, adapter, tmp_path):
@@ -637,4 +810,4 @@ def test_targets_are_matched_as_peft_does():
         theirs = {
             name for name in names if found[name] and "Excluded" not in type(found[name]).__name__
         }
-        assert {name for name in names if is_target(options, name)} == theirs, options
+        assert targets_of(options, names) == theirs, options

@@ -214,8 +214,8 @@ def test_one_rank_for_all_is_the_largest_that_a_layer_needs(tmp_path):
         a, b = found.factors(module)
         assert len(a) == b.shape[1] == 16
         rank = np.linalg.matrix_rank(found.update(module).numpy(), rtol=1e-5)
-        assert not a[rank:].any()
         assert not b[:, rank:].any()
+        assert a[rank:].any(dim=1).all()
     assert len(found.modules) == 14
 
 
@@ -235,9 +235,45 @@ def test_a_rank_for_each_leaves_out_layers_without_an_update(tmp_path):
     assert len(without) == 2
     pattern = found.config["rank_pattern"]
     assert {module: pattern.get(module, found.config["r"]) for module in found.modules} == ranks
-    assert pattern == found.config["alpha_pattern"]
+    assert found.config["r"] == found.config["lora_alpha"] == max(ranks.values())
     assert found.config["r"] not in pattern.values()
+    assert found.config["alpha_pattern"] == {}
     assert found.config["target_modules"] == found.modules
+
+
+# How the readers that are known find the factor before B A: of a module's name, its A and the config.
+READERS = {
+    # PEFT; vLLM from 0.32
+    "rank by pattern": lambda config, module, a: (
+        config["lora_alpha"] / config["rank_pattern"].get(module, config["r"])
+    ),
+    # llama.cpp: one alpha, the rank from the tensor
+    "rank of the tensor": lambda config, module, a: config["lora_alpha"] / len(a),
+    # vLLM before 0.32: one alpha, one r
+    "one rank for all": lambda config, module, a: config["lora_alpha"] / config["r"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank_pattern", [False, True])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_adds_the_same(reader, rank_pattern, dtype, tmp_path):
+    """But for the one that knows a single rank, which the form without a pattern is for."""
+    found = Exported(tmp_path, "llama2", "corda_mixed", rank_pattern=rank_pattern, dtype=dtype)
+    if rank_pattern:
+        assert found.config["rank_pattern"]
+    trained, wrong = found.trained(), []
+    for module in found.modules:
+        a, b = found.factors(module)
+        added = READERS[reader](found.config, module, a) * b @ a
+        expected = trained[f"{module}.weight"] - found.original[f"{module}.weight"]
+        error = (added - expected).norm() / trained[f"{module}.weight"].norm()
+        wrong += [module] if error > 4 * torch.finfo(dtype).eps else []
+        told = found.errors[module].of_weight
+        if reader != "one rank for all":
+            assert told == pytest.approx(error.item(), rel=1e-2, abs=1e-6)
+    expected = [m for m in found.modules if m in found.config["rank_pattern"]]
+    assert wrong == (expected if reader == "one rank for all" else [])
 
 
 def test_layers_of_one_rank_need_no_pattern(tmp_path):
@@ -256,7 +292,7 @@ def test_fused_weights_need_the_sum_of_their_parts_ranks(tmp_path):
     assert ranks == expected | {"down_proj": per_linear}
 
 
-def test_a_larger_rank_is_filled_with_zeros(tmp_path):
+def test_a_larger_rank_is_filled_with_what_changes_nothing_and_can_learn(tmp_path):
     run = toy_run(tmp_path, "llama2", "kasa")
     usual = Exported(tmp_path, "llama2", "kasa", run=run)
     found = Exported(tmp_path, "llama2", "kasa", run=run, rank=16, folder="wide")
@@ -266,8 +302,11 @@ def test_a_larger_rank_is_filled_with_zeros(tmp_path):
         assert torch.equal(a[: RANK + 3], usual_a)
         assert torch.equal(b[:, : RANK + 3], usual_b)
         assert (len(a), b.shape[1]) == (16, 16)
-        assert not a[RANK + 3 :].any()
         assert not b[:, RANK + 3 :].any()
+        # As a LoRA starts: B learns from the first step. With both at zero, neither ever would.
+        bound = a.shape[1] ** -0.5
+        assert a[RANK + 3 :].abs().max() <= bound
+        assert a[RANK + 3 :].std() == pytest.approx(bound / 3**0.5, rel=0.15)
     assert found.errors == usual.errors
 
 
@@ -357,7 +396,7 @@ def test_an_adapter_that_changes_nothing(rank_pattern, tmp_path):
     found = Exported(tmp_path, "llama2", "lora", run=run, tolerance=1e-3, rank_pattern=rank_pattern)
     assert found.config["r"] == 1
     assert found.tensors
-    assert not any(tensor.any() for tensor in found.tensors.values())
+    assert not any(tensor.any() for name, tensor in found.tensors.items() if "lora_B" in name)
     assert set(found.errors.values()) == {Deviation(0.0, 0.0)}
 
 

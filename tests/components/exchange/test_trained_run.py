@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, load_part, save_checkpoint
+from kasa_tune.components.exchange.adapter_set import AdapterSet
+from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.trained_run import open_run
+from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.quantized.base import FOLDER
 from tests.tolerances import FP64
 from tests.toy_checkpoints import toy, write_checkpoint
+from tests.toy_models import FAMILIES
 from tests.trained_runs import (
     ALPHA,
     IN_PLACES,
@@ -185,6 +189,73 @@ def test_its_method_by_name(method, name, tmp_path):
     assert open_run(toy_run(tmp_path, "llama2", method).path).method.name == name
 
 
+# --------------------------------------------------------------------------------- what is never called
+
+
+@pytest.mark.parametrize("section", ["model", "checkpointer"])
+@pytest.mark.parametrize("native", [False, True], ids=["checkpoint", "native adapter"])
+def test_a_checkpoint_calls_nothing_that_it_brings(section, native, tmp_path):
+    """A run.json that names a function of the standard library, as one who gives away an adapter could write it."""
+    run = toy_run(tmp_path, "llama2", "kasa")
+    state = load_part(checkpoint_of(run), "run")
+    marker = tmp_path / "ran"
+    state["config"][section] = {
+        "_component_": "subprocess.getoutput",
+        "cmd": f"touch {marker}",
+        "checkpoint_dir": str(tmp_path / "base"),
+    }
+    path = run.path
+    if native:
+        path = tmp_path / "native"
+        path.mkdir()
+        write_adapter(path, load_part(checkpoint_of(run), "adapter"), state)
+    else:
+        rewritten(run, run=state)
+    words = rf"names {section}\._component_ 'subprocess\.getoutput'"
+    with pytest.raises(ValueError, match=words):
+        open_run(path, checkpoint_dir=str(tmp_path / "base"))
+    if section == "model":
+        with pytest.raises(ValueError, match=words):
+            AdapterSet(FAMILIES["llama2"].base(**toy("llama2")[0])).add("hostile", path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("config"), "holds no step and config"),
+        (lambda state: state.update(config=[1]), "holds no step and config"),
+        (lambda state: state.update(step="7"), "holds no step and config"),
+        (lambda state: state.update(base=None), "does not name the base's fingerprint"),
+        (lambda state: state["config"].pop("adapter"), "has no section adapter"),
+        (lambda state: state["config"].update(model="kasa"), "has no section model"),
+        (
+            lambda state: state["config"]["checkpointer"].pop("checkpoint_dir"),
+            "does not say where the base was",
+        ),
+        (
+            lambda state: state["config"]["checkpointer"].update(checkpoint_files=7),
+            "checkpoint_files is 7",
+        ),
+        (
+            lambda state: state["config"]["checkpointer"].update(checkpoint_files=["../x"]),
+            "which is no file in the folder",
+        ),
+        (
+            lambda state: state["config"]["checkpointer"].update(model_type="NONE"),
+            "does not take its section checkpointer",
+        ),
+    ],
+)
+def test_a_run_json_of_another_form_is_refused_in_a_sentence(change, words, tmp_path):
+    run = toy_run(tmp_path, "llama2", "kasa")
+    state = load_part(checkpoint_of(run), "run")
+    change(state)
+    rewritten(run, run=state)
+    with pytest.raises(ValueError, match=words):
+        open_run(run.path)
+
+
 # --------------------------------------------------------------------------------- what cannot be
 
 
@@ -227,6 +298,32 @@ def test_a_base_of_other_values(tmp_path):
     save_file(state, file)
     with pytest.raises(CheckpointError, match="belongs to other base weights"):
         open_run(run.path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_base_with_one_other_byte_is_refused_where_the_run_knows_all_of_them(
+    pickled, tmp_path, monkeypatch
+):
+    """The fingerprint looks at samples; a run that noted the digest of all bytes is compared with that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = toy_run(tmp_path, "llama2", "kasa")
+    digest = weights_digest(open_run(run.path).base)
+    state = load_part(checkpoint_of(run), "run") | {"base_digest": digest}
+    if pickled:  # whose digest is over other names
+        state["config"]["checkpointer"]["checkpoint_files"] = ["model.bin"]
+    rewritten(run, run=state)
+    assert open_run(run.path).check_base() == digest
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(Checkpoint, "check_belongs", lambda *_, **__: None)  # it missed the byte
+    opened = open_run(run.path)
+    if pickled:
+        assert opened.check_base() != digest
+        return
+    with pytest.raises(CheckpointError, match=rf"trained on other base weights .*{digest}"):
+        opened.check_base()
 
 
 def test_a_base_of_another_family(tmp_path):
@@ -293,7 +390,9 @@ def test_an_adapter_of_a_model_that_has_none(tmp_path):
     }
     state["config"]["model"] = {"_component_": "torchtune.models.llama2.llama2", **sizes}
     rewritten(run, run=state)
-    with pytest.raises(ValueError, match=r"llama2 has no adapters of ours"):
+    with pytest.raises(
+        ValueError, match=r"llama2\.llama2'\. A data file may only name a kasa_<model>"
+    ):
         open_run(run.path)
 
 

@@ -386,12 +386,21 @@ def test_a_truncated_file_is_refused_with_its_folder(kept, tmp_path):
         read_base_weights(checkpointer(tmp_path / "hf", [file], "LLAMA2"))
 
 
-def test_a_config_without_what_the_conversion_needs_is_refused_with_its_key(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("hidden_size", r"hf/config\.json: hidden_size is 'None'"),
+        ("num_attention_heads", r"hf/config\.json: num_attention_heads is 'None'"),
+        # It then means as many as heads, which these weights do not have.
+        ("num_key_value_heads", r"Could not read .*hf as a LLAMA2"),
+    ],
+)
+def test_a_config_without_what_the_conversion_needs_is_refused_with_its_key(key, words, tmp_path):
     files = write_checkpoint(tmp_path / "hf", "llama2")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    del config["num_key_value_heads"]
+    del config[key]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"Could not read .*hf .*num_key_value_heads"):
+    with pytest.raises(ValueError, match=words):
         read_base_weights(checkpointer(tmp_path / "hf", files, "LLAMA2"))
 
 
