@@ -324,6 +324,30 @@ def test_broken_template(folder):
         tokenizer(folder, "{% for m in messages %}")
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * 10**10 }}", "{% set x = 10 ** (10 ** 10) %}"])
+def test_a_template_without_an_end_is_refused_when_the_tokenizer_is_built(folder, source):
+    with pytest.raises(ValueError, match=r"chat template.*more than"):
+        tokenizer(folder, source)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{% if tools is not none %}[TOOLS]{% for t in tools %}{{ t }}{% endfor %}{% endif %}",
+        "{% if tools is not none %}[TOOLS]{{ tools | tojson }}{% endif %}",
+        "{% if documents is not none %}[DOCUMENTS]{{ documents | length }}{% endif %}",
+    ],
+)
+def test_templates_see_tools_and_documents_as_transformers_passes_them(folder, head):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tok = tokenizer(folder, head + CHATML)
+    dialogue = [{"role": role, "content": text} for role, text in DIALOGUE]
+    expected = theirs.apply_chat_template(dialogue, chat_template=head + CHATML, tokenize=False)
+    assert tok._render(dialogue) == expected
+
+
 # ---------------------------------------------------------------------------------------------------- ids and files
 
 
@@ -375,6 +399,17 @@ def test_travels_to_worker_processes(folder):
             ValueError,
             "eos_token '<end>'.*not in tokenizer.json",
         ),
+        ("tokenizer_config.json", '{"eos_token": {"text": "</s>"}}', ValueError, "eos_token in"),
+        ("tokenizer_config.json", '{"eos_token": 2}', ValueError, "eos_token in .* got 2"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "bos_token": ["<s>"]}', ValueError, "bos"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 3}', ValueError, "int 3"),
+        ("tokenizer_config.json", "[" * 100_000, ValueError, "nested too deeply"),
+        ("generation_config.json", '{"eos_token_id": "2"}', ValueError, "must be a token id"),
+        ("generation_config.json", '{"eos_token_id": [2, null]}', ValueError, "must be a token id"),
+        ("generation_config.json", '{"eos_token_id": [2, 517]}', ValueError, r"0 to 516"),
+        ("generation_config.json", '{"eos_token_id": true}', ValueError, "must be a token id"),
+        ("generation_config.json", "[]", ValueError, "JSON object"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", ValueError, "git lfs"),
     ],
 )
 def test_bad_files(folder, file, content, error, message):
