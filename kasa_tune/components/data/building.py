@@ -26,9 +26,9 @@ from torchtune.data import (
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 from torchtune.datasets import SFTDataset, TextCompletionDataset
 
-from kasa_tune.components.data import packing
+from kasa_tune.components.data import packing, sources
 from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
-from kasa_tune.components.data.fingerprints import fingerprint, local_files
+from kasa_tune.components.data.fingerprints import fingerprint
 
 __all__ = [
     "EpochBatches",
@@ -79,7 +79,9 @@ class ShiftedDataset(Dataset):
         return len(self.inner)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        sample = self._prepare(int(index))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        sample = self._prepare(int(index) % len(self))
         tokens = np.asarray(sample["tokens"], dtype=np.int64)
         return {
             "tokens": tokens,
@@ -152,6 +154,8 @@ class MixedDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part][int(index) - int(self._ends[part]) + self.lengths[part]]
 
@@ -271,7 +275,7 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     """Call the node's component and turn the loader's ways of failing into sentences."""
     component = node.get("_component_")
     kwargs = {key: value for key, value in node.items() if key not in _OUR_KEYS}
-    _check_files(kwargs.get("data_files"), name)
+    kwargs = sources.prepared(kwargs, name)
     try:
         dataset = config.instantiate(
             OmegaConf.create(kwargs, flags={"allow_objects": True}), tokenizer
@@ -289,20 +293,16 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     ) as error:  # the json reader alone has a dozen error types; the cause holds the useful line
         reason = f"{error}. {error.__cause__}" if error.__cause__ is not None else str(error)
         raise ValueError(f"{name}: {component} could not load its data: {reason}") from error
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name}: {component} gives {type(dataset).__name__}, which has no length. A run counts its samples and "
+            "reads them in random order: use a data set with __len__ and __getitem__."
+        )
     if len(dataset) == 0:
         raise ValueError(
             f"{name}: no samples. Check data_files, split ({node.get('split', 'train')!r}) and filters."
         )
     return dataset
-
-
-def _check_files(data_files: Any, name: str) -> None:
-    paths = local_files(data_files)
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{name}.data_files: no such file: {path}")
-    if paths and all(path.stat().st_size == 0 for path in paths):
-        raise ValueError(f"{name}: no samples, data_files are empty: {', '.join(map(str, paths))}")
 
 
 def _packed(

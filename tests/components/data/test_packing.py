@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
 from kasa_tune.components.data import packing
-from kasa_tune.components.data.fingerprints import fingerprint, local_files
+from kasa_tune.components.data.fingerprints import fingerprint
+from kasa_tune.components.data.sources import files_read
 
 pytestmark = pytest.mark.usefixtures("datasets_offline")
 
@@ -372,6 +373,7 @@ SCRIPT = """
 import sys
 from kasa_tune.components.data import building as data
 from kasa_tune.components.data.fingerprints import fingerprint
+from kasa_tune.components.data.sources import files_read
 from torchtune.models.llama2 import llama2_tokenizer
 tokenizer = llama2_tokenizer(sys.argv[1], max_seq_len=256, prompt_template=None)
 cfg = {"_component_": sys.argv[3], "data_files": sys.argv[2]}
@@ -404,16 +406,20 @@ def test_fingerprint_is_the_same_in_another_process_and_for_a_used_tokenizer(
     assert fingerprint(cfg, dataset, story_tokenizer) == fingerprint(cfg, dataset, fresh) == there
 
 
-def test_local_files(tmp_path):
+def test_files_of_a_node(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("{}")
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    assert local_files(None) == []
-    assert local_files(str(a)) == [a]
-    assert local_files([str(a), {"x": str(b)}]) == [a, b]
-    assert local_files(str(tmp_path / "*.json")) == [a, b]
-    assert local_files("https://host/c.json") == []
-    assert local_files("hf://datasets/x/c.json") == []
+    expected = [
+        (None, []),
+        (str(a), [a]),
+        ([str(a), {"x": str(b)}], [a, b]),
+        (str(tmp_path / "*.json"), [a, b]),
+        ("https://host/c.json", []),
+        ("hf://datasets/x/c.json", []),
+    ]
+    for data_files, files in expected:
+        assert files_read({"data_files": data_files}) == files
 
 
 # ---------------------------------------------------------------------------------------------------- real data
