@@ -28,6 +28,12 @@ from torchtune.datasets import SFTDataset, TextCompletionDataset
 
 from kasa_tune.components.data import packing, sources
 from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
+from kasa_tune.components.data.conversations import (
+    LAYOUTS,
+    ConversationToMessages,
+    Layout,
+    check_for_torchtune,
+)
 from kasa_tune.components.data.fingerprints import fingerprint
 
 __all__ = [
@@ -74,6 +80,7 @@ class ShiftedDataset(Dataset):
         self.inner, self.name, self.tokenizer = inner, name, tokenizer
         self.columns = _required_columns(inner)
         self._rows = inner._data if _is_torchtunes(inner) else None
+        self._layout = _torchtunes_layout(getattr(inner, "_message_transform", None))
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -102,6 +109,8 @@ class ShiftedDataset(Dataset):
             else:
                 row = self._rows[index]
                 self._check_row(row, where)
+                if self._layout is not None:
+                    check_for_torchtune(row[next(iter(self.columns))], self._layout)
                 sample = self.inner._prepare_sample(row)
         except KeyError as error:
             raise ValueError(f"{where} lacks {error}.{self._columns_present(index)}") from error
@@ -178,10 +187,18 @@ def _required_columns(inner: Dataset) -> dict[str, bool]:
         return {
             (transform.column_map or {}).get(key, key): True for key in ("instruction", "output")
         }
-    if isinstance(transform, (ShareGPTToMessages, OpenAIToMessages)):
-        key = "conversations" if isinstance(transform, ShareGPTToMessages) else "messages"
-        return {transform._column_map[key]: False}
+    if isinstance(transform, ConversationToMessages):
+        return {transform.column: False}
+    if (layout := _torchtunes_layout(transform)) is not None:
+        return {transform._column_map[layout.column]: False}
     return {}
+
+
+def _torchtunes_layout(transform: Any) -> Layout | None:
+    """The layout of the conversations that one of torchtune's own transforms takes."""
+    if isinstance(transform, ShareGPTToMessages):
+        return LAYOUTS["sharegpt"]
+    return LAYOUTS["openai"] if isinstance(transform, OpenAIToMessages) else None
 
 
 def _present(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torchtune.data import Message
+from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
+from torchtune.datasets import SFTDataset
 from torchtune.modules.transforms import Transform
 
 _OURS = "kasa_tune.components.data.chat_dataset"
@@ -123,6 +126,25 @@ class ConversationToMessages(Transform):
             masked = weight == 0 or (role != "assistant" and not self.train_on_input)
             messages.append(ChatMessage(role, content, masked=masked, fields=turn))
         return {"messages": messages, "tools": _tools(sample.get(self.tools_column))}
+
+
+class ChatDataset(SFTDataset):
+    """torchtune's dataset of conversations, with this file's checks of their order in place of torchtune's.
+
+    Those know no tools. A tokenizer that is not ours gets no more than it can render.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._prepare_sample = self._tokenized
+
+    def _tokenized(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        sample = self._message_transform(row)
+        if not hasattr(self._model_transform, "chat_template"):
+            check_templated(sample["messages"], sample.pop("tools", None))
+        tokenized = dict(self._model_transform(sample))
+        tokens, mask = np.asarray(tokenized["tokens"]), np.asarray(tokenized["mask"], dtype=bool)
+        return {**tokenized, "labels": np.where(mask, IGNORE, tokens)}
 
 
 def check_templated(messages: Sequence[Message], tools: Any) -> None:

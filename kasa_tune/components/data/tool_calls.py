@@ -58,10 +58,11 @@ def check_rendered(
 
 
 def _marked(call: Mapping[str, Any], what: str, word: Callable[[str], str]) -> dict[str, Any]:
+    name = word(what)
     arguments: Any = {word(f"the arguments of {what}"): 1}
     if isinstance(call["function"]["arguments"], str):
         arguments = json.dumps(arguments)
-    return {**call, "function": {"name": word(what), "arguments": arguments}}
+    return {**call, "function": {"name": name, "arguments": arguments}}
 
 
 def _marked_tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
