@@ -83,7 +83,9 @@ def _map_paths(given: Any, change: Callable[[Any], Any]) -> Any:
     """``data_files`` (a path, a list, or a mapping of splits to either) with every path changed."""
     if isinstance(given, Mapping):
         return {split: _map_paths(value, change) for split, value in given.items()}
-    return [change(path) for path in given] if isinstance(given, (list, tuple)) else change(given)
+    if isinstance(given, (list, tuple)):
+        return [_map_paths(entry, change) for entry in given]
+    return change(given)
 
 
 def _base(node: Mapping[str, Any]) -> str:

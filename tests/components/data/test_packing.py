@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
-from kasa_tune.components.data import packing
+from kasa_tune.components.data import packing, tokenizing
 from kasa_tune.components.data.fingerprints import fingerprint
 from kasa_tune.components.data.sources import files_read
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_packed(lengths, kwargs, message):
 
 
 def test_processes_do_not_change_the_rows_and_progress_counts_samples(monkeypatch):
-    monkeypatch.setattr(packing, "_CHUNK", 16)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 16)
     dataset = Samples([1 + i % 13 for i in range(100)])
     calls = []
     alone = packing.pack(
@@ -159,7 +159,7 @@ def test_an_error_in_a_tokenizing_process_reaches_the_user(monkeypatch):
                 raise ValueError("dataset: row 40 has no column 'output'")
             return super().__getitem__(index)
 
-    monkeypatch.setattr(packing, "_CHUNK", 8)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 8)
     with pytest.raises(ValueError, match="row 40"):
         packing.pack(Broken([3] * 60), max_seq_len=16, num_workers=2)
 
@@ -169,7 +169,7 @@ def test_a_dying_tokenizing_process_reaches_the_user(monkeypatch):
         def __getitem__(self, index):
             os._exit(1)
 
-    monkeypatch.setattr(packing, "_CHUNK", 8)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 8)
     with pytest.raises(RuntimeError, match="process"):
         packing.pack(Deadly([3] * 60), max_seq_len=16, num_workers=2)
 
