@@ -23,8 +23,8 @@ from kasa_tune.components.data.datasets import (
     prompt_tokens,
 )
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
-from kasa_tune.components.data.tokenizers import HFTokenizer, hf_tokenizer
-from kasa_tune.components.data.training_data import Batch, TrainingData, build_tokenizer
+from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
+from kasa_tune.components.data.training_data import Batch, TrainingData
 
 __all__ = [
     "Batch",

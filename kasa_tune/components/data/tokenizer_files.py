@@ -16,10 +16,24 @@ _NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+# Arguments of tokenizer builders, ours and torchtune's, that name a file.
+FILE_KEYS = (
+    "path",
+    "vocab_path",
+    "merges_path",
+    "merges_file",
+    "special_tokens_path",
+    "tokenizer_json_path",
+    "tokenizer_config_json_path",
+    "tokenizer_config_path",
+    "chat_template_path",
+)
 _LFS = b"version https://git-lfs"
 _FITTING = {
     "json": "a Hugging Face tokenizer.json: set tokenizer._component_ to "
     "kasa_tune.components.data.hf_tokenizer",
+    "other json": "JSON, but no Hugging Face tokenizer.json, or a damaged one: fetch it again, or give "
+    "the path of tokenizer.json",
     "sentencepiece": "a SentencePiece model: set tokenizer._component_ to a builder that reads one, such "
     "as torchtune.models.llama2.llama2_tokenizer",
     "tiktoken": "a tiktoken file: set tokenizer._component_ to a builder that reads one, such as "
@@ -28,34 +42,15 @@ _FITTING = {
     "empty": "empty: fetch it again",
     "unknown": "no tokenizer file that is known, or it is damaged: fetch it again",
 }
-# Builders by the kind of file that their `path` names.
-_READS = {
-    "kasa_tune.components.data.hf_tokenizer": "json",
-    "torchtune.models.llama2.llama2_tokenizer": "sentencepiece",
-    "torchtune.models.mistral.mistral_tokenizer": "sentencepiece",
-    "torchtune.models.gemma.gemma_tokenizer": "sentencepiece",
-    "torchtune.models.phi3.phi3_mini_tokenizer": "sentencepiece",
-    "torchtune.models.llama3.llama3_tokenizer": "tiktoken",
-    "torchtune.models.phi4.phi4_tokenizer": "tiktoken",
-}
 
 
-def tokenizer_file_problem(component: str, path: str | Path) -> str | None:
-    """Why the file at ``path`` is not one that the tokenizer builder ``component`` reads, or None.
-
-    Builders that are not known here, and files that are not there, are no problem of this function.
-    """
-    wanted = _READS.get(
-        component.replace("kasa_tune.components.tokenizers.", "kasa_tune.components.data.")
-    )
-    if wanted is None or not Path(path).is_file():
-        return None
-    kind = file_kind(path)
-    return None if kind == wanted else f"{path} is {_FITTING[kind]}"
+def unfit(path: str | Path) -> str:
+    """What the file at ``path`` is, and which key to set; for a tokenizer builder that cannot read it."""
+    return f"{path} is {_FITTING[file_kind(path)]}"
 
 
 def file_kind(path: str | Path) -> str:
-    """What a tokenizer file is by its first bytes: json, sentencepiece, tiktoken, pointer, empty or unknown."""
+    """What a tokenizer file is: json, other json, sentencepiece, tiktoken, pointer, empty or unknown."""
     with open(path, "rb") as file:
         head = file.read(256)
     if head.startswith(_LFS):
@@ -63,11 +58,19 @@ def file_kind(path: str | Path) -> str:
     if not head.strip():
         return "empty"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
-        return "json"
+        return "json" if _holds_model(path) else "other json"
     fields = head.split(b"\n", 1)[0].split()  # base64 of a token and its rank
     if len(fields) == 2 and fields[1].isdigit():
         return "tiktoken"
     return "sentencepiece" if _is_sentencepiece(path) else "unknown"
+
+
+def _holds_model(path: str | Path) -> bool:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "model" in content
 
 
 def _is_sentencepiece(path: str | Path) -> bool:
@@ -95,8 +98,8 @@ def load_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
         hint = ""
-        if file_kind(path) not in ("json", "unknown"):
-            hint = f" It is {_FITTING[file_kind(path)]}."
+        if file_kind(path) in ("sentencepiece", "tiktoken", "pointer", "empty"):
+            hint = f" {unfit(path)}."
         raise ValueError(f"{path} is not valid JSON: {error}.{hint}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
 from torchtune.data import Message
 from torchtune.data._prompt_templates import _get_prompt_template
 from torchtune.modules.transforms import Transform
@@ -23,14 +25,60 @@ from kasa_tune.components.data.chat_templates import (
 from kasa_tune.components.data.conversations import ChatMessage, check_templated
 from kasa_tune.components.data.paths import local_path
 from kasa_tune.components.data.tokenizer_files import (
+    FILE_KEYS,
     generation_stops,
     load_settings,
     load_tokenizer,
     named_tokens,
+    unfit,
 )
 from kasa_tune.components.data.tool_calls import arguments_as_text, check_rendered
 
 Dialogue = Sequence[Mapping[str, Any]]
+
+
+def build_tokenizer(
+    node: Mapping[str, Any] | DictConfig, *, longest: int | None = None
+) -> Any:
+    """The tokenizer of a config, which cuts samples at what the model takes or earlier.
+
+    Args:
+        node: the config's section ``tokenizer``. Without a ``max_seq_len`` the model's is taken.
+        longest: tokens of the longest row that the model takes; None where samples are not cut.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: ``max_seq_len`` is more than ``longest``, or a file is none that the builder reads.
+    """
+    tokenizer = _instantiate(OmegaConf.create(node))
+    if longest is None:
+        return tokenizer
+    limit = getattr(tokenizer, "max_seq_len", None)
+    if limit is not None and limit > longest:
+        raise ValueError(
+            f"tokenizer.max_seq_len {limit} is more than the model takes, {longest}. Set it to at most "
+            f"{longest}, or to null for that."
+        )
+    tokenizer.max_seq_len = limit or longest
+    return tokenizer
+
+
+def _instantiate(node: DictConfig) -> Any:
+    """Call the builder and turn its ways of failing into sentences."""
+    files = [key for key in node if key in FILE_KEYS and node[key] is not None]
+    for key in files:
+        node[key] = local_path(node[key], f"tokenizer.{key}")
+        if not Path(node[key]).is_file():
+            raise FileNotFoundError(f"tokenizer.{key}: no such file: {node[key]}")
+    try:
+        return config.instantiate(node)
+    except Exception as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
+        if isinstance(error, OSError) or node["_component_"].endswith(".hf_tokenizer"):
+            raise
+        reason = f"{node['_component_']} cannot be built: {error}."
+        if "path" in files:
+            reason += f" {unfit(node['path'])}."
+        raise ValueError(f"tokenizer: {reason}") from error
 
 
 def hf_tokenizer(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune.config import instantiate
 from torchtune.utils import get_logger
 
 from kasa_tune.components.data.batches import build_dataloader
@@ -19,27 +18,6 @@ from kasa_tune.components.data.counting import check_all_samples
 from kasa_tune.components.data.fingerprints import data_fingerprint
 
 Batch = dict[str, Any]  # tokens, labels [b, s]; of packed rows also mask and input_pos [b, s]
-
-
-def build_tokenizer(node: DictConfig, *, longest: int) -> Any:
-    """The tokenizer of a config, which cuts samples at what the model takes or earlier.
-
-    Args:
-        node: the config's section ``tokenizer``. Without a ``max_seq_len`` the model's is taken.
-        longest: tokens of the longest row that the model takes.
-
-    Raises:
-        ValueError: ``max_seq_len`` is more than that.
-    """
-    tokenizer = instantiate(node)
-    limit = getattr(tokenizer, "max_seq_len", None)
-    if limit is not None and limit > longest:
-        raise ValueError(
-            f"tokenizer.max_seq_len {limit} is more than the model takes, {longest}. Set it to at most "
-            f"{longest}, or to null for that."
-        )
-    tokenizer.max_seq_len = limit or longest
-    return tokenizer
 
 
 class TrainingData:

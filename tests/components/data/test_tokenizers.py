@@ -6,7 +6,7 @@ import pickle
 import pytest
 from torchtune.data import Message
 
-from kasa_tune.components.data.tokenizers import hf_tokenizer
+from kasa_tune.components.data.tokenizers import build_tokenizer, hf_tokenizer
 
 CHATML = (
     "{% for message in messages %}\n"
@@ -434,3 +434,67 @@ def test_images_are_refused(folder):
     )
     with pytest.raises(ValueError, match="image"):
         tokenizer(folder, CHATML).tokenize_messages([picture, *messages([("assistant", "a cat")])])
+
+
+# ---------------------------------------------------------------------------------------------------- any builder
+
+LLAMA2 = "torchtune.models.llama2.llama2_tokenizer"
+TIKTOKEN = "torchtune.models.llama3.llama3_tokenizer"
+OURS = "kasa_tune.components.data.hf_tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("component", "file", "message"),
+    [
+        (LLAMA2, "tokenizer.json", "is a Hugging Face tokenizer.json: set .*hf_tokenizer"),
+        (TIKTOKEN, "tokenizer.json", "is a Hugging Face tokenizer.json: set .*hf_tokenizer"),
+        (LLAMA2, "ranks", "ranks is a tiktoken file.*llama3_tokenizer"),
+        (TIKTOKEN, "spm", "spm is a SentencePiece model.*llama2_tokenizer"),
+        (OURS, "spm", "spm is a SentencePiece model.*llama2_tokenizer"),
+        (OURS, "ranks", "ranks is a tiktoken file.*llama3_tokenizer"),
+        (LLAMA2, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        (TIKTOKEN, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        (OURS, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        *((component, "empty", "empty is empty: fetch it again") for component in (LLAMA2, OURS)),
+        (LLAMA2, "half", "no tokenizer file that is known, or it is damaged"),
+        (OURS, "half.json", "not valid JSON"),
+        (LLAMA2, "half.json", "JSON, but no Hugging Face tokenizer.json, or a damaged one"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_named(folder, real_data, component, file, message):
+    spm = real_data / "models" / "stories260K" / "hf" / "tokenizer.model"
+    content = (folder / "tokenizer.json").read_text()
+    (folder / "spm").write_bytes(spm.read_bytes())
+    (folder / "half").write_bytes(spm.read_bytes()[:3000])
+    (folder / "half.json").write_text(content[: len(content) // 2])
+    (folder / "ranks").write_text("IQ== 0\nIg== 1\n")
+    (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "empty").write_text("")
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer({"_component_": component, "path": str(folder / file), "max_seq_len": 64})
+
+
+def test_any_builder_builds(folder, real_data, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    ours = build_tokenizer({"_component_": OURS, "path": "~/tokenizer.json", "max_seq_len": 8})
+    assert (ours.max_seq_len, ours.eos_id) == (8, 2)
+    (folder / "tokenizer.model").write_bytes(
+        (real_data / "models" / "stories260K" / "hf" / "tokenizer.model").read_bytes()
+    )
+    theirs = build_tokenizer({"_component_": LLAMA2, "path": "~/tokenizer.model"})
+    assert theirs.encode("Once upon", add_eos=False) == ours.encode("Once upon", add_eos=False)
+
+
+@pytest.mark.parametrize("component", [LLAMA2, TIKTOKEN, OURS])
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("", ValueError, r"tokenizer\.path must be a path.*empty"),
+        ("a\0b", ValueError, "NUL byte"),
+        ("/nowhere/tokenizer.json", FileNotFoundError, r"tokenizer\.path: no such file"),
+        ("/tmp", FileNotFoundError, r"tokenizer\.path: no such file"),
+    ],
+)
+def test_paths_that_are_none(component, path, error, message):
+    with pytest.raises(error, match=message):
+        build_tokenizer({"_component_": component, "path": path})
