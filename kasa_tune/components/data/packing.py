@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,35 +132,27 @@ def pack(
         raise ValueError(
             f"max_seq_len and max_packs must be at least 1, got {max_seq_len} and {max_packs}."
         )
+    build = partial(PackedRows, max_seq_len=max_seq_len, source=dataset)
     path = key = None
     if fingerprint is not None:
         key = _sha256(
             repr((PACKING_VERSION, fingerprint, max_seq_len, bool(split_across_pack), max_packs))
         )
         path = cache_folder(cache_dir) / f"{key}.safetensors"
-        stored = load_arrays(path, key)
-        if stored is not None:
-            return PackedRows(
-                stored[0], max_seq_len=max_seq_len, path=path, source=dataset, counts=stored[1]
-            )
+        if (stored := load_arrays(path, key)) is not None:
+            return build(stored[0], path=path, counts=stored[1])
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("Nothing to pack: the dataset has no samples.")
     samples = tokenize_all(dataset, num_workers, progress)
-    tokens, labels, lengths = samples.tokens, samples.labels, samples.lengths
-    rows = (
-        _split_rows(lengths, max_seq_len)
-        if split_across_pack
-        else _whole_rows(lengths, max_seq_len)
-    )
+    make_rows = _split_rows if split_across_pack else _whole_rows
+    rows = make_rows(samples.lengths, max_seq_len)
     if not rows:
         raise ValueError("Nothing to pack: no sample has tokens.")
-    arrays = _lay_out(tokens, labels, lengths, rows[:max_packs])
+    arrays = _lay_out(samples.tokens, samples.labels, samples.lengths, rows[:max_packs])
     if path is not None:
         save_arrays(arrays, path, key, samples.counts)
         arrays = map_file(path)[0]
-    return PackedRows(
-        arrays, max_seq_len=max_seq_len, path=path, source=dataset, counts=samples.counts
-    )
+    return build(arrays, path=path, counts=samples.counts)
 
 
 # ---------------------------------------------------------------------------------------------------- rows

@@ -37,9 +37,7 @@ from kasa_tune.components.data.tool_calls import arguments_as_text, check_render
 Dialogue = Sequence[Mapping[str, Any]]
 
 
-def build_tokenizer(
-    node: Mapping[str, Any] | DictConfig, *, longest: int | None = None
-) -> Any:
+def build_tokenizer(node: Mapping[str, Any] | DictConfig, *, longest: int | None = None) -> Any:
     """The tokenizer of a config, which cuts samples at what the model takes or earlier.
 
     Args:
@@ -50,7 +48,8 @@ def build_tokenizer(
         FileNotFoundError: a file that is not there.
         ValueError: ``max_seq_len`` is more than ``longest``, or a file is none that the builder reads.
     """
-    tokenizer = _instantiate(OmegaConf.create(node))
+    resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    tokenizer = _instantiate(OmegaConf.create(dict(resolved)))
     if longest is None:
         return tokenizer
     limit = getattr(tokenizer, "max_seq_len", None)
@@ -72,7 +71,9 @@ def _instantiate(node: DictConfig) -> Any:
             raise FileNotFoundError(f"tokenizer.{key}: no such file: {node[key]}")
     try:
         return config.instantiate(node)
-    except Exception as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
+    except (
+        Exception
+    ) as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
         if isinstance(error, OSError) or node["_component_"].endswith(".hf_tokenizer"):
             raise
         reason = f"{node['_component_']} cannot be built: {error}."

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+from omegaconf import OmegaConf
 from torchtune.data import Message
 
 from kasa_tune.components.data.tokenizers import build_tokenizer, hf_tokenizer
@@ -483,6 +484,14 @@ def test_any_builder_builds(folder, real_data, monkeypatch):
     )
     theirs = build_tokenizer({"_component_": LLAMA2, "path": "~/tokenizer.model"})
     assert theirs.encode("Once upon", add_eos=False) == ours.encode("Once upon", add_eos=False)
+
+
+def test_a_node_may_refer_to_other_keys_of_its_config(folder):
+    cfg = OmegaConf.create(
+        {"dir": str(folder), "t": {"_component_": OURS, "path": "${dir}/tokenizer.json"}}
+    )
+    assert build_tokenizer(cfg.t).eos_id == 2
+    assert cfg.t.path == str(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("component", [LLAMA2, TIKTOKEN, OURS])
