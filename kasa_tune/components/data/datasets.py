@@ -387,10 +387,10 @@ def _sft(
     data_files: Any,
     split: str,
     kwargs: dict,
-    kind: type[SFTDataset] = SFTDataset,
+    kind: type[SFTDataset] | None = None,
 ) -> Any:
     if data_files is not None:
         kwargs = {**kwargs, "data_files": data_files}
-    return kind(
+    return (kind or SFTDataset)(
         source=source, message_transform=transform, model_transform=tokenizer, split=split, **kwargs
     )
