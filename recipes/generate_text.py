@@ -28,6 +28,7 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.adapters.state import load_adapter_state_dict
 from kasa_tune.components.checkpoints import find_checkpoint
+from kasa_tune.components.data import build_tokenizer
 from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
 from kasa_tune.components.evaluation.generation import complete
@@ -55,7 +56,7 @@ class GenerateTextRecipe:
         self._adapter = (
             find_checkpoint(Path(cfg.adapter_checkpoint)) if cfg.adapter_checkpoint else None
         )
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = build_tokenizer(cfg.tokenizer)
         self._prompts = [
             {"prompt": text, "tokens": prompt_tokens(self._tokenizer, text)} for text in cfg.prompts
         ]

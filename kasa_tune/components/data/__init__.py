@@ -13,6 +13,7 @@ from kasa_tune.components.data.datasets import (
     LLMAdaptersToMessages,
     PromptResponseToMessages,
     alpaca_dataset,
+    chat_dataset,
     commonsense_dataset,
     completion_dataset,
     detokenize_ptb,
@@ -22,8 +23,8 @@ from kasa_tune.components.data.datasets import (
     prompt_tokens,
 )
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
-from kasa_tune.components.data.tokenizers import HFTokenizer, hf_tokenizer
-from kasa_tune.components.data.training_data import Batch, TrainingData, build_tokenizer
+from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
+from kasa_tune.components.data.training_data import Batch, TrainingData
 
 __all__ = [
     "Batch",
@@ -38,6 +39,7 @@ __all__ = [
     "build_dataloader",
     "build_dataset",
     "build_tokenizer",
+    "chat_dataset",
     "check_batches",
     "check_token_ids",
     "collate",

@@ -7,28 +7,21 @@ nothing is to be learned. A loss therefore compares ``logits[:, t]`` with ``labe
 which is what makes packed rows right (nothing may be shifted across the border of two samples).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils.data import Dataset
 from torchtune import config
 from torchtune.config._errors import InstantiationError
-from torchtune.data import (
-    AlpacaToMessages,
-    InputOutputToMessages,
-    OpenAIToMessages,
-    ShareGPTToMessages,
-)
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
-from torchtune.datasets import SFTDataset, TextCompletionDataset
+from torchtune.datasets import TextCompletionDataset
 
-from kasa_tune.components.data import packing
+from kasa_tune.components.data import packing, sources
 from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
-from kasa_tune.components.data.fingerprints import fingerprint, local_files
+from kasa_tune.components.data.fingerprints import fingerprint
+from kasa_tune.components.data.samples import MixedDataset, ShiftedDataset, shift_labels
 
 __all__ = [
     "EpochBatches",
@@ -46,151 +39,6 @@ __all__ = [
 
 _NUM_CHECKED = 64  # samples looked at before training starts; a few milliseconds of tokenization
 _OUR_KEYS = ("packed", "weight", "max_packs", "split_across_pack")
-
-
-# ---------------------------------------------------------------------------------------------------- samples
-
-
-def shift_labels(labels: np.ndarray) -> np.ndarray:
-    """Move labels [n] one position to the left, so that position t holds what t has to predict; the last gets -100."""
-    return np.append(labels[1:], IGNORE) if len(labels) else labels
-
-
-class ShiftedDataset(Dataset):
-    """A torchtune dataset whose samples are arrays with shifted labels and whose errors name the row.
-
-    Args:
-        inner: any map-style dataset giving ``tokens`` and ``labels`` (torchtune's convention, labels not shifted).
-        name: how errors call it, e.g. ``dataset`` or ``dataset_val[1]``.
-        tokenizer: the tokenizer inside ``inner``; only its ``max_seq_len`` is looked at.
-
-    ``self[i]`` is ``{"tokens": int64 [n], "labels": int64 [n]}``.
-
-    Raises:
-        ValueError: at a row that lacks a required column, holds null in it, or cannot be tokenized.
-    """
-
-    def __init__(self, inner: Dataset, *, name: str, tokenizer: Any) -> None:
-        self.inner, self.name, self.tokenizer = inner, name, tokenizer
-        self.columns = _required_columns(inner)
-        self._rows = inner._data if _is_torchtunes(inner) else None
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        sample = self._prepare(int(index))
-        tokens = np.asarray(sample["tokens"], dtype=np.int64)
-        return {
-            "tokens": tokens,
-            "labels": shift_labels(np.asarray(sample["labels"], dtype=np.int64)),
-        }
-
-    def is_truncated(self, index: int) -> bool:
-        """Whether the tokenizer cuts this sample to its ``max_seq_len``."""
-        with _unlimited(self.tokenizer):
-            full = len(self._prepare(index)["tokens"])
-        return full > len(self._prepare(index)["tokens"])
-
-    def _prepare(self, index: int) -> Mapping[str, Any]:
-        where = f"{self.name}: row {index}"
-        try:
-            if self._rows is None:
-                sample = self.inner[index]
-            else:
-                row = self._rows[index]
-                self._check_row(row, where)
-                sample = self.inner._prepare_sample(row)
-        except KeyError as error:
-            raise ValueError(f"{where} lacks {error}.{self._columns_present(index)}") from error
-        except (ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
-            if str(error).startswith(where):
-                raise
-            raise ValueError(
-                f"{where} cannot be tokenized: {error}.{self._columns_present(index)}"
-            ) from error
-        if not ("tokens" in sample and "labels" in sample) or "encoder_input" in sample:
-            raise ValueError(
-                f"{where} gives {sorted(sample)}, but training needs tokens and labels of text alone "
-                "(image and preference datasets are not supported)."
-            )
-        return sample
-
-    def _check_row(self, row: Mapping[str, Any], where: str) -> None:
-        for column in self.columns:
-            if row.get(column) is None:
-                problem = "holds null in" if column in row else "has no"
-                raise ValueError(
-                    f"{where} {problem} column '{column}'; columns present: {_present(row)}. "
-                    "Fix the row, or map the names with column_map (column for raw text)."
-                )
-            if self.columns[column] and not isinstance(row[column], str):
-                kind = type(row[column]).__name__
-                raise ValueError(
-                    f"{where}: column '{column}' must hold text, got {kind} {row[column]!r:.60}."
-                )
-
-    def _columns_present(self, index: int) -> str:
-        with contextlib.suppress(Exception):
-            return f" Columns present: {_present(self.inner._data[index])}."
-        return ""
-
-
-class MixedDataset(Dataset):
-    """Several datasets behind one index (0 .. sum of lengths), with the weight each has in an epoch.
-
-    ``len()`` counts every sample once whatever the weights; :class:`EpochBatches` applies them.
-    """
-
-    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float]) -> None:
-        self.parts, self.weights = list(parts), [float(w) for w in weights]
-        self.lengths = [len(part) for part in self.parts]
-        self._ends = np.cumsum(self.lengths)
-        self.max_seq_len = getattr(self.parts[0], "max_seq_len", None)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[part][int(index) - int(self._ends[part]) + self.lengths[part]]
-
-
-def _is_torchtunes(inner: Dataset) -> bool:
-    """Whether rows can be read once and checked before the tokenizer sees them."""
-    return type(inner).__getitem__ in (SFTDataset.__getitem__, TextCompletionDataset.__getitem__)
-
-
-def _required_columns(inner: Dataset) -> dict[str, bool]:
-    """Columns a row must have -> whether they must hold text. Empty when the dataset does not tell."""
-    if isinstance(inner, TextCompletionDataset):
-        return {inner._column: True}
-    transform = getattr(inner, "_message_transform", None)
-    if isinstance(getattr(transform, "required_columns", None), (list, tuple)):
-        return dict.fromkeys(transform.required_columns, True)
-    if isinstance(transform, InputOutputToMessages):
-        return {transform.column_map["input"]: True, transform.column_map["output"]: True}
-    if isinstance(transform, AlpacaToMessages):
-        return {
-            (transform.column_map or {}).get(key, key): True for key in ("instruction", "output")
-        }
-    if isinstance(transform, (ShareGPTToMessages, OpenAIToMessages)):
-        key = "conversations" if isinstance(transform, ShareGPTToMessages) else "messages"
-        return {transform._column_map[key]: False}
-    return {}
-
-
-def _present(row: Mapping[str, Any]) -> str:
-    return ", ".join(key for key in row if row[key] is not None) or "none"
-
-
-@contextlib.contextmanager
-def _unlimited(tokenizer: Any) -> Iterator[None]:
-    limit, tokenizer.max_seq_len = tokenizer.max_seq_len, None
-    try:
-        yield
-    finally:
-        tokenizer.max_seq_len = limit
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -233,7 +81,10 @@ def build_dataset(
     weights = [_checked_weight(node, key) for node, key in zip(nodes, names, strict=True)]
     parts: list[Dataset] = []
     for node, key in zip(nodes, names, strict=True):
-        samples = ShiftedDataset(_instantiate(node, tokenizer, key), name=key, tokenizer=tokenizer)
+        of_data = {name: value for name, value in node.items() if name not in _OUR_KEYS}
+        samples = ShiftedDataset(
+            _instantiate(node, tokenizer, key), name=key, tokenizer=tokenizer, node=of_data
+        )
         check_samples(samples, name=key)
         parts.append(_packed(samples, node, key, cache_dir, progress) if packed[0] else samples)
     for part, weight, key in zip(parts, weights, names, strict=True):
@@ -271,7 +122,7 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     """Call the node's component and turn the loader's ways of failing into sentences."""
     component = node.get("_component_")
     kwargs = {key: value for key, value in node.items() if key not in _OUR_KEYS}
-    _check_files(kwargs.get("data_files"), name)
+    kwargs = sources.prepared(kwargs, name)
     try:
         dataset = config.instantiate(
             OmegaConf.create(kwargs, flags={"allow_objects": True}), tokenizer
@@ -289,20 +140,16 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     ) as error:  # the json reader alone has a dozen error types; the cause holds the useful line
         reason = f"{error}. {error.__cause__}" if error.__cause__ is not None else str(error)
         raise ValueError(f"{name}: {component} could not load its data: {reason}") from error
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name}: {component} gives {type(dataset).__name__}, which has no length. A run counts its samples and "
+            "reads them in random order: use a data set with __len__ and __getitem__."
+        )
     if len(dataset) == 0:
         raise ValueError(
             f"{name}: no samples. Check data_files, split ({node.get('split', 'train')!r}) and filters."
         )
     return dataset
-
-
-def _check_files(data_files: Any, name: str) -> None:
-    paths = local_files(data_files)
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{name}.data_files: no such file: {path}")
-    if paths and all(path.stat().st_size == 0 for path in paths):
-        raise ValueError(f"{name}: no samples, data_files are empty: {', '.join(map(str, paths))}")
 
 
 def _packed(
@@ -313,7 +160,6 @@ def _packed(
         raise ValueError(
             f"{name}.packed: True needs tokenizer.max_seq_len, the length of a packed row."
         )
-    source = {key: value for key, value in node.items() if key not in _OUR_KEYS}
     return packing.pack(
         samples,
         max_seq_len=max_seq_len,
@@ -322,7 +168,7 @@ def _packed(
             "split_across_pack", isinstance(samples.inner, TextCompletionDataset)
         ),
         max_packs=node.get("max_packs"),
-        fingerprint=fingerprint(source, samples, samples.tokenizer),
+        fingerprint=fingerprint(samples.node or {}, samples, samples.tokenizer),
         progress=progress,
     )
 

@@ -16,6 +16,8 @@ from torchtune.data import AlpacaToMessages, InputOutputToMessages, Message, Que
 from torchtune.datasets import SFTDataset, TextCompletionDataset
 from torchtune.modules.transforms import Transform
 
+from kasa_tune.components.data.conversations import ChatDataset, ConversationToMessages
+
 _PROBES = (
     "",
     "0",
@@ -309,6 +311,46 @@ def instruct_dataset(
 input_output_dataset = instruct_dataset
 
 
+def chat_dataset(
+    tokenizer: Any,
+    *,
+    source: str = "json",
+    data_files: Any = None,
+    split: str = "train",
+    conversation_style: str = "openai",
+    conversation_column: str | None = None,
+    tools_column: str = "tools",
+    train_on_input: bool = False,
+    new_system_prompt: str | None = None,
+    **load_dataset_kwargs: Any,
+) -> ChatDataset:
+    """Conversations of several turns: what the assistant says is learned, in every turn.
+
+    Each message is checked. One that holds null, a part that is not text, or what the tokenizer's chat template leaves
+    out is refused with its row and number. Tool calls and tools need ``hf_tokenizer`` and a template that renders them.
+
+    Args:
+        tokenizer: a torchtune ``ModelTokenizer``.
+        source: ``json`` for local files, or a hub dataset.
+        data_files: path or paths of local files.
+        split: e.g. ``train``, ``train[:10%]``.
+        conversation_style: ``openai`` (``role``, ``content``, ``tool_calls``) or ``sharegpt`` (``from``, ``value``).
+        conversation_column: the column with the list of messages; default ``messages`` or ``conversations``.
+        tools_column: the column with the tools the assistant may call, if the rows have it.
+        train_on_input: learn the other messages too. A message with ``weight: 0`` is never learned.
+        new_system_prompt: a system message in place of the rows' own.
+        load_dataset_kwargs: passed to ``datasets.load_dataset``.
+    """
+    transform = ConversationToMessages(
+        conversation_style,
+        column=conversation_column,
+        tools_column=tools_column,
+        train_on_input=train_on_input,
+        new_system_prompt=new_system_prompt,
+    )
+    return _sft(tokenizer, transform, source, data_files, split, load_dataset_kwargs, ChatDataset)
+
+
 def completion_dataset(
     tokenizer: Any,
     *,
@@ -339,10 +381,16 @@ def completion_dataset(
 
 
 def _sft(
-    tokenizer: Any, transform: Transform, source: str, data_files: Any, split: str, kwargs: dict
-) -> SFTDataset:
+    tokenizer: Any,
+    transform: Transform,
+    source: str,
+    data_files: Any,
+    split: str,
+    kwargs: dict,
+    kind: type[SFTDataset] | None = None,
+) -> Any:
     if data_files is not None:
         kwargs = {**kwargs, "data_files": data_files}
-    return SFTDataset(
+    return (kind or SFTDataset)(
         source=source, message_transform=transform, model_transform=tokenizer, split=split, **kwargs
     )

@@ -1,6 +1,5 @@
 """What tokenized samples are made of, as one hash: the key under which packed rows are kept on disk."""
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -15,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kasa_tune import __version__
+from kasa_tune.components.data.sources import files_read, is_folder
 
 # Keys of dataset and tokenizer nodes that say where a file lies, not what is in it.
 _LOCATIONS = {
     "data_files",
+    "data_dir",
     "path",
     "vocab_path",
     "merges_path",
@@ -26,25 +27,6 @@ _LOCATIONS = {
     "special_tokens_path",
 }
 _LOCATIONS |= {"tokenizer_config_path", "chat_template_path"}
-
-
-def local_files(data_files: Any) -> list[Path]:
-    """The local files behind a ``data_files`` value (path, glob, list or mapping); addresses with ``://`` are left out.
-
-    A path without wildcards is returned whether or not it exists.
-    """
-    if data_files is None:
-        return []
-    if isinstance(data_files, Mapping):
-        data_files = list(data_files.values())
-    if not isinstance(data_files, (str, Path)):
-        return [path for entry in data_files for path in local_files(entry)]
-    text = str(data_files)
-    if "://" in text:
-        return []
-    if glob.has_magic(text) and not Path(text).exists():
-        return [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-    return [Path(text)]
 
 
 def fingerprint(
@@ -56,7 +38,7 @@ def fingerprint(
     table), the tokenizer's class, settings and vocabulary, and a few tokenized samples spread over the dataset, which
     catch a changed prompt template or a changed dataset builder in code.
     """
-    files = [_file_digest(path) for path in local_files(node.get("data_files")) if path.is_file()]
+    files = [_file_digest(path) for path in files_read(node) if path.is_file()]
     table = (
         None
         if files
@@ -86,11 +68,11 @@ def data_fingerprint(dataset: Dataset, *, nodes: Any, tokenizer: Any, probes: in
         for node in (nodes, tokenizer)
     ]
     entries = [*(plain[0] if isinstance(plain[0], list) else [plain[0]]), plain[1]]
-    settings = [
-        {key: value for key, value in entry.items() if key not in _LOCATIONS} for entry in entries
-    ]
     files = [
-        [_file_digest(path) for path in local_files(entry.get("data_files")) if path.is_file()]
+        [_file_digest(path) for path in files_read(entry) if path.is_file()] for entry in entries
+    ]
+    settings = [
+        {key: value for key, value in entry.items() if not _is_location(key, value)}
         for entry in entries
     ]
     sizes = (len(dataset), getattr(dataset, "lengths", None), getattr(dataset, "weights", None))
@@ -101,6 +83,10 @@ def data_fingerprint(dataset: Dataset, *, nodes: Any, tokenizer: Any, probes: in
         _probe(dataset, probes),
     )
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _is_location(key: str, value: Any) -> bool:
+    return key in _LOCATIONS or (key == "source" and is_folder(value))
 
 
 def _probe(dataset: Dataset, count: int) -> list[tuple[list[int], list[int]]]:

@@ -10,13 +10,10 @@ Shapes: t tokens in all, r rows, p pieces (a piece is a sample, or part of one t
 import bisect
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,10 @@ from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
 from kasa_tune.components.data.batches import permutation
+from kasa_tune.components.data.tokenizing import SampleCounts, tokenize_all
 
 PACKING_VERSION = 1  # raise it when the same input gives other rows or another file layout
 _OPEN_ROWS = 64  # rows that still wait for a sample that fits; more of them waste less room and shuffle samples further
-_CHUNK = 512  # samples a process tokenizes at a time
-_FEW = 4096  # below this many samples, starting processes costs more than it saves
 _DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
@@ -43,6 +39,7 @@ class PackedRows(Dataset):
         max_seq_len: the length of a row; shorter ones are padded when collated.
         path: file behind memory-mapped arrays, or None.
         source: the dataset that was packed.
+        counts: of the samples that were packed, where they are known.
 
     ``self[i]`` is ``tokens``, ``labels``, ``input_pos`` int64 [n] (restarting at 0 in each sample) and ``seq_lens``,
     the lengths of the samples in the row.
@@ -55,6 +52,7 @@ class PackedRows(Dataset):
         max_seq_len: int,
         path: Path | None = None,
         source: Dataset | None = None,
+        counts: SampleCounts | None = None,
     ) -> None:
         self.arrays, self.max_seq_len, self.path, self.source = (
             dict(arrays),
@@ -62,6 +60,7 @@ class PackedRows(Dataset):
             path,
             source,
         )
+        self.counts = counts
 
     def __len__(self) -> int:
         return len(self.arrays["row_tokens"]) - 1
@@ -92,7 +91,7 @@ class PackedRows(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.arrays is None:
-            self.arrays = _map_file(self.path)[0]
+            self.arrays = map_file(self.path)[0]
 
 
 def pack(
@@ -133,95 +132,27 @@ def pack(
         raise ValueError(
             f"max_seq_len and max_packs must be at least 1, got {max_seq_len} and {max_packs}."
         )
+    build = partial(PackedRows, max_seq_len=max_seq_len, source=dataset)
     path = key = None
     if fingerprint is not None:
         key = _sha256(
             repr((PACKING_VERSION, fingerprint, max_seq_len, bool(split_across_pack), max_packs))
         )
-        path = _cache_folder(cache_dir) / f"{key}.safetensors"
-        arrays = _load(path, key)
-        if arrays is not None:
-            return PackedRows(arrays, max_seq_len=max_seq_len, path=path, source=dataset)
-    tokens, labels, lengths = _tokenize(dataset, num_workers, progress)
-    rows = (
-        _split_rows(lengths, max_seq_len)
-        if split_across_pack
-        else _whole_rows(lengths, max_seq_len)
-    )
+        path = cache_folder(cache_dir) / f"{key}.safetensors"
+        if (stored := load_arrays(path, key)) is not None:
+            return build(stored[0], path=path, counts=stored[1])
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise ValueError("Nothing to pack: the dataset has no samples.")
+    samples = tokenize_all(dataset, num_workers, progress)
+    make_rows = _split_rows if split_across_pack else _whole_rows
+    rows = make_rows(samples.lengths, max_seq_len)
     if not rows:
         raise ValueError("Nothing to pack: no sample has tokens.")
-    arrays = _lay_out(tokens, labels, lengths, rows[:max_packs])
+    arrays = _lay_out(samples.tokens, samples.labels, samples.lengths, rows[:max_packs])
     if path is not None:
-        _save(arrays, path, key)
-        arrays = _map_file(path)[0]
-    return PackedRows(arrays, max_seq_len=max_seq_len, path=path, source=dataset)
-
-
-# ---------------------------------------------------------------------------------------------------- tokenizing
-
-_worker_dataset: Dataset | None = None
-
-
-def _start_worker(dataset: Dataset) -> None:
-    global _worker_dataset
-    _worker_dataset = dataset
-
-
-def _tokenize_span(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return _flatten([_worker_dataset[i] for i in range(*span)])
-
-
-def _flatten(samples: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and labels of all samples end to end, int32 [t], and the samples' lengths, int64."""
-    flat = [
-        np.concatenate([np.asarray(s[key], dtype=np.int32) for s in samples])
-        for key in ("tokens", "labels")
-    ]
-    return flat[0], flat[1], np.array([len(s["tokens"]) for s in samples], dtype=np.int64)
-
-
-def _tokenize(
-    dataset: Dataset, num_workers: int | None, progress: Callable[[int, int], None] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    total = len(dataset)
-    if total == 0:
-        raise ValueError("Nothing to pack: the dataset has no samples.")
-    spans = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-    if num_workers is None:
-        num_workers = (
-            min(len(spans), os.cpu_count() or 1, 16)
-            if total >= _FEW and sys.platform == "linux"
-            else 0
-        )
-    parts, done = [], 0
-    for part in _map_spans(dataset, spans, num_workers):
-        parts.append(part)
-        done += len(part[2])
-        if progress is not None:
-            progress(done, total)
-    tokens, labels, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return tokens, labels, lengths
-
-
-def _map_spans(
-    dataset: Dataset, spans: Sequence[tuple[int, int]], num_workers: int
-) -> Iterator[tuple]:
-    if num_workers < 2:
-        yield from (_flatten([dataset[i] for i in range(*span)]) for span in spans)
-        return
-    # A forked process has the dataset and the tokenizer already; elsewhere (macOS, Windows) both are pickled.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_start_worker, initargs=(dataset,)
-    )
-    try:
-        yield from pool.map(_tokenize_span, spans)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"One of {num_workers} tokenizing processes died, most likely out of memory."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        save_arrays(arrays, path, key, samples.counts)
+        arrays = map_file(path)[0]
+    return build(arrays, path=path, counts=samples.counts)
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -299,7 +230,7 @@ def _lay_out(
 # ---------------------------------------------------------------------------------------------------- cache
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
     default = os.environ.get("KASA_TUNE_CACHE") or Path.home() / ".cache" / "kasa_tune" / "packed"
     folder = Path(cache_dir or default).expanduser()
     try:  # before hours of tokenizing, not after
@@ -307,31 +238,35 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        message = f"Packed rows cannot be kept in {folder} ({error}). Set KASA_TUNE_CACHE to a folder you may write."
+        message = f"Tokens cannot be kept in {folder} ({error}). Set KASA_TUNE_CACHE to a folder you may write."
         raise OSError(message) from error
     return folder
 
 
-def _save(arrays: Mapping[str, np.ndarray], path: Path, key: str) -> None:
+def save_arrays(
+    arrays: Mapping[str, np.ndarray], path: Path, key: str, counts: SampleCounts
+) -> None:
     """Write to a temporary name, reach the disk, then rename: the final name never holds half a file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    metadata = {"key": key, "sha256": _digest_arrays(arrays), "counts": json.dumps(counts)}
     try:
-        save_file(dict(arrays), draft, metadata={"key": key, "sha256": _digest_arrays(arrays)})
+        save_file(dict(arrays), draft, metadata=metadata)
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except Exception as error:
         draft.unlink(missing_ok=True)
         raise OSError(
-            f"Packed rows could not be written to {path} ({error}). Free some space, or set KASA_TUNE_CACHE elsewhere."
+            f"The tokens could not be written to {path} ({error}). Free some space, or set KASA_TUNE_CACHE elsewhere."
         ) from error
 
 
-def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache file if it is whole and holds exactly these rows, else None."""
+def load_arrays(path: Path, key: str) -> tuple[dict[str, np.ndarray], SampleCounts | None] | None:
+    """The arrays of a cache file, and the counts in it, if it is whole and holds exactly these rows, else None."""
     try:
-        arrays, metadata = _map_file(path)
+        arrays, metadata = map_file(path)
         whole = metadata.get("key") == key and metadata.get("sha256") == _digest_arrays(arrays)
+        counts = SampleCounts(*json.loads(metadata["counts"])) if "counts" in metadata else None
     except (
         OSError,
         ValueError,
@@ -340,10 +275,10 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
         AttributeError,
     ):  # absent, cut short, or not such a file
         return None
-    return arrays if whole else None
+    return (arrays, counts) if whole else None
 
 
-def _map_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def map_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Memory-map every array of a safetensors file (its own reader would copy them)."""
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

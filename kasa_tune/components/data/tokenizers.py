@@ -5,29 +5,81 @@ model has to learn follows from rendering prefixes: what an assistant turn adds 
 is the turn. A prompt given at generation time therefore gets exactly the tokens it had in training.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from tokenizers import Tokenizer
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
 from torchtune.data import Message
 from torchtune.data._prompt_templates import _get_prompt_template
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from kasa_tune.components.data.chat_templates import compile_template, load_chat_template
-
-_NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+from kasa_tune.components.data.chat_spans import SeamEncoder, assistant_spans
+from kasa_tune.components.data.chat_templates import (
+    TemplateLimitError,
+    load_chat_template,
+    render_template,
 )
+from kasa_tune.components.data.conversations import ChatMessage, check_templated
+from kasa_tune.components.data.paths import local_path
+from kasa_tune.components.data.tokenizer_files import (
+    FILE_KEYS,
+    generation_stops,
+    load_settings,
+    load_tokenizer,
+    named_tokens,
+    unfit,
+)
+from kasa_tune.components.data.tool_calls import arguments_as_text, check_rendered
+
+Dialogue = Sequence[Mapping[str, Any]]
+
+
+def build_tokenizer(node: Mapping[str, Any] | DictConfig, *, longest: int | None = None) -> Any:
+    """The tokenizer of a config, which cuts samples at what the model takes or earlier.
+
+    Args:
+        node: the config's section ``tokenizer``. Without a ``max_seq_len`` the model's is taken.
+        longest: tokens of the longest row that the model takes; None where samples are not cut.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: ``max_seq_len`` is more than ``longest``, or a file is none that the builder reads.
+    """
+    resolved = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    tokenizer = _instantiate(OmegaConf.create(dict(resolved)))
+    if longest is None:
+        return tokenizer
+    limit = getattr(tokenizer, "max_seq_len", None)
+    if limit is not None and limit > longest:
+        raise ValueError(
+            f"tokenizer.max_seq_len {limit} is more than the model takes, {longest}. Set it to at most "
+            f"{longest}, or to null for that."
+        )
+    tokenizer.max_seq_len = limit or longest
+    return tokenizer
+
+
+def _instantiate(node: DictConfig) -> Any:
+    """Call the builder and turn its ways of failing into sentences."""
+    files = [key for key in node if key in FILE_KEYS and node[key] is not None]
+    for key in files:
+        node[key] = local_path(node[key], f"tokenizer.{key}")
+        if not Path(node[key]).is_file():
+            raise FileNotFoundError(f"tokenizer.{key}: no such file: {node[key]}")
+    try:
+        return config.instantiate(node)
+    except (
+        Exception
+    ) as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
+        if isinstance(error, OSError) or node["_component_"].endswith(".hf_tokenizer"):
+            raise
+        reason = f"{node['_component_']} cannot be built: {error}."
+        if "path" in files:
+            reason += f" {unfit(node['path'])}."
+        raise ValueError(f"tokenizer: {reason}") from error
 
 
 def hf_tokenizer(
@@ -84,12 +136,18 @@ class HFTokenizer(ModelTokenizer, Transform):
         max_seq_len: int | None = None,
         prompt_template: Any = None,
     ) -> None:
+        path = local_path(path, "tokenizer.path")
+        if tokenizer_config_path is not None:
+            tokenizer_config_path = local_path(
+                tokenizer_config_path, "tokenizer.tokenizer_config_path"
+            )
+        if chat_template_path is not None:
+            chat_template_path = local_path(chat_template_path, "tokenizer.chat_template_path")
         folder = Path(path).parent
-        self.tokenizer = _load_tokenizer(Path(path))
-        settings = _load_settings(folder, tokenizer_config_path)
-        self.named_tokens = {
-            key: _token_text(settings[key]) for key in _NAMED_TOKENS if settings.get(key)
-        }
+        self.tokenizer = load_tokenizer(Path(path))
+        self._seams = SeamEncoder(self.tokenizer)
+        settings, settings_file = load_settings(folder, tokenizer_config_path)
+        self.named_tokens = named_tokens(settings, settings_file)
         self.special_tokens = {
             token.content: id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items()
         }
@@ -99,9 +157,8 @@ class HFTokenizer(ModelTokenizer, Transform):
 
         self.eos_id = self._named_id("eos_token")
         if self.eos_id is None:
-            where = tokenizer_config_path or folder / "tokenizer_config.json"
             raise ValueError(
-                f"No end-of-sequence token: set eos_token in {where}, or tokenizer_config_path."
+                f"No end-of-sequence token: set eos_token in {settings_file}, or tokenizer_config_path."
             )
         pad_id = self._named_id("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
@@ -131,57 +188,60 @@ class HFTokenizer(ModelTokenizer, Transform):
     # ------------------------------------------------------------------------------------------ conversations
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> Mapping[str, Any]:
-        """Replace ``messages`` in the sample by ``tokens`` and ``mask``; ``inference`` leaves the last turn open."""
+        """Replace ``messages`` (and ``tools``) by ``tokens`` and ``mask``; ``inference`` leaves the last turn open."""
         sample = dict(sample)
-        tokens, mask = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
+        tokens, mask = self.tokenize_messages(
+            sample.pop("messages"), add_end_tokens=not inference, tools=sample.pop("tools", None)
+        )
         return {**sample, "tokens": tokens, "mask": mask}
 
     def tokenize_messages(
-        self, messages: Sequence[Message], *, add_end_tokens: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_end_tokens: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Token ids [n] of a conversation and the mask [n]: True where nothing is to be learned.
 
         Args:
             messages: the conversation, text only.
             add_end_tokens: close the last turn. False leaves an assistant's last turn open, to be continued.
+            tools: definitions of the tools that the assistant may call, for the chat template.
 
         Raises:
-            ValueError: a message that is not text, a template that refuses the conversation, or one that renders the
-                beginning of a conversation differently once it goes on.
+            ValueError: a message that is not text, a template that refuses the conversation or leaves something of it
+                out, or one that renders the beginning of a conversation differently once it goes on.
         """
-        if self.prompt_template is not None:
-            messages = self.prompt_template(messages)
-        tokens, mask = (
-            self._tokenize_plain(messages, add_end_tokens)
-            if self.chat_template is None or self.prompt_template is not None
-            else self._tokenize_chat(messages, add_end_tokens)
-        )
+        if self.chat_template is None or self.prompt_template is not None:
+            check_templated(messages, tools)
+            if self.prompt_template is not None:
+                messages = self.prompt_template(messages)
+            tokens, mask = self._tokenize_plain(messages, add_end_tokens)
+        else:
+            tokens, mask = self._tokenize_chat(messages, add_end_tokens, tools)
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
 
     def _tokenize_chat(
-        self, messages: Sequence[Message], close: bool
+        self, messages: Sequence[Message], close: bool, tools: Sequence[Any] | None
     ) -> tuple[list[int], list[bool]]:
-        dialogue = [{"role": _role(message), "content": _text(message)} for message in messages]
-        text = self._render(dialogue) if close else self._render_open(dialogue)
-        seams, learned = [], []  # where a span of text ends, and whether it is learned
+        dialogue, text = self._dialogue_and_text(messages, close, tools)
+
+        def render(*beginnings: tuple[Dialogue, bool]) -> list[str]:
+            return self._render_all(beginnings, tools)
+
+        learned = []  # of each span of text: before an answer, the answer, before the next answer
         gap: list[Message] = []
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
+        for message in messages:
+            if message.role == "assistant":
+                learned += [any(not m.masked for m in gap), not message.masked]
+                gap = []
+            else:
                 gap.append(message)
-                continue
-            opened = self._render(dialogue[:i], add_generation_prompt=True).rstrip(" ")
-            closed = text if i == len(messages) - 1 else self._render(dialogue[: i + 1])
-            if not (closed.startswith(opened) and text.startswith(closed)):
-                raise ValueError(
-                    f"The chat template renders the conversation up to message {i} differently once message {i} is "
-                    "answered or followed by others, so it cannot be told which tokens to learn. "
-                    "Set chat_template_path to a template that only appends."
-                )
-            seams += [len(opened), len(closed)]
-            learned += [any(not m.masked for m in gap), not message.masked]
-            gap = []
-        ids, cuts = self._encode_at_seams(text, seams)
-        return ids, _mask(cuts, learned, len(ids), rest=any(not m.masked for m in gap))
+        learned.append(any(not m.masked for m in gap))
+        seams = (seam for span in assistant_spans(dialogue, text, render) for seam in span)
+        ids, cuts = self._seams.encode(text, seams, self.max_seq_len)
+        return ids, _mask(cuts, learned[: len(cuts)], len(ids), rest=learned[len(cuts)])
 
     def _tokenize_plain(
         self, messages: Sequence[Message], close: bool
@@ -191,6 +251,8 @@ class HFTokenizer(ModelTokenizer, Transform):
         mask: list[bool] = []
         turn: list[Message] = []
         for i, message in enumerate(messages):
+            if self.max_seq_len is not None and len(tokens) >= self.max_seq_len:
+                break
             turn.append(message)
             last = i == len(messages) - 1
             if message.role != "assistant" and not last:
@@ -199,7 +261,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             whole = "".join(texts)
             seams = [len("".join(texts[: k + 1]).rstrip(" ")) for k in range(len(turn) - 1)]
             open_turn = last and not close
-            ids, cuts = self._encode_at_seams(whole.rstrip(" ") if open_turn else whole, seams)
+            ids, cuts = self._seams.encode(whole.rstrip(" ") if open_turn else whole, seams)
             turn_mask = _mask(
                 cuts, [not m.masked for m in turn[:-1]], len(ids), rest=not message.masked
             )
@@ -210,56 +272,62 @@ class HFTokenizer(ModelTokenizer, Transform):
             turn = []
         return tokens, mask
 
-    def _encode_at_seams(self, text: str, seams: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids of a text, and the number of ids before each seam (a position in the text).
-
-        The text is tokenized as a whole; only where a token would reach across a seam is the text cut there, because
-        generation starts from exactly the tokens before a seam.
-        """
-        ids: list[int] = []
-        cuts = []
-        start, rest = 0, self._encode_piece(text, first=True)
-        for seam in seams:
-            head = self._encode_piece(text[start:seam], first=start == 0)
-            if rest[: len(head)] == head:
-                cuts.append(len(ids) + len(head))
-                continue
-            ids += head
-            cuts.append(len(ids))
-            start, rest = seam, self._encode_piece(text[seam:], first=False)
-        return ids + rest, cuts
-
-    def _encode_piece(self, text: str, *, first: bool) -> list[int]:
-        """Ids of a piece; a later piece must not get the space that SentencePiece-like tokenizers put before a text."""
-        if first:
-            return self.encode(text, add_bos=False, add_eos=False)
-        marker = self.encode("\n", add_bos=False, add_eos=False)
-        marked = self.encode("\n" + text, add_bos=False, add_eos=False)
-        joined = marked[: len(marker)] != marker
-        return self.encode(text, add_bos=False, add_eos=False) if joined else marked[len(marker) :]
-
     # ------------------------------------------------------------------------------------------ template
 
-    def _render(
-        self, dialogue: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
-    ) -> str:
+    def _dialogue_and_text(
+        self, messages: Sequence[Message], close: bool, tools: Sequence[Any] | None
+    ) -> tuple[Dialogue, str]:
+        """What the template gets and what it makes of it. Some templates take the arguments of calls as text alone."""
+        dialogue: Dialogue = [_for_template(message) for message in messages]
+        render = self._render if close else self._render_open
         try:
-            return compile_template(self.chat_template).render(
-                messages=dialogue, add_generation_prompt=add_generation_prompt, **self.named_tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in dialogue) or "none"
+            text = render(dialogue, tools=tools)
+        except ValueError:
+            as_text = arguments_as_text(dialogue)
+            if as_text == dialogue:
+                raise
+            dialogue, text = as_text, render(as_text, tools=tools)
+        check_rendered(dialogue, tools, self._render)
+        return dialogue, text
+
+    def _render(
+        self,
+        dialogue: Dialogue,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
+        return self._render_all([(dialogue, add_generation_prompt)], tools)[0]
+
+    def _render_all(
+        self, beginnings: Sequence[tuple[Dialogue, bool]], tools: Sequence[Any] | None
+    ) -> list[str]:
+        assert self.chat_template is not None
+        variables = [
+            {
+                **self.named_tokens,
+                "messages": dialogue,
+                "add_generation_prompt": opens,
+                "tools": tools,
+            }
+            for dialogue, opens in beginnings
+        ]
+        try:
+            return render_template(self.chat_template, *variables)
+        except ValueError as error:
+            longest = max((dialogue for dialogue, _ in beginnings), key=len)
+            roles = ", ".join(message["role"] for message in longest[:12]) or "none"
+            roles += ", ..." if len(longest) > 12 else ""
             raise ValueError(
                 f"The chat template does not take a conversation of {roles}: {error}"
             ) from error
 
-    def _render_open(self, dialogue: Sequence[Mapping[str, str]]) -> str:
+    def _render_open(self, dialogue: Dialogue, tools: Sequence[Any] | None = None) -> str:
         """The conversation up to the end of what the assistant has said so far, ready to be continued."""
         if not dialogue or dialogue[-1]["role"] != "assistant":
-            return self._render(dialogue, add_generation_prompt=True).rstrip(" ")
-        opened = self._render(dialogue[:-1], add_generation_prompt=True)
-        said = dialogue[-1]["content"].strip()
-        whole = self._render(dialogue)
+            return self._render(dialogue, add_generation_prompt=True, tools=tools).rstrip(" ")
+        opened = self._render(dialogue[:-1], add_generation_prompt=True, tools=tools)
+        said = (dialogue[-1]["content"] or "").strip()
+        whole = self._render(dialogue, tools=tools)
         end = whole.rfind(said) + len(said)
         return whole[:end] if said and end > len(opened.rstrip(" ")) else opened.rstrip(" ")
 
@@ -273,23 +341,22 @@ class HFTokenizer(ModelTokenizer, Transform):
         return id_
 
     def _other_stop_tokens(self, folder: Path) -> list[int]:
-        stops = []
-        if (folder / "generation_config.json").is_file():
-            ids = _load_json(folder / "generation_config.json").get("eos_token_id")
-            stops += ids if isinstance(ids, list) else [ids]
+        stops = generation_stops(folder, self.vocab_size)
         if self.chat_template is not None:
             said = "answer"
             try:
                 whole = self._render(
                     [{"role": "user", "content": "ask"}, {"role": "assistant", "content": said}]
                 )
-            except ValueError:
+            except ValueError as error:
+                if isinstance(error.__cause__, TemplateLimitError):
+                    raise
                 whole = said
             after = self.encode(
                 whole[whole.rfind(said) + len(said) :], add_bos=False, add_eos=False
             )
             stops += after[:1] if after[:1] and after[0] in self.special_tokens.values() else []
-        return [id_ for id_ in dict.fromkeys(stops) if id_ is not None and id_ != self.eos_id]
+        return [id_ for id_ in dict.fromkeys(stops) if id_ != self.eos_id]
 
 
 def _mask(cuts: Sequence[int], learned: Sequence[bool], length: int, *, rest: bool) -> list[bool]:
@@ -300,8 +367,11 @@ def _mask(cuts: Sequence[int], learned: Sequence[bool], length: int, *, rest: bo
     return mask
 
 
-def _role(message: Message) -> str:
-    return "tool" if message.role == "ipython" else message.role
+def _for_template(message: Message) -> dict[str, Any]:
+    if isinstance(message, ChatMessage):
+        return message.for_template
+    role = "tool" if message.role == "ipython" else message.role
+    return {"role": role, "content": _text(message)}
 
 
 def _text(message: Message) -> str:
@@ -310,44 +380,3 @@ def _text(message: Message) -> str:
             f"A {message.role} message holds an image; this tokenizer takes text alone."
         )
     return message.text_content
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"Tokenizer file not found: {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    content = _load_json(path)
-    if "model" not in content:
-        raise ValueError(
-            f"{path} is no Hugging Face tokenizer.json (no 'model' in it). Give the path of tokenizer.json."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} cannot be read by the tokenizers library: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _load_settings(folder: Path, path: str | None) -> dict[str, Any]:
-    if path is not None:
-        return _load_json(Path(path))
-    beside = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    return next((_load_json(file) for file in beside if file.is_file()), {})
-
-
-def _token_text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)

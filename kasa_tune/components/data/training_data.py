@@ -10,34 +10,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune.config import instantiate
+from torchtune.utils import get_logger
 
 from kasa_tune.components.data.batches import build_dataloader
 from kasa_tune.components.data.building import build_dataset, check_batches, check_token_ids
+from kasa_tune.components.data.counting import check_all_samples
 from kasa_tune.components.data.fingerprints import data_fingerprint
 
 Batch = dict[str, Any]  # tokens, labels [b, s]; of packed rows also mask and input_pos [b, s]
-
-
-def build_tokenizer(node: DictConfig, *, longest: int) -> Any:
-    """The tokenizer of a config, which cuts samples at what the model takes or earlier.
-
-    Args:
-        node: the config's section ``tokenizer``. Without a ``max_seq_len`` the model's is taken.
-        longest: tokens of the longest row that the model takes.
-
-    Raises:
-        ValueError: ``max_seq_len`` is more than that.
-    """
-    tokenizer = instantiate(node)
-    limit = getattr(tokenizer, "max_seq_len", None)
-    if limit is not None and limit > longest:
-        raise ValueError(
-            f"tokenizer.max_seq_len {limit} is more than the model takes, {longest}. Set it to at most "
-            f"{longest}, or to null for that."
-        )
-    tokenizer.max_seq_len = limit or longest
-    return tokenizer
 
 
 class TrainingData:
@@ -61,7 +41,8 @@ class TrainingData:
         num_batches: of a full epoch, on one process.
 
     Raises:
-        ValueError: a data set is empty, damaged, or of another tokenizer than the model's.
+        ValueError: a data set is empty, damaged, or of another tokenizer than the model's, or more than half of its
+            samples have nothing to learn.
     """
 
     def __init__(
@@ -88,6 +69,8 @@ class TrainingData:
         )
         self.dataset = dataset = build_dataset(cfg.dataset, tokenizer, name="dataset")
         check_token_ids(dataset, vocab_size)
+        log = get_logger("INFO") if rank == 0 else None
+        check_all_samples(dataset, name="dataset", log=log)
         self.fingerprint = data_fingerprint(dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
         self._batches = loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         self._validation = self.dataset_val = None
@@ -96,6 +79,7 @@ class TrainingData:
                 cfg.dataset_val, tokenizer, name="dataset_val"
             )
             check_token_ids(dataset_val, vocab_size)
+            check_all_samples(dataset_val, name="dataset_val", log=log)
             self._validation = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
         self.num_batches = len(self._batches.batch_sampler)
         self.batches_per_step = cfg.gradient_accumulation_steps

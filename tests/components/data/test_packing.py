@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
-from kasa_tune.components.data import packing
-from kasa_tune.components.data.fingerprints import fingerprint, local_files
+from kasa_tune.components.data import packing, tokenizing
+from kasa_tune.components.data.fingerprints import fingerprint
+from kasa_tune.components.data.sources import files_read
 
 pytestmark = pytest.mark.usefixtures("datasets_offline")
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_packed(lengths, kwargs, message):
 
 
 def test_processes_do_not_change_the_rows_and_progress_counts_samples(monkeypatch):
-    monkeypatch.setattr(packing, "_CHUNK", 16)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 16)
     dataset = Samples([1 + i % 13 for i in range(100)])
     calls = []
     alone = packing.pack(
@@ -158,7 +159,7 @@ def test_an_error_in_a_tokenizing_process_reaches_the_user(monkeypatch):
                 raise ValueError("dataset: row 40 has no column 'output'")
             return super().__getitem__(index)
 
-    monkeypatch.setattr(packing, "_CHUNK", 8)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 8)
     with pytest.raises(ValueError, match="row 40"):
         packing.pack(Broken([3] * 60), max_seq_len=16, num_workers=2)
 
@@ -168,7 +169,7 @@ def test_a_dying_tokenizing_process_reaches_the_user(monkeypatch):
         def __getitem__(self, index):
             os._exit(1)
 
-    monkeypatch.setattr(packing, "_CHUNK", 8)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 8)
     with pytest.raises(RuntimeError, match="process"):
         packing.pack(Deadly([3] * 60), max_seq_len=16, num_workers=2)
 
@@ -372,6 +373,7 @@ SCRIPT = """
 import sys
 from kasa_tune.components.data import building as data
 from kasa_tune.components.data.fingerprints import fingerprint
+from kasa_tune.components.data.sources import files_read
 from torchtune.models.llama2 import llama2_tokenizer
 tokenizer = llama2_tokenizer(sys.argv[1], max_seq_len=256, prompt_template=None)
 cfg = {"_component_": sys.argv[3], "data_files": sys.argv[2]}
@@ -404,16 +406,20 @@ def test_fingerprint_is_the_same_in_another_process_and_for_a_used_tokenizer(
     assert fingerprint(cfg, dataset, story_tokenizer) == fingerprint(cfg, dataset, fresh) == there
 
 
-def test_local_files(tmp_path):
+def test_files_of_a_node(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("{}")
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    assert local_files(None) == []
-    assert local_files(str(a)) == [a]
-    assert local_files([str(a), {"x": str(b)}]) == [a, b]
-    assert local_files(str(tmp_path / "*.json")) == [a, b]
-    assert local_files("https://host/c.json") == []
-    assert local_files("hf://datasets/x/c.json") == []
+    expected = [
+        (None, []),
+        (str(a), [a]),
+        ([str(a), {"x": str(b)}], [a, b]),
+        (str(tmp_path / "*.json"), [a, b]),
+        ("https://host/c.json", []),
+        ("hf://datasets/x/c.json", []),
+    ]
+    for data_files, files in expected:
+        assert files_read({"data_files": data_files}) == files
 
 
 # ---------------------------------------------------------------------------------------------------- real data

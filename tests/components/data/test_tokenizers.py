@@ -4,9 +4,10 @@ import json
 import pickle
 
 import pytest
+from omegaconf import OmegaConf
 from torchtune.data import Message
 
-from kasa_tune.components.data.tokenizers import hf_tokenizer
+from kasa_tune.components.data.tokenizers import build_tokenizer, hf_tokenizer
 
 CHATML = (
     "{% for message in messages %}\n"
@@ -324,6 +325,30 @@ def test_broken_template(folder):
         tokenizer(folder, "{% for m in messages %}")
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * 10**10 }}", "{% set x = 10 ** (10 ** 10) %}"])
+def test_a_template_without_an_end_is_refused_when_the_tokenizer_is_built(folder, source):
+    with pytest.raises(ValueError, match=r"chat template.*more than"):
+        tokenizer(folder, source)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{% if tools is not none %}[TOOLS]{% for t in tools %}{{ t }}{% endfor %}{% endif %}",
+        "{% if tools is not none %}[TOOLS]{{ tools | tojson }}{% endif %}",
+        "{% if documents is not none %}[DOCUMENTS]{{ documents | length }}{% endif %}",
+    ],
+)
+def test_templates_see_tools_and_documents_as_transformers_passes_them(folder, head):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tok = tokenizer(folder, head + CHATML)
+    dialogue = [{"role": role, "content": text} for role, text in DIALOGUE]
+    expected = theirs.apply_chat_template(dialogue, chat_template=head + CHATML, tokenize=False)
+    assert tok._render(dialogue) == expected
+
+
 # ---------------------------------------------------------------------------------------------------- ids and files
 
 
@@ -375,6 +400,17 @@ def test_travels_to_worker_processes(folder):
             ValueError,
             "eos_token '<end>'.*not in tokenizer.json",
         ),
+        ("tokenizer_config.json", '{"eos_token": {"text": "</s>"}}', ValueError, "eos_token in"),
+        ("tokenizer_config.json", '{"eos_token": 2}', ValueError, "eos_token in .* got 2"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "bos_token": ["<s>"]}', ValueError, "bos"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 3}', ValueError, "int 3"),
+        ("tokenizer_config.json", "[" * 100_000, ValueError, "nested too deeply"),
+        ("generation_config.json", '{"eos_token_id": "2"}', ValueError, "must be a token id"),
+        ("generation_config.json", '{"eos_token_id": [2, null]}', ValueError, "must be a token id"),
+        ("generation_config.json", '{"eos_token_id": [2, 517]}', ValueError, r"0 to 516"),
+        ("generation_config.json", '{"eos_token_id": true}', ValueError, "must be a token id"),
+        ("generation_config.json", "[]", ValueError, "JSON object"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", ValueError, "git lfs"),
     ],
 )
 def test_bad_files(folder, file, content, error, message):
@@ -399,3 +435,75 @@ def test_images_are_refused(folder):
     )
     with pytest.raises(ValueError, match="image"):
         tokenizer(folder, CHATML).tokenize_messages([picture, *messages([("assistant", "a cat")])])
+
+
+# ---------------------------------------------------------------------------------------------------- any builder
+
+LLAMA2 = "torchtune.models.llama2.llama2_tokenizer"
+TIKTOKEN = "torchtune.models.llama3.llama3_tokenizer"
+OURS = "kasa_tune.components.data.hf_tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("component", "file", "message"),
+    [
+        (LLAMA2, "tokenizer.json", "is a Hugging Face tokenizer.json: set .*hf_tokenizer"),
+        (TIKTOKEN, "tokenizer.json", "is a Hugging Face tokenizer.json: set .*hf_tokenizer"),
+        (LLAMA2, "ranks", "ranks is a tiktoken file.*llama3_tokenizer"),
+        (TIKTOKEN, "spm", "spm is a SentencePiece model.*llama2_tokenizer"),
+        (OURS, "spm", "spm is a SentencePiece model.*llama2_tokenizer"),
+        (OURS, "ranks", "ranks is a tiktoken file.*llama3_tokenizer"),
+        (LLAMA2, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        (TIKTOKEN, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        (OURS, "pointer", "pointer of a git-lfs file.*git lfs pull"),
+        *((component, "empty", "empty is empty: fetch it again") for component in (LLAMA2, OURS)),
+        (LLAMA2, "half", "no tokenizer file that is known, or it is damaged"),
+        (OURS, "half.json", "not valid JSON"),
+        (LLAMA2, "half.json", "JSON, but no Hugging Face tokenizer.json, or a damaged one"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_named(folder, real_data, component, file, message):
+    spm = real_data / "models" / "stories260K" / "hf" / "tokenizer.model"
+    content = (folder / "tokenizer.json").read_text()
+    (folder / "spm").write_bytes(spm.read_bytes())
+    (folder / "half").write_bytes(spm.read_bytes()[:3000])
+    (folder / "half.json").write_text(content[: len(content) // 2])
+    (folder / "ranks").write_text("IQ== 0\nIg== 1\n")
+    (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "empty").write_text("")
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer({"_component_": component, "path": str(folder / file), "max_seq_len": 64})
+
+
+def test_any_builder_builds(folder, real_data, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    ours = build_tokenizer({"_component_": OURS, "path": "~/tokenizer.json", "max_seq_len": 8})
+    assert (ours.max_seq_len, ours.eos_id) == (8, 2)
+    (folder / "tokenizer.model").write_bytes(
+        (real_data / "models" / "stories260K" / "hf" / "tokenizer.model").read_bytes()
+    )
+    theirs = build_tokenizer({"_component_": LLAMA2, "path": "~/tokenizer.model"})
+    assert theirs.encode("Once upon", add_eos=False) == ours.encode("Once upon", add_eos=False)
+
+
+def test_a_node_may_refer_to_other_keys_of_its_config(folder):
+    cfg = OmegaConf.create(
+        {"dir": str(folder), "t": {"_component_": OURS, "path": "${dir}/tokenizer.json"}}
+    )
+    assert build_tokenizer(cfg.t).eos_id == 2
+    assert cfg.t.path == str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("component", [LLAMA2, TIKTOKEN, OURS])
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("", ValueError, r"tokenizer\.path must be a path.*empty"),
+        ("a\0b", ValueError, "NUL byte"),
+        ("/nowhere/tokenizer.json", FileNotFoundError, r"tokenizer\.path: no such file"),
+        ("/tmp", FileNotFoundError, r"tokenizer\.path: no such file"),
+    ],
+)
+def test_paths_that_are_none(component, path, error, message):
+    with pytest.raises(error, match=message):
+        build_tokenizer({"_component_": component, "path": path})
