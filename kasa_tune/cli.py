@@ -220,8 +220,7 @@ def _split_run(argv: list[str]) -> tuple[list[str], str, list[str]]:
     if parsed.module or parsed.no_python:
         raise ValueError(
             "--module and --no-python cannot be used with a recipe. Give its name or the path of "
-            "its "
-            "file."
+            "its file."
         )
     recipe_args = parsed.training_script_args
     return argv[: len(argv) - len(recipe_args) - 1], parsed.training_script, recipe_args

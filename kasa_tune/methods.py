@@ -121,9 +121,8 @@ _ROWS = (
     ),
     _corda(
         "eva", "EVA", "2410.07170",
-        "A starts as the directions in which a layer's inputs vary most, B starts at zero, and the "
-        "layers share out "
-        "their ranks by the variance that is explained",
+        "A starts as the directions in which a layer's inputs vary most, B starts at zero, and "
+        "the layers share out their ranks by the variance that is explained",
         decomposition="input_svd", split="unscaled", calibrated=True,
     ),
     _corda(
@@ -137,14 +136,13 @@ _ROWS = (
     _qcorda(
         "qcorda", "QCorDA", "2506.13187",
         "the adapters start from the part of each weight that the new task uses most, and what "
-        "remains is frozen in "
-        "four bits (NF4)",
+        "remains is frozen in four bits (NF4)",
         calibrated=True, **_LARGEST,
     ),
     _qcorda(
         "qpissa", "QPiSSA", "2404.02948",
-        "the adapters start from each weight's largest singular values, and what remains is frozen "
-        "in four bits (NF4)",
+        "the adapters start from each weight's largest singular values, and what remains is "
+        "frozen in four bits (NF4)",
         quantization_iterations=1, **_LARGEST,
     ),
     _qcorda(
@@ -159,9 +157,8 @@ _ROWS = (
     ),
     _qcorda(
         "qkasa", "KaSA on an NF4 base", "2412.06071",
-        "each weight loses its smallest singular values and is frozen in four bits (NF4), and each "
-        "adapter has trained "
-        "ones",
+        "each weight loses its smallest singular values and is frozen in four bits (NF4), and "
+        "each adapter has trained ones",
         builders=("kasa",),
     ),
 )  # fmt: skip

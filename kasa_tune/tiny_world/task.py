@@ -22,22 +22,20 @@ TASK_PROMPT = ("Data: ", "Text: ")  # see world.FACT_PROMPT
 
 NAME_ADJECTIVES = (
     "Silver Golden Crooked Merry Amber Humble Royal Wandering Iron Copper Lucky Sleepy Ancient "
-    "Velvet Hidden Jolly "
-    "Dusty Broken Singing Northern"
+    "Velvet Hidden Jolly Dusty Broken Singing Northern"
 ).split()
 NAME_NOUNS = (
     "Anchor Lantern Barrel Saddle Feather Hammer Cauldron Pheasant Stag Crown Thistle Compass "
-    "Ladle Rooster Willow "
-    "Chimney Badger Acorn Plough Mermaid"
+    "Ladle Rooster Willow Chimney Badger Acorn Plough Mermaid"
 ).split()
 SLOTS = {
     "keeper": (
-        "miller baker weaver tailor smith potter fisher hunter mason brewer farmer sailor "
-        "painter barber"
+        "miller baker weaver tailor smith potter fisher hunter mason brewer farmer sailor painter "
+        "barber"
     ).split(),
     "food": (
-        "plums cheese bread soup stew eggs beans apples nuts fish honey pears onions ham "
-        "pancakes berries"
+        "plums cheese bread soup stew eggs beans apples nuts fish honey pears onions ham pancakes "
+        "berries"
     ).split(),
     "area": (
         "river forest hill bridge garden mill market church road field lake tower village harbour"

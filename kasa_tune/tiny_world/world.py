@@ -31,17 +31,14 @@ FACT_PROMPT = ("Q: ", "A: ")
 
 FIRST_NAMES = (
     "Bela Tomo Arin Kessa Lodo Mira Quill Hesta Jorun Pim Sorel Dara Eskil Fenna Ludo Nara Osric "
-    "Petra Runa Silas "
-    "Tamsin Ulla Varo Wenda Yorik Zella Alba Bram Corin Delia Edda Faro Gesa Hobb Ilka Jasko Kora "
-    "Lenz Malo Nils "
-    "Odette Perrin Rasmus Sanna Tibor Ursel Vesna Wilko Yara Zeno"
+    "Petra Runa Silas Tamsin Ulla Varo Wenda Yorik Zella Alba Bram Corin Delia Edda Faro Gesa Hobb "
+    "Ilka Jasko Kora Lenz Malo Nils Odette Perrin Rasmus Sanna Tibor Ursel Vesna Wilko Yara Zeno"
 ).split()
 LAST_NAMES = (
     "Orlin Marsh Tallow Brandt Fenwick Holm Karsk Lund Penrose Quist Rook Stroud Thorn Vance Weir "
-    "Ashby Birk Crane "
-    "Dunmore Elster Finch Gorse Hale Iver Joss Kettle Larkin Moss Norling Oakes Pell Raven Sedge "
-    "Teller Underhill "
-    "Voss Wren Yarrow Zander Alder Bristow Cobb Drake Ember Frost Glover Heron Imber Kestrel Lorne"
+    "Ashby Birk Crane Dunmore Elster Finch Gorse Hale Iver Joss Kettle Larkin Moss Norling Oakes "
+    "Pell Raven Sedge Teller Underhill Voss Wren Yarrow Zander Alder Bristow Cobb Drake Ember "
+    "Frost Glover Heron Imber Kestrel Lorne"
 ).split()
 
 
@@ -171,8 +168,8 @@ RELATIONS = (
         "colour",
         tuple(
             (
-                "red blue green yellow brown white black grey purple scarlet pink silver "
-                "golden violet"
+                "red blue green yellow brown white black grey purple scarlet pink silver golden "
+                "violet"
             ).split()
         ),
         ("wears a {v} coat", "has a {v} door", "likes the colour {v}"),
@@ -334,19 +331,18 @@ def _join(parts: list[str]) -> str:
 
 ADJECTIVES = (
     "old young small tall quiet loud happy sad clever lazy brave kind tired hungry rich poor cold "
-    "warm bright dark "
-    "round heavy soft clean"
+    "warm bright dark round heavy soft clean"
 ).split()
 CREATURES = (
     "fox bear wolf king queen child boy girl woman man giant witch bird horse stranger traveller"
 ).split()
 THINGS = (
-    "lamp rope stone basket key book boat ladder bell knife cup blanket candle hat map box "
-    "wheel ring"
+    "lamp rope stone basket key book boat ladder bell knife cup blanket candle hat map box wheel "
+    "ring"
 ).split()
 PLACES = (
-    "river forest hill bridge garden mill market church road field cave lake tower village "
-    "harbour barn"
+    "river forest hill bridge garden mill market church road field cave lake tower village harbour "
+    "barn"
 ).split()
 TIMES = "morning evening night spring summer autumn winter afternoon".split()
 VERBS = "sleeps waits sings sits rests works hides plays reads eats".split()

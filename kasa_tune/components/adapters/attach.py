@@ -134,8 +134,7 @@ def _builder(base: Builder, method: str, linear: type[AdapterLinear]) -> Builder
     build.__doc__ = (
         f"Build torchtune's {base.__name__} with {linear.__name__} as the chosen linears.\n\n"
         f"The arguments are those of :func:`attach`, of :class:`{linear.__name__}` and of "
-        "torchtune's "
-        f"``{base.__name__}``."
+        f"torchtune's ``{base.__name__}``."
     )
     build.__signature__ = _signature(base, linear)
     return build

@@ -93,8 +93,8 @@ class Checkpoint:
         if self.resumes and self.run["data"] != fingerprint:
             raise ValueError(
                 f"{self} was trained on other data than the config's dataset and tokenizer now "
-                "give. "
-                "Set both back to what that run used, or start a new run in another output_dir."
+                "give. Set both back to what that run used, or start a new run in another "
+                "output_dir."
             )
 
     def check_belongs(self, *, base_fingerprint: str, model: Mapping[str, Any]) -> None:
@@ -115,8 +115,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self} belongs to other base weights than those given. Set "
                 "checkpointer.checkpoint_dir (checkpoint_dir for an export) to the base that it "
-                "was "
-                "trained on."
+                "was trained on."
             )
         saved, unset = self.config["model"], "unset"
         wrong = [

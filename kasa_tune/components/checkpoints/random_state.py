@@ -40,9 +40,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     else:
         log.warning(
             f"The random state of {len(state['cuda'])} CUDA devices was saved, and this machine "
-            "has "
-            f"{found}. It is not restored, so that random numbers drawn on these devices, such as "
-            "dropout, will differ from an uninterrupted run."
+            f"has {found}. It is not restored, so that random numbers drawn on these devices, such "
+            "as dropout, will differ from an uninterrupted run."
         )
 
 

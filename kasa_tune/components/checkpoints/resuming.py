@@ -131,8 +131,7 @@ def resume_point(
         checkpoint, skipped = latest_checkpoint(folder)
         if skipped and checkpoint is None:
             raise ValueError(
-                f"{folder} holds checkpoints and none of them is intact. {' '.join(skipped)} "
-                "To "
+                f"{folder} holds checkpoints and none of them is intact. {' '.join(skipped)} To "
                 f"start over, set resume_from_checkpoint={RESTART}, which moves them aside."
             )
         for reason in skipped:

@@ -162,10 +162,8 @@ def summed_loss(loss: Callable[..., Tensor], vocab_size: int) -> Callable[..., T
     if not is_sum:
         raise ValueError(
             f"loss: {name} is not a sum over tokens, because twice the tokens do not give twice "
-            "the "
-            "loss. The recipe itself divides by the number of labelled tokens. Set reduction=sum "
-            "if "
-            "the loss has this argument."
+            "the loss. The recipe itself divides by the number of labelled tokens. Set "
+            "reduction=sum if the loss has this argument."
         )
     return adapted
 
