@@ -95,14 +95,16 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str | None
 
 
 def name_of_base(run: TrainedRun) -> str | None:
-    """The repository that ``tune download`` recorded. None without one: a path names no base to others."""
+    """Return the repository that ``tune download`` recorded, or None. A local path would mean
+    nothing to others.
+    """
     note = run.checkpoint_dir / "original_repo_id.json"
     repository = read_object(note).get("repo_id") if note.is_file() else None
     return repository if is_repository(repository) else None
 
 
 def how_to_prompt(run: TrainedRun) -> Prompting | str:
-    """The form of the prompts of training, or why it is not known."""
+    """Return the form of the prompts in training, or a sentence that says why it is unknown."""
     try:
         return prompting_of(run.config, run.checkpoint_dir, run.checkpoint)
     except NoPromptError as why:

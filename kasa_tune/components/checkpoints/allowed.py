@@ -1,7 +1,9 @@
-"""What a data file may call: the builders of this package, and torchtune's checkpointers and tokenizers.
+"""What a data file may call: the builders of this package, and torchtune's checkpointers and
+tokenizers.
 
-A training config may call whatever its owner wrote. A checkpoint, an exported adapter or a PEFT folder comes from
-elsewhere: a name in it chooses among known builders and never anything else.
+A training config may call whatever its owner wrote. A checkpoint, an exported adapter or a PEFT
+folder may come from somebody else. A name in such a file selects one of the known builders, and
+nothing else is called.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ COMPONENT = "_component_"
 
 Kind = Literal["model", "checkpointer", "tokenizer"]
 
-# The names of each kind, and the words for them.
+# The allowed names of each kind, and how messages describe them.
 _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
     "model": (
         re.compile(r"kasa_tune\.components\.models\.(kasa|lora|corda)_\w+"),
@@ -33,22 +35,24 @@ _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
         "a tokenizer of torchtune.models, or kasa_tune.components.data.hf_tokenizer",
     ),
 }
-_MOST_LAYERS = 1000  # building the modules of a model takes milliseconds each
+_MOST_LAYERS = 1000  # each layer takes milliseconds to build
 _TEMPLATE = re.compile(r"torchtune\.(data|models\.[a-z0-9_]+)\.[A-Z]\w*Template")
 
 
 def build_allowed(node: Any, kind: Kind, source: Any, **more: Any) -> Any:
-    """Call the component that a section of a data file names, if it is one of the allowed ones.
+    """Call the component that a section of a data file names, if it is one of the allowed
+    components.
 
     Args:
-        node: the section, as plain containers; ``${...}`` in it is text.
+        node: the section in plain containers. ``${...}`` in it is plain text.
         kind: what the section describes.
-        source: the file or folder that it comes from, for messages.
-        more: arguments that take the place of the section's.
+        source: the file or folder that holds the section, for messages.
+        more: arguments that replace those of the section.
 
     Raises:
-        ValueError: the section names another component, holds a component within an argument, or its arguments are
-            not those of the component. Nothing has been called or imported then.
+        ValueError: the section names another component, an argument of it holds a component, or its
+            arguments do not fit the component. In the first two cases nothing has been imported or
+            called.
     """
     check_allowed(node, kind, source)
     name = node[COMPONENT]
@@ -61,17 +65,17 @@ def build_allowed(node: Any, kind: Kind, source: Any, **more: Any) -> Any:
         return component(**arguments)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # arguments of wrong types fail anywhere in a builder, in any way
+    except Exception as error:  # an argument of a wrong type can raise any error
         raise ValueError(
             f"{source}: {name} does not take its section {kind} ({type(error).__name__}: {error})."
         ) from error
 
 
 def check_allowed(node: Any, kind: Kind, source: Any) -> None:
-    """Refuse a section that :func:`build_allowed` would not call.
+    """Check that :func:`build_allowed` may call the component of a section.
 
     Raises:
-        ValueError: as there.
+        ValueError: it may not, for one of the reasons given there.
     """
     allowed, words = _ALLOWED[kind]
     name = node.get(COMPONENT) if isinstance(node, Mapping) else None
@@ -83,8 +87,8 @@ def check_allowed(node: Any, kind: Kind, source: Any) -> None:
     arguments = {key: value for key, value in node.items() if key != COMPONENT}
     if any(COMPONENT in inner for inner in _mappings(arguments)):
         raise ValueError(
-            f"{source}: an argument of {kind} holds a {COMPONENT} of its own, which is never called "
-            "from a data file."
+            f"{source}: an argument of {kind} holds a {COMPONENT} of its own, which is never "
+            "called from a data file."
         )
     layers = arguments.get("num_layers", 1)
     if kind == "model" and not (type(layers) is int and 0 < layers <= _MOST_LAYERS):
@@ -94,13 +98,14 @@ def check_allowed(node: Any, kind: Kind, source: Any) -> None:
     template = arguments.get("prompt_template")
     if isinstance(template, str) and not _TEMPLATE.fullmatch(template):
         raise ValueError(
-            f"{source} names {kind}.prompt_template {_shown(template)}. A data file may only name a "
+            f"{source} names {kind}.prompt_template {_shown(template)}. A data file may only name "
+            "a "
             "template of torchtune.data or torchtune.models, or hold {role: [before, after]}."
         )
 
 
 def _mappings(tree: Any) -> Iterator[Mapping[Any, Any]]:
-    """All mappings within nested containers."""
+    """Yield all mappings within nested containers."""
     open_ends = [tree]
     while open_ends:
         value = open_ends.pop()
@@ -112,5 +117,6 @@ def _mappings(tree: Any) -> Iterator[Mapping[Any, Any]]:
 
 
 def _shown(value: Any) -> str:
+    """Return a value's text for a message, cut off after 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
