@@ -17,7 +17,11 @@ from tokenizers import Tokenizer
 from torchtune.data import AlpacaToMessages, Message, QuestionAnswerTemplate
 
 from kasa_tune.components.checkpoints import build_allowed
-from kasa_tune.components.data.chat_templates import compile_template, load_chat_template
+from kasa_tune.components.data.chat_templates import (
+    TemplateRefusalError,
+    load_chat_template,
+    render_template,
+)
 from kasa_tune.components.models.base_files import read_object
 
 SAID = "Name three colours."
@@ -346,9 +350,8 @@ def _renders(
     """The tokens of a conversation rendered by a chat template; None where it refuses it."""
     dialogue = [{"role": role, "content": text} for role, text in messages]
     try:
-        text = compile_template(template).render(
-            messages=dialogue, add_generation_prompt=True, tools=None, documents=None
-        )
-    except Exception:  # a template of others fails in any way; then it is not that of training
+        variables = {"messages": dialogue, "add_generation_prompt": True}
+        (text,) = render_template(template, variables)
+    except TemplateRefusalError:  # it takes no such conversation, so it is not that of training
         return None
     return encode(text)

@@ -189,19 +189,23 @@ def test_raw_text_has_no_turns(tmp_path):
 
 def test_more_than_one_turn_is_refused_where_it_would_be_wrong():
     """Sentencepiece's pieces differ after a first turn; a client gets words, not other tokens."""
-    jinja2 = pytest.importorskip("jinja2")
-    from kasa_tune.components.data.chat_templates import compile_template
+    from kasa_tune.components.data.chat_templates import TemplateRefusalError, render_template
 
     node = SENTENCEPIECE | {"prompt_template": TAGS}
     found = prompting_of({"tokenizer": node, "dataset": INSTRUCT}, WORLD, "test")
     assert not found.turns
-    template = compile_template(found.chat_template)
+
+    def render(*messages):
+        return render_template(
+            found.chat_template, {"messages": list(messages), "add_generation_prompt": True}
+        )
+
     turn = {"role": "user", "content": "a"}
-    template.render(messages=[turn], add_generation_prompt=True)
-    with pytest.raises(jinja2.TemplateError, match="one question and one answer"):
-        template.render(messages=[turn, turn | {"role": "assistant"}, turn])
-    with pytest.raises(jinja2.TemplateError, match="No such role"):
-        template.render(messages=[turn | {"role": "tool"}], add_generation_prompt=True)
+    render(turn)
+    with pytest.raises(TemplateRefusalError, match="one question and one answer"):
+        render(turn, turn | {"role": "assistant"}, turn)
+    with pytest.raises(TemplateRefusalError, match="No such role"):
+        render(turn | {"role": "tool"})
 
 
 @pytest.mark.parametrize(
