@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
-from kasa_tune.config import reading, rules
+from kasa_tune.config import reading, rules, rules_of_files
 from kasa_tune.config.checker import Checker
 from kasa_tune.config.entries import (
     REQUIRED,
@@ -169,7 +169,8 @@ def load(
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
     good = check.mapping(check.resolve(_create(file, filled)), schema)
-    for rule in rules.BETWEEN_KEYS + rules.FILES * check_files + rules.MACHINE * about_to_run:
+    of_files = rules_of_files.FILES * check_files + rules_of_files.MACHINE * about_to_run
+    for rule in rules.BETWEEN_KEYS + of_files:
         problems += rule(good)
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
