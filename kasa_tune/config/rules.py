@@ -11,6 +11,13 @@ from kasa_tune.config import signatures
 from kasa_tune.config.entries import Problem, show
 from kasa_tune.methods import METHODS, Method
 
+_COLUMNS = {  # datasets to the names in their column_map; Alpaca's `input` may be left out
+    "alpaca_dataset": ("instruction", "input", "output"),
+    "alpaca_cleaned_dataset": ("instruction", "input", "output"),
+    "instruct_dataset": ("input", "output"),
+    "input_output_dataset": ("input", "output"),
+}
+
 
 def _settings(chosen: Callable[[Method], Any]) -> tuple[str | None, ...]:
     """The values of adapter.method whose methods are chosen."""
@@ -198,6 +205,39 @@ def warmup(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("lr_scheduler.warmup_ratio", f"{given}; give one of the two")
 
 
+def prompt_template(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A prompt template given by its dotted path is there."""
+    given = (cfg.get("tokenizer") or {}).get("prompt_template")
+    if not isinstance(given, str):
+        return
+    try:
+        signatures.static(given)
+    except signatures.UnreadableError:
+        return  # only an import could tell
+    except (signatures.NoSuchNameError, ValueError) as error:
+        near = getattr(error, "names", [])
+        hint = registry.did_you_mean(getattr(error, "name", ""), near)
+        wrong = f"got {show(given)}, but {error}. {hint}"
+        yield Problem("tokenizer.prompt_template", wrong.strip())
+
+
+def columns(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """`column_map` has the names that its dataset knows, and all of them."""
+    calibrated = (cfg.get("calibration") or {}).get("dataset")
+    places = {"dataset": cfg.get("dataset"), "dataset_val": cfg.get("dataset_val")}
+    for place, nodes in (places | {"calibration.dataset": calibrated}).items():
+        for node in nodes if isinstance(nodes, list) else [nodes or {}]:
+            builder, given = str(node.get("_component_")).rpartition(".")[2], node.get("column_map")
+            known = _COLUMNS.get(builder)
+            if (
+                known
+                and isinstance(given, dict)
+                and not {*known} - {"input"} <= {*given} <= {*known}
+            ):
+                wrong = f"got {show(given)}; {builder} has the columns {', '.join(known)}"
+                yield Problem(f"{place}.column_map", wrong)
+
+
 def validation(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Whoever wants validation has something to validate on."""
     key = "run_val_every_n_steps"
@@ -239,6 +279,8 @@ BETWEEN_KEYS = (
     lora_plus,
     offloading,
     warmup,
+    prompt_template,
+    columns,
     validation,
     something_to_complete,
     model_type,

@@ -4,22 +4,27 @@ A rule is called as those of rules.py are.
 """
 
 import glob
+import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kasa_tune import registry
-from kasa_tune.config.entries import Problem, show
+from kasa_tune.config.entries import Problem, shortened, show
+from kasa_tune.config.file_kinds import settings_of, tokenizer_kind, weights_files
+from kasa_tune.config.parts import TOKENIZER
 
-_TOKENIZER_FILES = (
-    "path",
-    "merges_file",
-    "special_tokens_path",
-    "tokenizer_json_path",
-    "tokenizer_config_json_path",
-)
+_TOKENIZER_FILES = tuple(name for name in TOKENIZER.values if name.endswith(("path", "_file")))
+_TRACKERS = {  # metric loggers to the packages they import
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+    "TensorBoardLogger": "tensorboard",
+    "TrackioLogger": "trackio",
+}
 _READERS = (
     "arrow",
     "csv",
@@ -48,17 +53,40 @@ def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     if cfg.get("dry_run") or not isinstance(folder, str):
         return
     if os.path.isfile(folder):
-        yield Problem(key, f"got {folder!r}, which is a file; give the folder it lies in")
+        yield Problem(key, f"got {show(folder)}, which is a file; give the folder it lies in")
     elif not os.path.isdir(folder):
         yield from _missing(
             key, folder, "; `tune download <repo> --output-dir <folder>` fetches a model"
         )
     else:
         if node.get("_component_", "").endswith("HFCheckpointer"):
-            yield from _missing(
-                key, os.path.join(folder, "config.json"), ", and belongs beside the weights"
-            )
+            yield from _model_settings(key, os.path.join(folder, "config.json"))
         yield from _listed_files(folder, node.get("checkpoint_files"))
+
+
+def _model_settings(key: str, path: str) -> Iterator[Problem]:
+    """What torchtune reads from config.json is there. Without `num_key_value_heads` there are as many as heads."""
+    if not os.path.exists(path):
+        yield from _missing(key, path, ", and belongs beside the weights")
+        return
+    try:
+        settings = settings_of(path)
+    except ValueError as error:
+        yield Problem(key, f"{show(path)} {shortened(str(error), 120)}")
+        return
+    for name, required in (
+        ("num_attention_heads", True),
+        ("hidden_size", True),
+        ("num_key_value_heads", False),
+        ("head_dim", False),
+    ):
+        value = settings.get(name)
+        if value is None and not required:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            given = f"{name} {show(value)}" if name in settings else f"no {name}"
+            yield Problem(key, f"{show(path)} has {given}; expected an integer, at least 1")
+            return
 
 
 def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
@@ -66,7 +94,7 @@ def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
     if given == []:
         yield Problem(key, "got an empty list; name the files of the checkpoint")
     if isinstance(given, list):
-        yield from _missing_of(key, folder, given)
+        yield from _weights(key, folder, given)
     if not isinstance(given, dict):
         return
     pattern, last = given.get("filename_format"), given.get("max_filename")
@@ -76,7 +104,7 @@ def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
             key,
             f"got the keys {keys}; expected filename_format and max_filename, or a list of files",
         )
-    elif not isinstance(last, str) or not last.isdigit() or int(last) < 1:
+    elif not isinstance(last, str) or not re.fullmatch(r"[0-9]{1,5}", last) or int(last) < 1:
         wrong = f"got {show(last)}; expected the digits of the last file's number, such as '00004'"
         yield Problem(f"{key}.max_filename", wrong)
     elif not isinstance(pattern, str) or pattern.count("{}") != 2:
@@ -84,7 +112,23 @@ def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
         yield Problem(f"{key}.filename_format", wrong)
     else:
         numbers = [str(number).zfill(len(last)) for number in range(1, int(last) + 1)]
-        yield from _missing_of(key, folder, [pattern.format(number, last) for number in numbers])
+        try:
+            names = [pattern.format(number, last) for number in numbers]
+        except (ValueError, LookupError) as error:
+            yield Problem(f"{key}.filename_format", f"got {show(pattern)}: {error}")
+            return
+        yield from _weights(key, folder, names)
+
+
+def _weights(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
+    """The listed files are in the folder, and are the weights."""
+    for name in names:
+        path = os.path.normpath(name)
+        if not name.isprintable() or os.path.isabs(path) or path.startswith("..") or path == ".":
+            yield Problem(key, f"got {show(name)}; expected names of files in checkpoint_dir")
+            return
+    problems = list(_missing_of(key, folder, names))
+    yield from problems or weights_files(folder, names, key)
 
 
 def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
@@ -92,7 +136,7 @@ def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
     if len(missing) > 3:
         yield Problem(
             key,
-            f"{len(missing)} of {len(names)} files are not in {folder}; the first is {missing[0]}",
+            f"{len(missing)} of {len(names)} files are not in {show(folder)}; the first is {show(missing[0])}",
         )
         return
     for name in missing:
@@ -122,8 +166,19 @@ def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
                 _flat(node.get("data_files")) if is_default or is_path or source in _READERS else ()
             ):
                 path = os.path.join(folder if isinstance(folder, str) else "", file)
-                if "://" not in path and not glob.glob(path, recursive=True):
-                    yield from _missing(f"{key}.data_files", path)
+                if "://" not in path:
+                    yield from _unmatched(f"{key}.data_files", path)
+
+
+def _unmatched(key: str, path: str) -> Iterator[Problem]:
+    """A problem when the reader, which takes [ ] * ? for patterns, finds no file by `path`."""
+    if glob.glob(path, recursive=True):
+        return
+    if os.path.exists(path):
+        wrong = f"got {show(path)}, which exists, but the reader takes [ ] * ? for patterns"
+        yield Problem(key, f"{wrong} and finds nothing; rename the file or folder")
+    else:
+        yield from _missing(key, path)
 
 
 def _flat(given: Any) -> Iterator[str]:
@@ -148,7 +203,10 @@ def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
             "output_dir", f"got {show(output)}, which is adapter_checkpoint: choose another folder"
         )
     for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
-        if isinstance(cfg.get(key), str):
+        if isinstance(cfg.get(key), str) and (key, cfg[key]) != (
+            "resume_from_checkpoint",
+            "restart",
+        ):
             yield from _missing(key, cfg[key])
 
 
@@ -166,7 +224,7 @@ def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
         if isinstance(base, str) and Path(folder).resolve().is_relative_to(Path(base).resolve()):
             yield Problem(
                 key,
-                f"got {folder!r}, which lies in checkpoint_dir {base}; choose a folder outside it",
+                f"got {show(folder)}, which lies in checkpoint_dir {base}; choose a folder outside it",
             )
         yield from _unwritable(key, folder)
     cache = (cfg.get("calibration") or {}).get("cache_dir")
@@ -174,11 +232,22 @@ def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield from _unwritable("calibration.cache_dir", cache)
 
 
+def tracker(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The package of a metric logger is installed."""
+    name = str((cfg.get("metric_logger") or {}).get("_component_")).rpartition(".")[2]
+    package = _TRACKERS.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        wrong = f"{name} needs the package {package}, which is not installed"
+        yield Problem("metric_logger._component_", f"{wrong}; `pip install {package}`")
+
+
 def _unwritable(key: str, given: str) -> Iterator[Problem]:
     """A problem when no file can be made in the folder `given`, or in the part of its path that exists."""
     folder = Path(given).absolute()
     try:
         while not folder.exists():
+            if folder.is_symlink():
+                raise OSError(f"it is a link to {os.readlink(folder)}, which does not exist")
             folder = folder.parent
         if folder.is_dir():
             with tempfile.TemporaryFile(dir=folder):
@@ -186,7 +255,7 @@ def _unwritable(key: str, given: str) -> Iterator[Problem]:
         reason = f"{folder} is a file"
     except OSError as error:
         reason = f"{folder}: {error.strerror or error}"
-    yield Problem(key, f"got {given!r}, where nothing can be written: {reason}")
+    yield Problem(key, f"got {show(given)}, where nothing can be written: {shortened(reason, 160)}")
 
 
 def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
@@ -197,7 +266,7 @@ def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
     beside = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
     yield Problem(
         key,
-        f"got {path!r}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip(),
+        f"got {show(path)}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip(),
     )
 
 
@@ -216,5 +285,13 @@ def device(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("device", f"got {show(cfg['device'])}, {wrong}")
 
 
-FILES = (tokenizer_files, checkpoint_files, data_files, results_to_load, output_folder)
+FILES = (
+    tokenizer_files,
+    tokenizer_kind,
+    checkpoint_files,
+    data_files,
+    results_to_load,
+    output_folder,
+    tracker,
+)
 MACHINE = (device,)
