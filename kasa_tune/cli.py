@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kasa_tune import __version__, registry
-from kasa_tune.errors import is_expected
+from kasa_tune.errors import is_expected, sentence
 
 _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 _RUN_HELP = f"""usage: {_RUN_USAGE}
@@ -288,5 +288,6 @@ def _standalone(options: list[str]) -> list[str]:
 
 
 def _fail(command: str, error: Exception) -> int:
-    print(f"kasa-tune {command}: {error}", file=sys.stderr)
+    told = str(error) if isinstance(error, ValueError) else sentence(error)
+    print(f"kasa-tune {command}: {told}", file=sys.stderr)
     return 2

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchtune import utils
 
-log = logging.getLogger(__name__)
+log = utils.get_logger("INFO")  # prints on rank 0
 
 
 def cosine_schedule(
