@@ -129,7 +129,7 @@ def test_a_key_without_a_bound_of_its_own_takes_finite_numbers_only(tree):
 
 def test_a_rank_above_the_weights_is_refused_by_the_builders_sizes(tree):
     assert (
-        "k_proj has a smaller dimension of 1024"
+        "v_proj has a smaller dimension of 1024"
         in refused("llama3_8b_kasa", "model.rank=1025")["model.rank"]
     )
     config.load("llama3_8b_kasa", ["model.rank=1024"], check_files=False)

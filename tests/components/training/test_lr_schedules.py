@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
+from kasa_tune.components.training import lr_schedules
 from kasa_tune.components.training.lr_schedules import cosine_schedule, linear_schedule
 
 PEAK = 0.3
