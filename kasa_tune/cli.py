@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kasa_tune import __version__, registry
+from kasa_tune.errors import is_expected, sentence
 
 _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 _RUN_HELP = f"""usage: {_RUN_USAGE}
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as in `kasa-tune ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         return _fail(args.command, error)
 
 
@@ -100,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("config", help="name or path of a config")
     validate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to check it with"
+    )
+    validate.add_argument(
+        "--recipe",
+        metavar="NAME_OR_PATH",
+        help="the recipe that will run it: a name, or a copy with keys of its own",
     )
     validate.add_argument(
         "--skip-files",
@@ -160,7 +168,12 @@ def _validate(args: argparse.Namespace) -> int:
     path = registry.find_config(args.config)
     from kasa_tune import config  # not above, because omegaconf would slow down other commands
 
-    config.validate_file(path, args.overrides, check_files=not args.skip_files)
+    schema = None
+    if args.recipe is not None:
+        from kasa_tune.config.recipe_schemas import schema_of_recipe
+
+        schema = schema_of_recipe(registry.find_recipe(args.recipe))
+    config.validate_file(path, args.overrides, schema, check_files=not args.skip_files)
     print(f"{args.config}: the config is valid.")
     return 0
 
@@ -190,7 +203,9 @@ def _run(argv: list[str]) -> int:
         recipe_args = _with_config_path(recipe_args, path)
         if options:
             _check_distributed(path)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         return _fail("run", error)
     if options:
         from torch.distributed import run as torchrun
@@ -272,5 +287,6 @@ def _standalone(options: list[str]) -> list[str]:
 
 
 def _fail(command: str, error: Exception) -> int:
-    print(f"kasa-tune {command}: {error}", file=sys.stderr)
+    told = str(error) if isinstance(error, ValueError) else sentence(error)
+    print(f"kasa-tune {command}: {told}", file=sys.stderr)
     return 2

@@ -138,6 +138,8 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
     Case, folders, suffix and separators do not matter: `llama3/8B-kasa.yaml` is similar to
     `llama3_8b_kasa`.
     """
+    if len(name) > 200:  # no name that anybody meant, and slow to compare
+        return []
     plain = {_plain(candidate): candidate for candidate in names}
     spellings = (_plain(name), _plain(Path(name).name))
     close = [

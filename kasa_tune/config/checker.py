@@ -9,9 +9,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
 from kasa_tune.config import signatures
-from kasa_tune.config.entries import Component, Key, OneOrMany, Problem, Schema, Section, show
+from kasa_tune.config.entries import (
+    Component,
+    Key,
+    OneOrMany,
+    Problem,
+    Schema,
+    Section,
+    listed,
+    shortened,
+    show,
+)
 from kasa_tune.config.schemas import recipes_taking
 
+_READERS = {  # the names by which datasets knows its readers of files, and what says what each takes
+    name: f"datasets.packaged_modules.{name}.{name}.{config}"
+    for name, config in {
+        "csv": "CsvConfig",
+        "json": "JsonConfig",
+        "parquet": "ParquetConfig",
+        "text": "TextConfig",
+    }.items()
+}
 _BAD: Any = object()  # in place of a value whose problem is reported
 
 
@@ -86,7 +105,7 @@ class Checker:
             if not isinstance(value, dict):
                 return self.report(
                     key,
-                    f"got {show(value)}; expected a mapping with the keys {', '.join(spec.keys)}",
+                    f"got {show(value)}; expected a mapping with the keys {listed(spec.keys)}",
                 )
             return self.mapping(value, spec.keys, f"{key}.")
         if isinstance(spec, OneOrMany) and isinstance(value, list):
@@ -125,10 +144,11 @@ class Checker:
                 for name in registry.nearest(error.name, error.names)
             ]
             hint = f". Did you mean {', '.join(near)}?" if near else ""
-            return self.report(f"{key}._component_", f"got {path!r}, but {error}{hint}")
+            return self.report(f"{key}._component_", f"got {show(path)}, but {error}{hint}")
         except Exception as error:  # whatever a module may raise while it is imported
             return self.report(
-                f"{key}._component_", f"got {path!r}, which cannot be used: {error!r}"
+                f"{key}._component_",
+                f"got {show(path)}, which cannot be used: {shortened(repr(error))}",
             )
         return self._arguments(key, node, spec, signature)
 
@@ -162,7 +182,10 @@ class Checker:
             for name in takes
             if name not in supplied
         }
-        known = _passed_on(signature) | known | dict(spec.own)
+        passed_on, is_all = _passed_on(signature, node)
+        passed_on = {name: spec.values.get(name, key) for name, key in passed_on.items()}
+        known = passed_on | known | dict(spec.own)
+        is_open = is_open and not is_all
         good, unknown = {}, []
         for name, value in node.items():
             if name in known:
@@ -171,8 +194,10 @@ class Checker:
                 self.report(
                     f"{key}.{name}", f"got {show(value)}; the recipe supplies it, remove the key"
                 )
-            elif name == "_component_" or (is_open and not (signature and _misspelt(name, known))):
+            elif name == "_component_":
                 good[name] = value
+            elif is_open and not (signature and _misspelt(name, known)):
+                good[name] = self.entry(f"{key}.{name}", value, Key(Any))
             else:
                 unknown.append(name)
                 self._unknown(f"{key}.{name}", name, value, known)
@@ -200,11 +225,11 @@ class Checker:
     def _unknown(self, key: str, name: Any, value: Any, known: Iterable[str]) -> None:
         others = recipes_taking(key, value)
         hint = (
-            f"It is a key of {', '.join(others)}."
+            f"It is a key of {listed(others)}."
             if others
             else registry.did_you_mean(str(name), known)
         )
-        hint = hint or f"Known keys: {', '.join(known)}."
+        hint = hint or f"Known keys: {listed(known)}."
         self.report(key, f"unknown key (given {show(value)}). {hint}")
 
     def _absent(self, names: Iterable[str], unknown: list[Any], prefix: str, what: str) -> None:
@@ -219,12 +244,19 @@ def _misspelt(name: Any, known: Iterable[str]) -> bool:
     return name != "names" and bool(registry.nearest(str(name), known, cutoff=0.75))
 
 
-def _passed_on(signature: signatures.Signature | None) -> dict[str, Key]:
-    """What torchtune's datasets take and pass on to `datasets.load_dataset`."""
+def _passed_on(
+    signature: signatures.Signature | None, node: dict[str, Any]
+) -> tuple[dict[str, Key], bool]:
+    """What datasets pass on to `datasets.load_dataset` and the reader of their files; whether that is all it takes."""
     if signature is None or signature.extra != "load_dataset_kwargs":
-        return {}
+        return {}, False
+    reader = _READERS.get(str(node.get("source")))
+    if reader is None and "source" not in node and node.get("data_files") is not None:
+        reader = _READERS["json"] if str(node["_component_"]).startswith("kasa_tune.") else None
     try:
         takes = signatures.static("datasets.load_dataset").parameters
+        if reader:
+            takes = signatures.static(reader).parameters | takes
     except (signatures.UnreadableError, signatures.NoSuchNameError):
-        return {}
-    return {name: Key(parameter.kind) for name, parameter in takes.items()}
+        return {}, False
+    return {name: Key(parameter.kind) for name, parameter in takes.items()}, reader is not None

@@ -3,16 +3,9 @@
 from dataclasses import replace
 from typing import Literal
 
-from kasa_tune.config.entries import Key, Schema
-from kasa_tune.config.parts import (
-    CHECKPOINTER,
-    DEVICE,
-    DTYPE,
-    MODEL,
-    POSITIVE,
-    SHARD_SIZE,
-    TOLERANCE,
-)
+from kasa_tune.config.bounds import COUNT, SHARD_SIZE, TOLERANCE
+from kasa_tune.config.entries import FilePath, Key, Schema
+from kasa_tune.config.parts import CHECKPOINTER, DEVICE, DTYPE, MODEL
 
 EXPORT: Schema = {
     "format": Key(
@@ -20,11 +13,13 @@ EXPORT: Schema = {
         help="what to write: a LoRA for PEFT, a whole model, or an adapter for these recipes",
     ),
     "adapter_checkpoint": Key(
-        str, help="a run's `output_dir`, one of its checkpoints, or a native adapter"
+        FilePath, help="a run's `output_dir`, one of its checkpoints, or a native adapter"
     ),
-    "output_dir": Key(str, help="the folder to write, which must not exist yet"),
+    "output_dir": Key(FilePath, help="the folder to write, which must not exist yet"),
     "checkpoint_dir": Key(
-        str | None, None, help="folder of the base model's files; null: where the run read them"
+        FilePath | None,
+        None,
+        help="folder of the base model's files; null: where the run read them",
     ),
     "base_model": Key(
         str | None,
@@ -41,7 +36,7 @@ EXPORT: Schema = {
     "rank": Key(
         int | None,
         None,
-        POSITIVE,
+        COUNT,
         help="peft: rank of every layer, filled up with zeros; null: the largest that a layer needs",
     ),
     "rank_pattern": Key(bool, False, help="peft: store each layer with its own rank"),
@@ -63,16 +58,16 @@ EXPORT: Schema = {
 # What import_adapter reads; IMPORT also takes, and ignores, the keys of a training config.
 OF_IMPORT: Schema = {
     "peft_adapter": Key(
-        str,
+        FilePath,
         help="folder of a LoRA saved by PEFT: `adapter_config.json` and `adapter_model.safetensors`",
     ),
     "initial_adapter": Key(
-        str | None,
+        FilePath | None,
         None,
         help="the same adapter, saved before its training; for PiSSA, CorDA, OLoRA, LoRA-GA and LoftQ, "
         "which take their start out of the base weights",
     ),
-    "output_dir": Key(str, help="the folder to write, which must not exist yet"),
+    "output_dir": Key(FilePath, help="the folder to write, which must not exist yet"),
     "model": replace(
         MODEL,
         help="a builder of the base model; the PEFT adapter says which linears are adapted, and "

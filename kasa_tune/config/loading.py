@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
-from kasa_tune.config import reading, rules
+from kasa_tune.config import reading, rules, rules_of_files, sizes
 from kasa_tune.config.checker import Checker
 from kasa_tune.config.entries import (
     REQUIRED,
@@ -35,7 +35,9 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
+from kasa_tune.config.references import check_references
 from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, schema_of
+from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
     "CORDA",
@@ -96,14 +98,13 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
                 sys.exit(2)
             try:
                 return recipe_main(cfg)
-            except (
-                ValueError,
-                OSError,
-            ) as error:  # what a user can cause; anything else keeps its traceback
+            except Exception as error:
+                if not is_expected(error):
+                    raise
                 if os.environ.get("KASA_TUNE_TRACEBACK"):
                     raise
                 print(
-                    f"{type(error).__name__}: {error}\n(KASA_TUNE_TRACEBACK=1 shows where.)",
+                    f"{sentence(error)}\n(KASA_TUNE_TRACEBACK=1 shows where.)",
                     file=sys.stderr,
                 )
                 sys.exit(1)
@@ -153,7 +154,7 @@ def load(
     """
     try:
         file = registry.find_config(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError("--config", [Problem("", str(error))]) from None
     try:
         given = reading.read(file)
@@ -168,8 +169,14 @@ def load(
             problems.append(Problem(override, str(error)))
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
+    try:
+        check_references(filled)
+    except ValueError as error:
+        raise ConfigError(str(file), [*problems, Problem("", str(error))]) from None
     good = check.mapping(check.resolve(_create(file, filled)), schema)
-    for rule in rules.BETWEEN_KEYS + rules.FILES * check_files + rules.MACHINE * about_to_run:
+    of_files = rules_of_files.FILES * check_files + rules_of_files.MACHINE * about_to_run
+    of_sizes = (sizes.rank_fits, sizes.heads_divide)
+    for rule in rules.BETWEEN_KEYS + of_sizes + of_files:
         problems += rule(good)
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
@@ -268,8 +275,12 @@ def _fill(tree: dict[str, Any], schema: Schema) -> dict[str, Any]:
 def _create(file: Path, tree: dict[str, Any]) -> DictConfig:
     try:
         return OmegaConf.create(tree)
+    except RecursionError:
+        raise ConfigError(
+            str(file), [Problem("", "an interpolation is nested too deeply")]
+        ) from None
     except OmegaConfBaseException as error:  # an interpolation that is none
-        key, reason = str(error.full_key or ""), str(error.msg or error).splitlines()[0]
+        key, reason = str(error.full_key or ""), " ".join(str(error.msg or error).splitlines()[:1])
         raise ConfigError(str(file), [Problem(key, reason)]) from None
 
 

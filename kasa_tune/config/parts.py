@@ -1,52 +1,99 @@
 """The parts that the schemas of our recipes are made of: their components, sections and shared keys.
 
 A `help` completes the table of keys in docs/configs.md, which `make docs` writes from it; `--help` of a recipe prints
-it too.
+it too. The components of training alone stand in parts_of_training.py.
 """
 
-import re
 from dataclasses import replace
 from typing import Literal
 
-from kasa_tune.config.entries import Check, Component, Key, OneOrMany, Section, above, at_least
-
-POSITIVE, NOT_NEGATIVE = at_least(1), at_least(0)
-FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
-RATIO = Check("between 0 and 1", lambda value: 0 <= value <= 1)
-ONE_DEVICE = Check(
-    "cpu, cuda or cuda:<index>", lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value) is not None
+from kasa_tune.config.bounds import (
+    BF16_OR_FP32,
+    BY_RESUME,
+    COUNT,
+    EVEN,
+    FRACTION,
+    NO_STREAM,
+    NOT_NEGATIVE,
+    ONE_DEVICE,
+    POSITIVE,
+    SCALE,
+    SEEDS,
+    TOLERANCE,
+    WEIGHT,
 )
-BF16_OR_FP32 = Check(
-    "bf16 or fp32",
-    lambda value: value in ("bf16", "fp32"),
-    dict.fromkeys(
-        ("fp16", "float16", "half"),
-        "fp16 needs gradient scaling, which the recipes do not do; use bf16 or fp32",
-    ),
-)
-EVEN = Check("even and at least 2", lambda value: value >= 2 and value % 2 == 0)
-TOLERANCE = Check("above 0 and below 1", lambda value: 0 < value < 1)
-SHARD_SIZE = Check(
-    "as 5GB or 500MB", lambda value: re.fullmatch(r"[1-9]\d*(KB|MB|GB)", value) is not None
-)
-BY_RESUME = Check(
-    "which must be False",
-    lambda value: not value,
-    {"True": "resume_from_checkpoint of the top level decides"},
+from kasa_tune.config.entries import (
+    Component,
+    FilePath,
+    Key,
+    OneOrMany,
+    Section,
+    above,
+    at_least,
 )
 
-
+ROLE = Literal["system", "user", "assistant", "ipython", "tool"]
 _NOT_TRAINED = "an argument of torchtune's own LoRA builders, which these recipes do not train"
 TOKENIZER = Component(
     values={
+        "path": Key(FilePath, help="the tokenizer's file; of which kind, the component says"),
+        "merges_file": Key(FilePath | None, help="Qwen: `merges.txt`"),
+        "vocab_path": Key(FilePath | None, help="Phi-4: `vocab.json`"),
+        "merges_path": Key(FilePath | None, help="Phi-4: `merges.txt`"),
+        "special_tokens_path": Key(
+            FilePath | None, help="a JSON file, such as `tokenizer.json`, with the special tokens"
+        ),
+        "tokenizer_config_path": Key(
+            FilePath | None, help="`hf_tokenizer`: a file that names the special tokens"
+        ),
+        "chat_template_path": Key(FilePath | None, help="`hf_tokenizer`: a chat template in Jinja"),
+        "tokenizer_json_path": Key(FilePath, help="torchtune's own reader of `tokenizer.json`"),
+        "tokenizer_config_json_path": Key(
+            FilePath | None, help="the same reader: `tokenizer_config.json`"
+        ),
+        "generation_config_path": Key(
+            FilePath | None, help="the same reader: `generation_config.json`"
+        ),
         "max_seq_len": Key(
             int | None,
             check=POSITIVE,
             help="the most tokens of a sample, and the length of a packed row; longer samples are cut",
-        )
+        ),
+        "prompt_template": Key(
+            str | dict[ROLE, tuple[str, str]] | None,
+            help="the text before and after each role's messages, or the dotted path of a template",
+        ),
     },
     help="turns text into tokens: one of torchtune's tokenizers, or `hf_tokenizer` (docs/data.md)",
 )
+_SIZE = Key(int | None, check=COUNT)
+# Of builders without a size in their name, such as `kasa_llama3`.
+SIZES = {
+    "vocab_size": Key(int, check=at_least(1, 10_000_000), help="number of tokens the model knows"),
+    "num_layers": Key(int, check=at_least(1, 1000), help="number of transformer blocks"),
+    "num_heads": replace(_SIZE, type=int, help="number of attention heads of a layer"),
+    "num_kv_heads": replace(_SIZE, help="number of heads that have keys and values of their own"),
+    "embed_dim": replace(_SIZE, type=int, help="size of a hidden state"),
+    "intermediate_dim": replace(_SIZE, help="size of the MLP's inner layer"),
+    "head_dim": replace(_SIZE, help="size of a head; else `embed_dim / num_heads`"),
+    "max_seq_len": Key(int, check=at_least(1, 100_000_000), help="the most tokens of a sequence"),
+    "attn_dropout": Key(float, check=FRACTION, help="dropout on attention weights"),
+    "norm_eps": Key(
+        float, check=TOLERANCE, help="added to the mean square that RMSNorm divides by"
+    ),
+    "rope_base": Key(
+        int | float, check=above(0, 1e12), help="base of the rotary position embedding"
+    ),
+    "scale_factor": Key(
+        int | float, check=above(0, 1e6), help="Llama 3.1 and later: factor of its longer context"
+    ),
+    "sliding_window_size": replace(_SIZE, help="Gemma 2: how far every other layer looks back"),
+    "hidden_capping_value": Key(float, check=SCALE, help="Gemma 2: soft bound of attention scores"),
+    "final_capping_value": Key(float, check=SCALE, help="Gemma 2: soft bound of the logits"),
+    "query_pre_attn_scalar": replace(
+        _SIZE, help="Gemma 2: attention scores are divided by its root"
+    ),
+}
 # A default below is that of our model builders, for the reader's information: the builder itself applies it.
 MODEL = Component(
     values={
@@ -65,13 +112,13 @@ MODEL = Component(
             False,
             help="also adapt the output projection; impossible where it is tied to the embedding",
         ),
-        "rank": Key(int, 8, POSITIVE, help="rank of the update"),
-        "alpha": Key(float, 16.0, above(0), help="the update is scaled by alpha / rank"),
+        "rank": Key(int, 8, COUNT, help="rank of the update"),
+        "alpha": Key(float, 16.0, SCALE, help="the update is scaled by alpha / rank"),
         "dropout": Key(float, 0.0, FRACTION, help="dropout on the input of the update"),
         "truncation_rank": Key(
             int | None,
             None,
-            NOT_NEGATIVE,
+            at_least(0, 1_000_000),
             help="KaSA: how many of the smallest singular triplets are removed from each weight; "
             "null removes as many as `rank`, 0 removes none",
         ),
@@ -101,9 +148,10 @@ MODEL = Component(
         "lora_attn_modules": Key(
             list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]], help=_NOT_TRAINED
         ),
-        "lora_rank": Key(int, check=POSITIVE, help=_NOT_TRAINED),
-        "lora_alpha": Key(float, check=above(0), help=_NOT_TRAINED),
+        "lora_rank": Key(int, check=COUNT, help=_NOT_TRAINED),
+        "lora_alpha": Key(float, check=SCALE, help=_NOT_TRAINED),
         "lora_dropout": Key(float, check=FRACTION, help=_NOT_TRAINED),
+        **SIZES,
     },
     help="a model builder of `kasa_tune.components.models`, torchtune's model with adapters: "
     "`kasa_<model>` or `lora_<model>` here, `corda_<model>` for most methods of the other recipes",
@@ -113,10 +161,10 @@ DTYPE_OF_ADAPTER = {
 }
 REGULARIZERS = {
     "beta": Key(
-        float, 1e-4, NOT_NEGATIVE, help="KaSA: weight of the L2 penalty on the adapters' diagonals"
+        float, 1e-4, WEIGHT, help="KaSA: weight of the L2 penalty on the adapters' diagonals"
     ),
     "gamma": Key(
-        float, 1e-3, NOT_NEGATIVE, help="KaSA: weight of the penalty that keeps A and B orthogonal"
+        float, 1e-3, WEIGHT, help="KaSA: weight of the penalty that keeps A and B orthogonal"
     ),
     "orthogonal_gram": Key(
         Literal["thin", "full"],
@@ -141,13 +189,13 @@ START = {
     "covariance_power": Key(
         float,
         1.0,
-        NOT_NEGATIVE,
+        at_least(0, 10),
         help="CorDA: power of the covariance; 1 is CorDA as published, 0 is PiSSA or MiLoRA",
     ),
     "damping": Key(
         float,
         0.01,
-        NOT_NEGATIVE,
+        WEIGHT,
         help="CorDA: added to the diagonal of the covariance, as a share of the diagonal's mean",
     ),
     "damping_search": Key(
@@ -181,7 +229,7 @@ START = {
     "lr_ratio": Key(
         float,
         1.0,
-        above(0),
+        SCALE,
         help="learning rate of B divided by that of A, which is `optimizer.lr` "
         "(LoRA+, arXiv 2402.12354)",
     ),
@@ -197,7 +245,7 @@ QUANTIZATION = Section(
         "scaler_block_size": Key(
             int,
             256,
-            POSITIVE,
+            COUNT,
             help="how many of these scales share a scale of their own; a linear whose scales are not "
             "divisible by it uses the largest smaller number that fits",
         ),
@@ -206,6 +254,16 @@ QUANTIZATION = Section(
 )
 CHECKPOINTER = Component(
     values={
+        "checkpoint_dir": Key(FilePath, help="folder of the base model's files"),
+        "checkpoint_files": Key(
+            list[str] | dict,
+            help="the files with weights: all their names, or `filename_format` and `max_filename`",
+        ),
+        "output_dir": Key(
+            FilePath, help="set it to `${output_dir}`; the recipes write nothing there"
+        ),
+        "adapter_checkpoint": Key(FilePath | None, help="not read; see the key of the top level"),
+        "recipe_checkpoint": Key(FilePath | None, help="not read; see `resume_from_checkpoint`"),
         "should_load_recipe_state": Key(
             bool, check=BY_RESUME, help="`resume_from_checkpoint` of the top level decides"
         ),
@@ -218,6 +276,27 @@ CHECKPOINTER = Component(
 )
 DATASET = Component(
     positional=1,
+    values={
+        "source": Key(
+            FilePath,
+            help="`json`, `csv`, `text` or `parquet` for local files, or a name on the hub",
+        ),
+        "data_files": Key(
+            FilePath | list[FilePath] | dict[str, FilePath | list[FilePath]] | None,
+            help="local files: a path, a pattern, a list, or a mapping of split to these",
+        ),
+        "data_dir": Key(FilePath | None, help="folder that `data_files` are in"),
+        "cache_dir": Key(FilePath | None, help="folder of the datasets library's cache"),
+        "streaming": Key(
+            bool, check=NO_STREAM, help="it must be False: an epoch needs the number of samples"
+        ),
+        "num_proc": Key(
+            int | None, check=at_least(1, 1024), help="processes that prepare the data"
+        ),
+        "column_map": Key(
+            dict[str, str] | None, help="the names that the data's columns have, by the usual names"
+        ),
+    },
     own={
         "packed": Key(
             bool, False, help="put several samples into each row of `tokenizer.max_seq_len` tokens"
@@ -234,7 +313,7 @@ DATASET = Component(
         "weight": Key(
             float,
             1.0,
-            above(0),
+            above(0, 1000),
             help="how many times an epoch goes through this dataset; it matters in a list of datasets",
         ),
     },
@@ -253,7 +332,7 @@ CALIBRATION = Section(
             help="join all samples and cut the stream of tokens into rows of `max_seq_len`, "
             "instead of one sample a row",
         ),
-        "num_samples": Key(int, 256, POSITIVE, help="number of rows in a round of calibration"),
+        "num_samples": Key(int, 256, COUNT, help="number of rows in a round of calibration"),
         "max_seq_len": Key(
             int,
             2048,
@@ -263,17 +342,17 @@ CALIBRATION = Section(
         "rounds": Key(
             int,
             1,
-            POSITIVE,
+            at_least(1, 1000),
             help="CorDA++: number of independent draws of rows; each layer keeps the draw that "
             "makes it most compact; the paper uses 5",
         ),
         "batch_size": Key(
             int,
             1,
-            POSITIVE,
+            COUNT,
             help="rows in one forward pass; this changes memory and speed, not the result",
         ),
-        "seed": Key(int, "${seed}", NOT_NEGATIVE, help="seed of the draws of calibration rows"),
+        "seed": Key(int, "${seed}", SEEDS, help="seed of the draws of calibration rows"),
         "accumulate": Key(
             Literal["fp32", "fp64"], "fp32", help="precision in which the covariances are summed"
         ),
@@ -288,7 +367,7 @@ CALIBRATION = Section(
             "instead of choosing one; null: every layer chooses",
         ),
         "cache_dir": Key(
-            str,
+            FilePath,
             "${output_dir}/decomposition",
             help="folder in which the finished decomposition is kept; runs with the same base "
             "weights and calibration data can share it",
@@ -296,64 +375,7 @@ CALIBRATION = Section(
     },
     help="the calibration: which data CorDA runs through the model before training, and how",
 )
-OPTIMIZER = Component(
-    positional=1,
-    values={
-        "lr": Key(
-            float, check=NOT_NEGATIVE, help="learning rate; with a schedule, its highest value"
-        ),
-        "weight_decay": Key(
-            float,
-            check=NOT_NEGATIVE,
-            help="decoupled weight decay; torch's AdamW has 0.01, the paper's configs have 0",
-        ),
-        "eps": Key(
-            float,
-            check=NOT_NEGATIVE,
-            help="added to the denominator of the optimizer's update, to keep it finite",
-        ),
-    },
-    help="any optimizer of torch that needs no closure",
-)
-LR_SCHEDULER = Component(
-    default=None,
-    positional=1,
-    runtime=("num_training_steps",),
-    values={
-        "warmup_ratio": Key(
-            float | None, check=RATIO, help="length of the warm-up as a share of all steps"
-        ),
-        "num_warmup_steps": Key(
-            int | None,
-            check=NOT_NEGATIVE,
-            help="length of the warm-up in steps; set this or warmup_ratio",
-        ),
-    },
-    help="`cosine_schedule` or `linear_schedule` of `kasa_tune.components.training`, or one of "
-    "torchtune's; null: a constant learning rate",
-)
-LOSS = Component(
-    default={"_component_": "kasa_tune.components.training.ChunkedCrossEntropy"},
-    help="the loss; of `ChunkedCrossEntropy`, `chunk_size` limits how many tokens have their logits "
-    "in memory at a time, and `label_smoothing` is the usual one",
-)
-METRIC_LOGGER = Component(
-    default={
-        "_component_": "kasa_tune.components.training.JSONLLogger",
-        "log_dir": "${output_dir}",
-    },
-    help="where metrics are written: JSON lines, Trackio, or one of torchtune's loggers "
-    "(TensorBoard, W&B)",
-)
-PROFILER = Component(
-    default={
-        "_component_": "torchtune.training.setup_torch_profiler",
-        "enabled": False,
-        "output_dir": "${output_dir}/profiler",
-    },
-    help="torch's profiler; off unless `profiler.enabled=True`",
-)
-SEED = Key(int, 42, NOT_NEGATIVE, help="seed of every random choice; it cannot be null")
+SEED = Key(int, 42, SEEDS, help="seed of every random choice; it cannot be null")
 DEVICE = Key(
     str,
     check=ONE_DEVICE,

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import yaml
 
 from kasa_tune import registry
-from kasa_tune.config.entries import Component, OneOrMany, Schema, show
+from kasa_tune.config.entries import Component, OneOrMany, Schema, listed, shortened, show
 
 _TAG = "tag:yaml.org,2002:"
+# A config is small. What is larger comes from anchors that multiply, or is no config.
+MOST_BYTES, MOST_LEVELS, MOST_VALUES, MOST_MERGED = 1_000_000, 40, 20_000, 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -19,21 +21,47 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node with all below it, down to the deepest level that is allowed."""
+        if self.levels >= MOST_LEVELS:
+            raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what `<<` names, unless that is more than a config can hold."""
+        for key, value in node.value:
+            if key.tag == f"{_TAG}merge" and len(value.value) > MOST_MERGED:
+                raise ValueError(f"<< merges more than {MOST_MERGED} keys or mappings")
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise ValueError(f"a mapping has more than {MOST_VALUES} keys")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             wrong = None
             if key.tag not in (f"{_TAG}str", f"{_TAG}int", f"{_TAG}merge"):
-                wrong = f"a key must be a name, not {key.value!r}"
+                wrong = f"a key must be a name, not {show(key.value)}"
             elif key.value in seen:
-                wrong = f"the key {key.value!r} is there twice"
+                wrong = f"the key {show(key.value)} is there twice"
             if wrong:
                 raise yaml.constructor.ConstructorError(None, None, wrong, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(str(node.value)) > 80:  # Python takes long over many digits, and refuses the most
+        raise ValueError("a number has more than 64 bits")
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor(f"{_TAG}int", _integer)
 for _name, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
@@ -52,11 +80,17 @@ def read(file: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, is empty, not YAML, or holds something else.
     """
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"the file is larger than {MOST_BYTES} bytes, so it is no config")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"not valid YAML: {_in_one_line(error)}") from None
+    try:
+        tree = _parsed(text)
+    except ValueError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
     if tree is None:
         raise ValueError("the file is empty")
     if not isinstance(tree, dict):
@@ -64,10 +98,42 @@ def read(file: Path) -> dict[str, Any]:
     return tree
 
 
+def _parsed(text: str) -> Any:
+    """The containers and values in a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, is nested too deeply, holds itself, or has too many values once its anchors are
+            replaced by what they stand for.
+    """
+    try:
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(_in_one_line(error)) from None
+    except (LookupError, AttributeError, TypeError) as error:  # PyYAML's, of `!!bool maybe`
+        raise ValueError(f"a tag does not fit its value: {error!r}") from None
+    if _num_values(tree, {}) > MOST_VALUES:
+        raise ValueError(f"its anchors stand for more than {MOST_VALUES} values")
+    return tree
+
+
+def _num_values(tree: Any, counted: dict[int, int | None]) -> int:
+    """Number of values in a tree, those of an anchor counted wherever it is used."""
+    if not isinstance(tree, (dict, list)):
+        return 1
+    if id(tree) not in counted:
+        counted[id(tree)] = None  # entered, and not left yet
+        inner = tree.values() if isinstance(tree, dict) else tree
+        counted[id(tree)] = 1 + sum(_num_values(value, counted) for value in inner)
+    number = counted[id(tree)]
+    if number is None:
+        raise ValueError("an anchor stands for something that holds the anchor itself")
+    return number
+
+
 def _in_one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return where + (getattr(error, "problem", None) or str(error))
+    return shortened(where + (getattr(error, "problem", None) or str(error)), 160)
 
 
 def override(tree: dict[str, Any], text: str, schema: Schema) -> None:
@@ -87,6 +153,8 @@ def override(tree: dict[str, Any], text: str, schema: Schema) -> None:
     if not path or not (remove or equals):
         raise ValueError("expected key=value to set a key, or ~key to remove one")
     *parents, last = path.split(".")
+    if len(parents) > MOST_LEVELS:
+        raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
     node: Any = tree
     for depth, name in enumerate(parents, start=1):
         node = _enter(node, name, ".".join(parents[:depth]), create=not remove)
@@ -112,9 +180,9 @@ def _value(text: str) -> Any:
     if not text:
         raise ValueError("no value given; write null for none, '' for an empty string")
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value is not valid YAML ({_in_one_line(error)}); quote it") from None
+        return _parsed(text)
+    except ValueError as error:
+        raise ValueError(f"the value is not valid YAML ({error}); quote it") from None
 
 
 def _enter(node: Any, name: str, path: str, *, create: bool) -> Any:
@@ -137,9 +205,8 @@ def _key(node: Any, name: str, path: str) -> str | int:
         return name
     if name.isdigit() and int(name) < len(node):
         return int(name)
-    raise ValueError(
-        f"{where} is a list with the entries {', '.join(f'{where}.{i}' for i in range(len(node)))}"
-    )
+    entries = listed([f"{where}.{i}" for i in range(len(node))])
+    raise ValueError(f"{where} is a list with the entries {entries}")
 
 
 def _absent(node: dict[str, Any], name: str, path: str) -> str:

@@ -1,13 +1,9 @@
-"""Conditions a schema cannot state: between keys, and on the files and folders that a config names.
+"""Conditions between the keys of a config, which a schema cannot state. Those on files stand in rules_of_files.py.
 
 A rule takes the config as plain containers, with only such entries as are good in themselves, and yields what is wrong.
 """
 
-import glob
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from kasa_tune import registry
@@ -15,21 +11,12 @@ from kasa_tune.config import signatures
 from kasa_tune.config.entries import Problem, show
 from kasa_tune.methods import METHODS, Method
 
-_TOKENIZER_FILES = (
-    "path",
-    "merges_file",
-    "special_tokens_path",
-    "tokenizer_json_path",
-    "tokenizer_config_json_path",
-)
-_READERS = (
-    "arrow",
-    "csv",
-    "json",
-    "pandas",
-    "parquet",
-    "text",
-)  # `source` of files; other sources are the hub's
+_COLUMNS = {  # datasets to the names in their column_map; Alpaca's `input` may be left out
+    "alpaca_dataset": ("instruction", "input", "output"),
+    "alpaca_cleaned_dataset": ("instruction", "input", "output"),
+    "instruct_dataset": ("input", "output"),
+    "input_output_dataset": ("input", "output"),
+}
 
 
 def _settings(chosen: Callable[[Method], Any]) -> tuple[str | None, ...]:
@@ -218,6 +205,39 @@ def warmup(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("lr_scheduler.warmup_ratio", f"{given}; give one of the two")
 
 
+def prompt_template(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A prompt template given by its dotted path is there."""
+    given = (cfg.get("tokenizer") or {}).get("prompt_template")
+    if not isinstance(given, str):
+        return
+    try:
+        signatures.static(given)
+    except signatures.UnreadableError:
+        return  # only an import could tell
+    except (signatures.NoSuchNameError, ValueError) as error:
+        near = getattr(error, "names", [])
+        hint = registry.did_you_mean(getattr(error, "name", ""), near)
+        wrong = f"got {show(given)}, but {error}. {hint}"
+        yield Problem("tokenizer.prompt_template", wrong.strip())
+
+
+def columns(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """`column_map` has the names that its dataset knows, and all of them."""
+    calibrated = (cfg.get("calibration") or {}).get("dataset")
+    places = {"dataset": cfg.get("dataset"), "dataset_val": cfg.get("dataset_val")}
+    for place, nodes in (places | {"calibration.dataset": calibrated}).items():
+        for node in nodes if isinstance(nodes, list) else [nodes or {}]:
+            builder, given = str(node.get("_component_")).rpartition(".")[2], node.get("column_map")
+            known = _COLUMNS.get(builder)
+            if (
+                known
+                and isinstance(given, dict)
+                and not {*known} - {"input"} <= {*given} <= {*known}
+            ):
+                wrong = f"got {show(given)}; {builder} has the columns {', '.join(known)}"
+                yield Problem(f"{place}.column_map", wrong)
+
+
 def validation(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Whoever wants validation has something to validate on."""
     key = "run_val_every_n_steps"
@@ -249,192 +269,6 @@ def model_type(cfg: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def tokenizer_files(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """The tokenizer's files are there."""
-    node = cfg.get("tokenizer") or {}
-    for name in _TOKENIZER_FILES:
-        if isinstance(node.get(name), str):
-            yield from _missing(f"tokenizer.{name}", node[name])
-
-
-def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """The base model's folder and files are there. A dry run reads no weights."""
-    node = cfg.get("checkpointer") or {}
-    key, folder = "checkpointer.checkpoint_dir", node.get("checkpoint_dir")
-    if cfg.get("dry_run") or not isinstance(folder, str):
-        return
-    if os.path.isfile(folder):
-        yield Problem(key, f"got {folder!r}, which is a file; give the folder it lies in")
-    elif not os.path.isdir(folder):
-        yield from _missing(
-            key, folder, "; `tune download <repo> --output-dir <folder>` fetches a model"
-        )
-    else:
-        if node.get("_component_", "").endswith("HFCheckpointer"):
-            yield from _missing(
-                key, os.path.join(folder, "config.json"), ", and belongs beside the weights"
-            )
-        yield from _listed_files(folder, node.get("checkpoint_files"))
-
-
-def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
-    key = "checkpointer.checkpoint_files"
-    if given == []:
-        yield Problem(key, "got an empty list; name the files of the checkpoint")
-    if isinstance(given, list):
-        yield from _missing_of(key, folder, given)
-    if not isinstance(given, dict):
-        return
-    pattern, last = given.get("filename_format"), given.get("max_filename")
-    if set(given) != {"filename_format", "max_filename"}:
-        keys = ", ".join(map(str, given))
-        yield Problem(
-            key,
-            f"got the keys {keys}; expected filename_format and max_filename, or a list of files",
-        )
-    elif not isinstance(last, str) or not last.isdigit() or int(last) < 1:
-        wrong = f"got {show(last)}; expected the digits of the last file's number, such as '00004'"
-        yield Problem(f"{key}.max_filename", wrong)
-    elif not isinstance(pattern, str) or pattern.count("{}") != 2:
-        wrong = f"got {show(pattern)}; expected two pairs of braces, such as 'model-{{}}-of-{{}}.safetensors'"
-        yield Problem(f"{key}.filename_format", wrong)
-    else:
-        numbers = [str(number).zfill(len(last)) for number in range(1, int(last) + 1)]
-        yield from _missing_of(key, folder, [pattern.format(number, last) for number in numbers])
-
-
-def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    if len(missing) > 3:
-        yield Problem(
-            key,
-            f"{len(missing)} of {len(names)} files are not in {folder}; the first is {missing[0]}",
-        )
-        return
-    for name in missing:
-        yield from _missing(key, os.path.join(folder, name))
-
-
-def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """Local data is there; names on the hub and addresses are not looked up."""
-    calibrated = (cfg.get("calibration") or {}).get("dataset")
-    datasets = {
-        "dataset": cfg.get("dataset"),
-        "dataset_val": cfg.get("dataset_val"),
-        "calibration.dataset": calibrated,
-    }
-    for name, nodes in datasets.items():
-        nodes = nodes or []
-        for i, node in enumerate(nodes if isinstance(nodes, list) else [nodes]):
-            key = f"{name}.{i}" if isinstance(nodes, list) else name
-            source, folder = node.get("source"), node.get("data_dir")
-            is_path = isinstance(source, str) and source.startswith(("/", "./", "../"))
-            if is_path:
-                yield from _missing(f"{key}.source", source)
-            is_default = source is None and node["_component_"].startswith(
-                "kasa_tune."
-            )  # then data_files are local
-            for file in (
-                _flat(node.get("data_files")) if is_default or is_path or source in _READERS else ()
-            ):
-                path = os.path.join(folder if isinstance(folder, str) else "", file)
-                if "://" not in path and not glob.glob(path, recursive=True):
-                    yield from _missing(f"{key}.data_files", path)
-
-
-def _flat(given: Any) -> Iterator[str]:
-    """The file names in a string, a list, or a mapping of split to either."""
-    if isinstance(given, str):
-        yield given
-    elif isinstance(given, (list, dict)):
-        for item in given.values() if isinstance(given, dict) else given:
-            yield from _flat(item)
-
-
-def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """What is to be resumed or generated from is there, and a run does not write into what it starts from."""
-    start, output = cfg.get("adapter_checkpoint"), cfg.get("output_dir")
-    if (
-        "optimizer" in cfg
-        and start
-        and output
-        and os.path.abspath(start) == os.path.abspath(output)
-    ):
-        yield Problem(
-            "output_dir", f"got {show(output)}, which is adapter_checkpoint: choose another folder"
-        )
-    for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
-        if isinstance(cfg.get(key), str):
-            yield from _missing(key, cfg[key])
-
-
-def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """Results can be written, and checkpoints not among the base model's files."""
-    checkpointer = cfg.get("checkpointer") or {}
-    base = checkpointer.get("checkpoint_dir")
-    folders = {
-        "checkpointer.output_dir": checkpointer.get("output_dir"),
-        "output_dir": cfg.get("output_dir"),
-    }
-    for folder, key in {
-        folder: key for key, folder in folders.items() if isinstance(folder, str)
-    }.items():
-        if isinstance(base, str) and Path(folder).resolve().is_relative_to(Path(base).resolve()):
-            yield Problem(
-                key,
-                f"got {folder!r}, which lies in checkpoint_dir {base}; choose a folder outside it",
-            )
-        yield from _unwritable(key, folder)
-    cache = (cfg.get("calibration") or {}).get("cache_dir")
-    if cache is not None:
-        yield from _unwritable("calibration.cache_dir", cache)
-
-
-def _unwritable(key: str, given: str) -> Iterator[Problem]:
-    """A problem when no file can be made in the folder `given`, or in the part of its path that exists."""
-    folder = Path(given).absolute()
-    try:
-        while not folder.exists():
-            folder = folder.parent
-        if folder.is_dir():
-            with tempfile.TemporaryFile(dir=folder):
-                return
-        reason = f"{folder} is a file"
-    except OSError as error:
-        reason = f"{folder}: {error.strerror or error}"
-    yield Problem(key, f"got {given!r}, where nothing can be written: {reason}")
-
-
-def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
-    """A problem when nothing lies at `path`, with the nearest names in its folder."""
-    if os.path.exists(path):
-        return
-    folder, name = os.path.split(path)
-    beside = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
-    yield Problem(
-        key,
-        f"got {path!r}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip(),
-    )
-
-
-# --- this machine -----------------------------------------------------------------------------------------------------
-
-
-def device(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """The device is there; a dry run needs none. Imports torch."""
-    if not cfg.get("dry_run") and str(cfg.get("device")).startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            wrong = (
-                "but torch sees no CUDA device; set device=cpu, or install a CUDA build of torch"
-            )
-            yield Problem("device", f"got {show(cfg['device'])}, {wrong}")
-
-
 BETWEEN_KEYS = (
     adapted,
     builder,
@@ -445,9 +279,9 @@ BETWEEN_KEYS = (
     lora_plus,
     offloading,
     warmup,
+    prompt_template,
+    columns,
     validation,
     something_to_complete,
     model_type,
 )
-FILES = (tokenizer_files, checkpoint_files, data_files, results_to_load, output_folder)
-MACHINE = (device,)

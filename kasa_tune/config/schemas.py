@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from kasa_tune import registry
-from kasa_tune.config.entries import Check, Ignored, Key, OneOrMany, Schema, Section, above
+from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.entries import (
+    Check,
+    FilePath,
+    Ignored,
+    Key,
+    OneOrMany,
+    Schema,
+    Section,
+    at_least,
+)
 from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
@@ -14,19 +24,19 @@ from kasa_tune.config.parts import (
     DEVICE,
     DTYPE,
     DTYPE_OF_ADAPTER,
-    LOSS,
-    LR_SCHEDULER,
-    METRIC_LOGGER,
     MODEL,
-    NOT_NEGATIVE,
-    OPTIMIZER,
-    POSITIVE,
-    PROFILER,
     QUANTIZATION,
     REGULARIZERS,
     SEED,
     START,
     TOKENIZER,
+)
+from kasa_tune.config.parts_of_training import (
+    LOSS,
+    LR_SCHEDULER,
+    METRIC_LOGGER,
+    OPTIMIZER,
+    PROFILER,
 )
 from kasa_tune.methods import METHODS
 
@@ -89,7 +99,7 @@ _QCORDA_ADAPTER = Section(
         "quantization_iterations": Key(
             int | None,
             None,
-            POSITIVE,
+            at_least(1, 1000),
             help="qpissa, loftq: how many times the start and the quantized weight are found in turn; "
             "null: " + _ITERATIONS,
         ),
@@ -98,19 +108,28 @@ _QCORDA_ADAPTER = Section(
     help="the method, and how its adapters start; the regularizers belong to qkasa",
 )
 FINETUNE: Schema = {
-    "output_dir": Key(str, help="folder for checkpoints, metrics and results (docs/running.md)"),
+    "output_dir": Key(
+        FilePath, help="folder for checkpoints, metrics and results (docs/running.md)"
+    ),
     "tokenizer": TOKENIZER,
     "model": MODEL,
     "adapter": _ADAPTER,
     "checkpointer": CHECKPOINTER,
     "resume_from_checkpoint": Key(
-        bool | str,
+        bool | Literal["restart"] | FilePath,
         False,
         help="True continues from the newest intact checkpoint in `output_dir`, or starts anew if "
-        "there is none; a path continues from that checkpoint",
+        "there is none; a path continues from that checkpoint; restart starts anew and moves what "
+        "an earlier run left in `output_dir` into a folder `restarted_<n>` there",
+    ),
+    "verify_base": Key(
+        Literal["sampled", "full"],
+        "sampled",
+        help="how a resumed run and an export compare the base weights with those of training: "
+        "a sample of every tensor, or all bytes",
     ),
     "adapter_checkpoint": Key(
-        str | None,
+        FilePath | None,
         None,
         help="start from this adapter instead of a new one: a run's `output_dir`, one of its "
         "checkpoints, or a native adapter, exported or imported (docs/import.md); its `model` "
@@ -128,26 +147,26 @@ FINETUNE: Schema = {
         help="validate before the first step, every n steps and after the last one; null: never",
     ),
     "batch_size_val": Key(
-        int, "${batch_size}", POSITIVE, help="number of samples in a validation batch"
+        int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
         int,
         16,
-        POSITIVE,
+        COUNT,
         help="number of samples (rows, when packed) in one forward pass, on each process",
     ),
     "num_workers": Key(
         int,
         0,
-        NOT_NEGATIVE,
+        at_least(0, 1024),
         help="number of processes that prepare batches; 0: the training process does it",
     ),
     "optimizer": OPTIMIZER,
     "lr_scheduler": LR_SCHEDULER,
     "loss": LOSS,
-    "epochs": Key(int, 1, POSITIVE, help="how many times training goes through the data"),
+    "epochs": Key(int, 1, COUNT, help="how many times training goes through the data"),
     "max_steps": Key(
         int | None,
         None,
@@ -163,11 +182,11 @@ FINETUNE: Schema = {
     "gradient_accumulation_steps": Key(
         int,
         1,
-        POSITIVE,
+        COUNT,
         help="number of batches in one optimizer step; the last step of an epoch may have fewer",
     ),
     "clip_grad_norm": Key(
-        float | None, None, above(0), help="upper bound of the gradient's norm; null: no bound"
+        float | None, None, SCALE, help="upper bound of the gradient's norm; null: no bound"
     ),
     "compile": Key(
         bool, False, help="compile the model's layers: the first steps are slow, later ones faster"
@@ -207,14 +226,14 @@ FINETUNE: Schema = {
     "world_size": Key(
         int | None,
         None,
-        POSITIVE,
+        COUNT,
         help="with `dry_run` of a distributed recipe: count what one of this many processes "
         "needs; a real run takes its number from `--nproc_per_node`",
     ),
     "data_parallel_shard_dim": Key(
         int | None,
         None,
-        POSITIVE,
+        COUNT,
         help="distributed recipes: number of processes that share one copy of the model; each group "
         "has its own copy; must divide the number of processes; null: all share one copy",
     ),
@@ -227,7 +246,7 @@ FINETUNE: Schema = {
     "timeout": Key(
         int,
         600,
-        POSITIVE,
+        at_least(1, 10_000_000),
         help="distributed recipes: seconds that a process waits for the others before it gives up",
     ),
 }
@@ -246,14 +265,16 @@ QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calib
 
 GENERATE: Schema = {
     "output_dir": Key(
-        str | None, None, help="folder for `completions.jsonl`; null: completions are only printed"
+        FilePath | None,
+        None,
+        help="folder for `completions.jsonl`; null: completions are only printed",
     ),
     "tokenizer": TOKENIZER,
     "model": MODEL,
     "adapter": _ADAPTER,
     "checkpointer": CHECKPOINTER,
     "adapter_checkpoint": Key(
-        str | None,
+        FilePath | None,
         None,
         help="the trained adapter: a run's `output_dir` or one of its checkpoints; "
         "null: only the base model generates",
@@ -264,20 +285,20 @@ GENERATE: Schema = {
         help="samples whose prompts are completed; each is shown with its reference",
     ),
     "num_samples": Key(
-        int, 8, POSITIVE, help="how many different prompts of the dataset are completed"
+        int, 8, COUNT, help="how many different prompts of the dataset are completed"
     ),
-    "max_new_tokens": Key(int, 64, POSITIVE, help="the most tokens of a completion"),
+    "max_new_tokens": Key(int, 64, COUNT, help="the most tokens of a completion"),
     "temperature": Key(
         float,
         0.0,
-        NOT_NEGATIVE,
+        TEMPERATURE,
         help="temperature of the sampling; 0 always takes the likeliest token",
     ),
     "top_k": Key(
         int | None, None, POSITIVE, help="sample from the k likeliest tokens; null: from all tokens"
     ),
     "seed": SEED,
-    "batch_size": Key(int, 8, POSITIVE, help="number of prompts completed together"),
+    "batch_size": Key(int, 8, COUNT, help="number of prompts completed together"),
     "device": DEVICE,
     "dtype": DTYPE,
 }

@@ -77,6 +77,24 @@ def static(path: str) -> Signature:
     return _signature(*find(path))
 
 
+def constants(path: str) -> dict[str, Any]:
+    """The numbers that the builder at dotted `path` passes on by keyword, such as `num_heads`; raises as `static`.
+
+    A builder is a function that returns the value of one call, as torchtune's `llama3_8b` does.
+    """
+    module, node = find(path)
+    while isinstance(node, Call) and node.call.args:
+        module, node = expression(module, node.call.args[0])
+    last = node.body[-1] if isinstance(node, ast.FunctionDef) else None
+    if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Call):
+        return {}
+    return {
+        keyword.arg: keyword.value.value
+        for keyword in last.value.keywords
+        if keyword.arg and isinstance(keyword.value, ast.Constant)
+    }
+
+
 def members(path: str) -> list[str]:
     """The names that the enumeration at dotted `path` assigns; raises as `static`."""
     _, node = find(path)
@@ -151,9 +169,35 @@ def _constructor(module: Module, node: ast.ClassDef) -> Signature:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _arguments(item.args, skip=1)
-    if node.keywords or node.decorator_list or not node.bases:  # metaclass, dataclass, object
+    if _is_dataclass(node):
+        return _fields(module, node)
+    if node.keywords or node.decorator_list or not node.bases:  # metaclass, object
         raise UnreadableError(f"{node.name} has no __init__ of its own")
     return _signature(*expression(module, node.bases[0]))
+
+
+def _is_dataclass(node: Any) -> bool:
+    marks = (
+        [ast.unparse(mark) for mark in node.decorator_list]
+        if hasattr(node, "decorator_list")
+        else []
+    )
+    return marks in (["dataclass"], ["dataclasses.dataclass"])
+
+
+def _fields(module: Module, node: ast.ClassDef) -> Signature:
+    """What a dataclass takes: the fields of its bases, then its own."""
+    parameters: dict[str, Parameter] = {}
+    for base in node.bases:
+        where, found = expression(module, base)
+        if _is_dataclass(found):
+            parameters |= _fields(where, found).parameters
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            parameters[item.target.id] = Parameter(
+                _kind(item.annotation, item.value), item.value is None
+            )
+    return Signature(parameters)
 
 
 def _called(module: Module, binding: Call) -> Signature:
@@ -195,19 +239,30 @@ def _kind(node: ast.expr | None, default: ast.expr | None = None) -> Any:
     if isinstance(node, ast.Constant) and node.value is None:
         return None
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union(_kind(node.left), _kind(node.right))
+        return _union(*map(_kind, _from_yaml([node.left, node.right])))
     if not isinstance(node, ast.Subscript):
         return _SIMPLE.get(ast.unparse(node).split(".")[-1], Any) if node else Any
     outer = ast.unparse(node.value).split(".")[-1]
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     if outer in ("Optional", "Union"):
-        return _union(*map(_kind, inner), *([None] if outer == "Optional" else []))
+        return _union(*map(_kind, _from_yaml(inner)), *([None] if outer == "Optional" else []))
     if outer in ("list", "List"):
         return list[_kind(inner[0])]  # type: ignore[misc]
+    if outer in ("dict", "Dict", "Mapping") and len(inner) == 2:
+        return dict[_kind(inner[0]), _kind(inner[1])]  # type: ignore[misc]
+    if outer in ("tuple", "Tuple"):
+        if isinstance(inner[-1], ast.Constant) and inner[-1].value is ...:
+            return list[_kind(inner[0])]  # type: ignore[misc]
+        return tuple[tuple(map(_kind, inner))]  # type: ignore[misc]
     values = [item.value for item in inner if isinstance(item, ast.Constant)]
     if outer == "Literal" and len(values) == len(inner):
         return Literal[tuple(values)]
     return _SIMPLE.get(outer, Any)
+
+
+def _from_yaml(kinds: list[ast.expr]) -> list[ast.expr]:
+    """Those of several annotations whose values YAML can give: a rate may be a float or a tensor, but not here."""
+    return [kind for kind in kinds if ast.unparse(kind).split(".")[-1] != "Tensor"] or kinds
 
 
 def _kind_of_text(annotation: Any) -> Any:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -17,84 +16,14 @@ from kasa_tune import config
 from kasa_tune.config import reading
 from kasa_tune.config.entries import Check, Section
 from kasa_tune.methods import methods_of
+from tests.config_trees import SHARDS, complete, folder_of, load, only_problem, problems, write
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-
-
-def complete(folder: Path) -> dict:
-    """A fine-tuning config without a fault, in a folder that holds the files it names."""
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    for name in ("config.json", "tokenizer.model", *SHARDS):
-        (model / name).touch()
-    (folder / "rows.jsonl").touch()
-    return {
-        "output_dir": str(folder / "out"),
-        "tokenizer": {
-            "_component_": "torchtune.models.llama3.llama3_tokenizer",
-            "path": str(model / "tokenizer.model"),
-        },
-        "model": {
-            "_component_": "kasa_tune.components.models.kasa_llama3_8b",
-            "attn_modules": ["q_proj", "v_proj"],
-            "rank": 8,
-            "alpha": 16,
-        },
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(model),
-            "checkpoint_files": SHARDS,
-            "model_type": "LLAMA3",
-            "output_dir": "${output_dir}",
-        },
-        "dataset": {
-            "_component_": "torchtune.datasets.instruct_dataset",
-            "source": "json",
-            "data_files": str(folder / "rows.jsonl"),
-            "split": "train",
-        },
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-4},
-        "lr_scheduler": {
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-            "num_warmup_steps": 10,
-        },
-        "device": "cpu",
-    }
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict:
     return complete(tmp_path)
-
-
-def write(tree: dict, folder: str | Path, name: str = "mine.yaml") -> Path:
-    path = Path(folder) / name
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
-
-
-def folder_of(tree: dict) -> Path:
-    return Path(tree["output_dir"]).parent
-
-
-def load(tree: dict, *overrides: str, **options):
-    return config.load(write(tree, folder_of(tree)), overrides, **options)
-
-
-def problems(tree: dict, *overrides: str, **options) -> dict[str, str]:
-    """The problems by key; each key may have one."""
-    with pytest.raises(config.ConfigError) as caught:
-        load(tree, *overrides, **options)
-    found = dict(caught.value.problems)
-    assert len(found) == len(caught.value.problems)
-    return found
-
-
-def only_problem(tree: dict, *overrides: str, **options) -> tuple[str, str]:
-    found = problems(tree, *overrides, **options)
-    assert len(found) == 1, found
-    return next(iter(found.items()))
 
 
 # --- what is accepted -------------------------------------------------------------------------------------------------
@@ -387,6 +316,7 @@ def test_every_entry_of_a_list_of_datasets_is_checked(tree):
 
 
 def test_free_keywords_pass_and_misspelt_ones_do_not(tree):
+    tree["dataset"]["source"] = "csv"
     assert load(tree, "dataset.delimiter=;").dataset.delimiter == ";"  # a reader's option
     assert load(tree, "dataset.names=[a,b]").dataset.names == ["a", "b"]
     assert "streaming" in only_problem(tree, "dataset.streamin=True")[1]

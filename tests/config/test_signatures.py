@@ -85,7 +85,7 @@ def test_builders_under_names_that_tell_no_method(tmp_path, monkeypatch):
 def test_types_are_read_from_annotations():
     parameters = signatures.static("torchtune.training.FullModelHFCheckpointer").parameters
     assert parameters["checkpoint_dir"].kind is str
-    assert parameters["checkpoint_files"].kind == list[str] | dict
+    assert parameters["checkpoint_files"].kind == list[str] | dict[str, str]
     assert parameters["adapter_checkpoint"].kind == str | None
     assert parameters["safe_serialization"].kind is bool
     imported = signatures.imported("torchtune.training.FullModelHFCheckpointer")
@@ -162,11 +162,12 @@ def test_ways_of_binding_a_name(tmp_path, monkeypatch):
         ("c", False),
     ]
     assert parameters("Base")["b"].kind == list[int] | None
+    assert parameters("Data") == {"d": signatures.Parameter(int, True)}
     assert parameters("renamed") == parameters("alias") == parameters("inner.deep")
     assert parameters("renamed")["n"] == signatures.Parameter(int | None, True)
     assert parameters("plain")["z"] == signatures.Parameter(int | None, False, False)
     assert not any(parameter.required for parameter in parameters("half").values())
-    for unclear in ("computed", "globals_free", "plain.attribute", "Data"):
+    for unclear in ("computed", "globals_free", "plain.attribute"):
         with pytest.raises(signatures.UnreadableError):
             parameters(unclear)
 

@@ -378,7 +378,7 @@ def test_an_optimizer_whose_state_cannot_be_saved(finetune, tmp_path, monkeypatc
         "        self.state[self.param_groups[0]['params'][0]]['seen'] = {1, 2}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TypeError, match=r"cannot hold set .*seen"):
+    with pytest.raises(ValueError, match=r"cannot hold set .*seen"):
         finetune("optimizer={_component_: optimizers_of_others.Remembering, lr: 1e-3}")
 
 

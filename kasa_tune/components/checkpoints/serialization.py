@@ -22,14 +22,14 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             its path.
 
     Raises:
-        TypeError: the tree holds something else. The message says what it is and where.
+        ValueError: the tree holds something else. The message says what it is and where.
     """
     path = path.lstrip("/")
     if isinstance(tree, Tensor):
         try:
             packed = to_parts(tree)
         except TypeError as error:
-            raise TypeError(
+            raise ValueError(
                 f"A checkpoint cannot hold {type(tree).__name__} (at {path}): {error}. Use an "
                 "optimizer of torch.optim or torchao.optim."
             ) from None
@@ -45,7 +45,7 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(tree, Mapping):
         if not all(key is None or isinstance(key, str | int | float) for key in tree):
-            raise TypeError(f"A checkpoint's dict keys must be strings or numbers (at {path}).")
+            raise ValueError(f"A checkpoint's dict keys must be strings or numbers (at {path}).")
         return {
             "dict": [[key, encode(value, f"{path}/{key}", tensors)] for key, value in tree.items()]
         }
@@ -55,7 +55,7 @@ def encode(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [encode(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
-    raise TypeError(f"A checkpoint cannot hold {type(tree).__name__} (at {path}).")
+    raise ValueError(f"A checkpoint cannot hold {type(tree).__name__} (at {path}).")
 
 
 def decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:

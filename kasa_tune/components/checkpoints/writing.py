@@ -126,7 +126,7 @@ def check_saveable(tree: Any) -> None:
     optimizer's state.
 
     Raises:
-        TypeError: it cannot. The message says what it cannot write and where that is.
+        ValueError: it cannot. The message says what it cannot write and where that is.
     """
     json.dumps(encode(tree, "", {}))
 

@@ -6,6 +6,9 @@ import math
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchtune import utils
+
+log = utils.get_logger("INFO")  # prints on rank 0
 
 
 def cosine_schedule(
@@ -63,7 +66,13 @@ def _warmup_steps(total: int, steps: int | None, ratio: float | None) -> int:
         raise ValueError(f"warmup_ratio must lie in [0, 1]; got {ratio}.")
     if steps is not None and steps < 0:
         raise ValueError(f"num_warmup_steps must not be negative; got {steps}.")
-    return steps if steps is not None else math.ceil(total * (ratio or 0.0))
+    warmup = steps if steps is not None else math.ceil(total * (ratio or 0.0))
+    if warmup >= total:
+        log.warning(
+            f"The warm-up takes {warmup} steps and the run has {total}, so the learning rate rises "
+            "to the end and never reaches its highest value. Lower num_warmup_steps or warmup_ratio."
+        )
+    return warmup
 
 
 def _progress(step: int, warmup: int, total: int) -> float:

@@ -208,8 +208,7 @@ def check_optimizer(
         is_cut: every process will hold a part of each parameter and of its state.
 
     Raises:
-        TypeError: they cannot; the message says what and where.
-        ValueError: the state is quantized, which cannot be cut.
+        ValueError: they cannot; the message says what and where. Or the state is quantized, which cannot be cut.
     """
     largest = max((p for p in model.parameters() if p.requires_grad), key=torch.numel)
     optimizer = stepped_optimizer(make_optimizer, largest)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
+from kasa_tune.components.training import lr_schedules
 from kasa_tune.components.training.lr_schedules import cosine_schedule, linear_schedule
 
 PEAK = 0.3
@@ -123,3 +124,22 @@ def test_impossible_warmups_are_refused(schedule, options, message):
 def test_impossible_final_rates_are_refused(floor):
     with pytest.raises(ValueError, match=rf"min_lr_ratio must lie in \[0, 1\]; got {floor}"):
         cosine_schedule(optimizer(), num_training_steps=10, min_lr_ratio=floor)
+
+
+@pytest.mark.parametrize("schedule", [cosine_schedule, linear_schedule])
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"num_warmup_steps": 11}, True),
+        ({"num_warmup_steps": 10}, True),
+        ({"warmup_ratio": 1.0}, True),
+        ({"num_warmup_steps": 9}, False),
+        ({}, False),
+    ],
+)
+def test_a_warmup_as_long_as_the_run_is_a_warning(schedule, options, warned, monkeypatch):
+    told = []
+    monkeypatch.setattr(lr_schedules.log, "warning", told.append)
+    rates(schedule, 10, num_training_steps=10, **options)
+    assert len(told) == warned
+    assert all("the run has 10" in text and "num_warmup_steps" in text for text in told)

@@ -1,0 +1,297 @@
+"""Conditions on what a config names outside itself: files, folders, packages and the device.
+
+A rule is called as those of rules.py are.
+"""
+
+import glob
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kasa_tune import registry
+from kasa_tune.config.entries import Problem, shortened, show
+from kasa_tune.config.file_kinds import settings_of, tokenizer_kind, weights_files
+from kasa_tune.config.parts import TOKENIZER
+
+_TOKENIZER_FILES = tuple(name for name in TOKENIZER.values if name.endswith(("path", "_file")))
+_TRACKERS = {  # metric loggers to the packages they import
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+    "TensorBoardLogger": "tensorboard",
+    "TrackioLogger": "trackio",
+}
+_READERS = (
+    "arrow",
+    "csv",
+    "json",
+    "pandas",
+    "parquet",
+    "text",
+)  # `source` of files; other sources are the hub's
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The tokenizer's files are there."""
+    node = cfg.get("tokenizer") or {}
+    for name in _TOKENIZER_FILES:
+        if isinstance(node.get(name), str):
+            yield from _missing(f"tokenizer.{name}", node[name])
+
+
+def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The base model's folder and files are there. A dry run reads no weights."""
+    node = cfg.get("checkpointer") or {}
+    key, folder = "checkpointer.checkpoint_dir", node.get("checkpoint_dir")
+    if cfg.get("dry_run") or not isinstance(folder, str):
+        return
+    if os.path.isfile(folder):
+        yield Problem(key, f"got {show(folder)}, which is a file; give the folder it lies in")
+    elif not os.path.isdir(folder):
+        yield from _missing(
+            key, folder, "; `tune download <repo> --output-dir <folder>` fetches a model"
+        )
+    else:
+        if node.get("_component_", "").endswith("HFCheckpointer"):
+            yield from _model_settings(key, os.path.join(folder, "config.json"))
+        yield from _listed_files(folder, node.get("checkpoint_files"))
+
+
+def _model_settings(key: str, path: str) -> Iterator[Problem]:
+    """What torchtune reads from config.json is there. Without `num_key_value_heads` there are as many as heads."""
+    if not os.path.exists(path):
+        yield from _missing(key, path, ", and belongs beside the weights")
+        return
+    try:
+        settings = settings_of(path)
+    except ValueError as error:
+        yield Problem(key, f"{show(path)} {shortened(str(error), 120)}")
+        return
+    for name, required in (
+        ("num_attention_heads", True),
+        ("hidden_size", True),
+        ("num_key_value_heads", False),
+        ("head_dim", False),
+    ):
+        value = settings.get(name)
+        if value is None and not required:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            given = f"{name} {show(value)}" if name in settings else f"no {name}"
+            yield Problem(key, f"{show(path)} has {given}; expected an integer, at least 1")
+            return
+
+
+def _listed_files(folder: str, given: Any) -> Iterator[Problem]:
+    key = "checkpointer.checkpoint_files"
+    if given == []:
+        yield Problem(key, "got an empty list; name the files of the checkpoint")
+    if isinstance(given, list):
+        yield from _weights(key, folder, given)
+    if not isinstance(given, dict):
+        return
+    pattern, last = given.get("filename_format"), given.get("max_filename")
+    if set(given) != {"filename_format", "max_filename"}:
+        keys = ", ".join(map(str, given))
+        yield Problem(
+            key,
+            f"got the keys {keys}; expected filename_format and max_filename, or a list of files",
+        )
+    elif not isinstance(last, str) or not re.fullmatch(r"[0-9]{1,5}", last) or int(last) < 1:
+        wrong = f"got {show(last)}; expected the digits of the last file's number, such as '00004'"
+        yield Problem(f"{key}.max_filename", wrong)
+    elif not isinstance(pattern, str) or pattern.count("{}") != 2:
+        wrong = f"got {show(pattern)}; expected two pairs of braces, such as 'model-{{}}-of-{{}}.safetensors'"
+        yield Problem(f"{key}.filename_format", wrong)
+    else:
+        numbers = [str(number).zfill(len(last)) for number in range(1, int(last) + 1)]
+        try:
+            names = [pattern.format(number, last) for number in numbers]
+        except (ValueError, LookupError) as error:
+            yield Problem(f"{key}.filename_format", f"got {show(pattern)}: {error}")
+            return
+        yield from _weights(key, folder, names)
+
+
+def _weights(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
+    """The listed files are in the folder, and are the weights."""
+    for name in names:
+        path = os.path.normpath(name)
+        if not name.isprintable() or os.path.isabs(path) or path.startswith("..") or path == ".":
+            yield Problem(key, f"got {show(name)}; expected names of files in checkpoint_dir")
+            return
+    problems = list(_missing_of(key, folder, names))
+    yield from problems or weights_files(folder, names, key)
+
+
+def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if len(missing) > 3:
+        yield Problem(
+            key,
+            f"{len(missing)} of {len(names)} files are not in {show(folder)}; the first is {show(missing[0])}",
+        )
+        return
+    for name in missing:
+        yield from _missing(key, os.path.join(folder, name))
+
+
+def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Local data is there; names on the hub and addresses are not looked up."""
+    calibrated = (cfg.get("calibration") or {}).get("dataset")
+    datasets = {
+        "dataset": cfg.get("dataset"),
+        "dataset_val": cfg.get("dataset_val"),
+        "calibration.dataset": calibrated,
+    }
+    for name, nodes in datasets.items():
+        nodes = nodes or []
+        for i, node in enumerate(nodes if isinstance(nodes, list) else [nodes]):
+            key = f"{name}.{i}" if isinstance(nodes, list) else name
+            source, folder = node.get("source"), node.get("data_dir")
+            is_path = isinstance(source, str) and source.startswith(("/", "./", "../"))
+            if is_path:
+                yield from _missing(f"{key}.source", source)
+            is_default = source is None and node["_component_"].startswith(
+                "kasa_tune."
+            )  # then data_files are local
+            for file in (
+                _flat(node.get("data_files")) if is_default or is_path or source in _READERS else ()
+            ):
+                path = os.path.join(folder if isinstance(folder, str) else "", file)
+                if "://" not in path:
+                    yield from _unmatched(f"{key}.data_files", path)
+
+
+def _unmatched(key: str, path: str) -> Iterator[Problem]:
+    """A problem when the reader, which takes [ ] * ? for patterns, finds no file by `path`."""
+    if glob.glob(path, recursive=True):
+        return
+    if os.path.exists(path):
+        wrong = f"got {show(path)}, which exists, but the reader takes [ ] * ? for patterns"
+        yield Problem(key, f"{wrong} and finds nothing; rename the file or folder")
+    else:
+        yield from _missing(key, path)
+
+
+def _flat(given: Any) -> Iterator[str]:
+    """The file names in a string, a list, or a mapping of split to either."""
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, (list, dict)):
+        for item in given.values() if isinstance(given, dict) else given:
+            yield from _flat(item)
+
+
+def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What is to be resumed or generated from is there, and a run does not write into what it starts from."""
+    start, output = cfg.get("adapter_checkpoint"), cfg.get("output_dir")
+    if (
+        "optimizer" in cfg
+        and start
+        and output
+        and os.path.abspath(start) == os.path.abspath(output)
+    ):
+        yield Problem(
+            "output_dir", f"got {show(output)}, which is adapter_checkpoint: choose another folder"
+        )
+    for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
+        if isinstance(cfg.get(key), str) and (key, cfg[key]) != (
+            "resume_from_checkpoint",
+            "restart",
+        ):
+            yield from _missing(key, cfg[key])
+
+
+def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Results can be written, and checkpoints not among the base model's files."""
+    checkpointer = cfg.get("checkpointer") or {}
+    base = checkpointer.get("checkpoint_dir")
+    folders = {
+        "checkpointer.output_dir": checkpointer.get("output_dir"),
+        "output_dir": cfg.get("output_dir"),
+    }
+    for folder, key in {
+        folder: key for key, folder in folders.items() if isinstance(folder, str)
+    }.items():
+        if isinstance(base, str) and Path(folder).resolve().is_relative_to(Path(base).resolve()):
+            yield Problem(
+                key,
+                f"got {show(folder)}, which lies in checkpoint_dir {base}; choose a folder outside it",
+            )
+        yield from _unwritable(key, folder)
+    cache = (cfg.get("calibration") or {}).get("cache_dir")
+    if cache is not None:
+        yield from _unwritable("calibration.cache_dir", cache)
+
+
+def tracker(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The package of a metric logger is installed."""
+    name = str((cfg.get("metric_logger") or {}).get("_component_")).rpartition(".")[2]
+    package = _TRACKERS.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        wrong = f"{name} needs the package {package}, which is not installed"
+        yield Problem("metric_logger._component_", f"{wrong}; `pip install {package}`")
+
+
+def _unwritable(key: str, given: str) -> Iterator[Problem]:
+    """A problem when no file can be made in the folder `given`, or in the part of its path that exists."""
+    folder = Path(given).absolute()
+    try:
+        while not folder.exists():
+            if folder.is_symlink():
+                raise OSError(f"it is a link to {os.readlink(folder)}, which does not exist")
+            folder = folder.parent
+        if folder.is_dir():
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        reason = f"{folder} is a file"
+    except OSError as error:
+        reason = f"{folder}: {error.strerror or error}"
+    yield Problem(key, f"got {show(given)}, where nothing can be written: {shortened(reason, 160)}")
+
+
+def _missing(key: str, path: str, hint: str = "") -> Iterator[Problem]:
+    """A problem when nothing lies at `path`, with the nearest names in its folder."""
+    if os.path.exists(path):
+        return
+    folder, name = os.path.split(path)
+    beside = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    yield Problem(
+        key,
+        f"got {show(path)}, which does not exist{hint}. {registry.did_you_mean(name, beside)}".rstrip(),
+    )
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def device(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The device is there; a dry run needs none. Imports torch."""
+    if not cfg.get("dry_run") and str(cfg.get("device")).startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            wrong = (
+                "but torch sees no CUDA device; set device=cpu, or install a CUDA build of torch"
+            )
+            yield Problem("device", f"got {show(cfg['device'])}, {wrong}")
+
+
+FILES = (
+    tokenizer_files,
+    tokenizer_kind,
+    checkpoint_files,
+    data_files,
+    results_to_load,
+    output_folder,
+    tracker,
+)
+MACHINE = (device,)

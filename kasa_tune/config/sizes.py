@@ -1,0 +1,68 @@
+"""The sizes of the model that a config describes, read from its keys and from its builder's source."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from kasa_tune.config import signatures
+from kasa_tune.config.entries import Problem
+
+_MLP = ("w1", "w2", "w3")
+
+
+def sizes_of(node: dict[str, Any]) -> dict[str, int]:
+    """`num_heads`, `embed_dim` and the like of a `model` node, as far as it or its builder tells them."""
+    try:
+        told = signatures.constants(str(node.get("_component_")))
+    except (signatures.UnreadableError, signatures.NoSuchNameError):
+        told = {}
+    sizes = {name: value for name, value in (told | node).items() if type(value) is int}
+    if {"num_heads", "embed_dim"} <= sizes.keys():
+        sizes.setdefault("num_kv_heads", sizes["num_heads"])
+        sizes.setdefault("head_dim", sizes["embed_dim"] // sizes["num_heads"])
+    return sizes
+
+
+def _smaller_dimensions(node: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The adapted linears whose shape is known, each with its smaller dimension, which bounds the rank."""
+    sizes = sizes_of(node)
+    hidden, head = sizes.get("embed_dim"), sizes.get("head_dim")
+    if hidden is None or head is None:
+        return
+    q, kv = sizes["num_heads"] * head, sizes["num_kv_heads"] * head
+    inner = {"q_proj": q, "output_proj": q, "k_proj": kv, "v_proj": kv}
+    for name in node.get("attn_modules") or ():
+        if name in inner:
+            yield name, min(hidden, inner[name])
+    mlp = node.get("apply_to_mlp")
+    if mlp and "intermediate_dim" in sizes:
+        for name in _MLP if mlp is True else mlp:
+            yield name, min(hidden, sizes["intermediate_dim"])
+
+
+def rank_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """No adapter has a larger rank than its weight can have."""
+    node = cfg.get("model") or {}
+    for key in ("rank", "truncation_rank"):
+        rank = node.get(key)
+        bounds = dict(_smaller_dimensions(node)) if type(rank) is int else {}
+        if bounds and rank > min(bounds.values()):
+            name = min(bounds, key=lambda name: bounds[name])
+            yield Problem(
+                f"model.{key}",
+                f"got {rank}, but {name} has a smaller dimension of {bounds[name]}; set at most that",
+            )
+
+
+def heads_divide(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The attention heads divide the hidden state, and the heads of keys and values divide them."""
+    node = cfg.get("model") or {}
+    sizes = sizes_of(node)
+    heads, kv_heads = sizes.get("num_heads"), sizes.get("num_kv_heads")
+    if heads is None or kv_heads is None:
+        return
+    if heads % kv_heads:
+        wrong = f"got {kv_heads}, which does not divide num_heads {heads}"
+        yield Problem("model.num_kv_heads", wrong)
+    if "head_dim" not in node and sizes.get("embed_dim", 0) % heads:
+        wrong = f"got {heads}, which does not divide embed_dim {sizes['embed_dim']}"
+        yield Problem("model.num_heads", wrong)
