@@ -160,7 +160,9 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         """Open the base and read the saved adapter, if any. Both must fit the model."""
         saved: dict[str, Tensor] = {}
         with self._world.all_succeed("Opening the checkpoint"):
-            base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
+            leads = self._world.is_rank_zero
+            base, fingerprints = open_base(cfg, self._checkpoint, is_rank_zero=leads)
+            self._fingerprints |= fingerprints
             if self._checkpoint:
                 saved = self._checkpoint.adapter
                 check_adapter_fits(self._model, saved)

@@ -118,7 +118,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Read the base weights. Load the adapters from a checkpoint, or initialize them."""
-        base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
+        base, fingerprints = open_base(cfg, self._checkpoint)
+        self._fingerprints |= fingerprints
         load_base_weights(self._model, base, device=self._device, adapter_dtype=self._adapter_dtype)
         del base
         if self._checkpoint:

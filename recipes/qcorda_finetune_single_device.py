@@ -135,7 +135,8 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _setup_weights(self, cfg: DictConfig) -> None:
         """Read the base. Load NF4 weights and adapters from a checkpoint, or make them."""
-        base, self._fingerprints["base"] = open_base(cfg, self._checkpoint)
+        base, fingerprints = open_base(cfg, self._checkpoint)
+        self._fingerprints |= fingerprints
         checkpoint = self._checkpoint
         load_base_weights(
             self._model,

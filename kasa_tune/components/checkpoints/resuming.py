@@ -33,7 +33,7 @@ RESUMABLE_KEYS = {
     "run_val_every_n_steps", "batch_size_val", "device", "compile",
     "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs",
     "max_steps", "batch_size", "gradient_accumulation_steps", "world_size", "timeout",
-    "data_parallel_shard_dim", "fsdp_cpu_offload", "checkpointer", "tokenizer", "dataset",
+    "data_parallel_shard_dim", "fsdp_cpu_offload", "verify_base", "checkpointer", "tokenizer", "dataset",
     "dry_run", "adapter_checkpoint", "calibration.dataset", "calibration.batch_size",
     "calibration.offload", "calibration.cache_dir",
 }  # fmt: skip

@@ -21,7 +21,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
-from kasa_tune.components.checkpoints import Checkpoint
+from kasa_tune.components.checkpoints import Checkpoint, CheckpointError
 from kasa_tune.components.models.base_files import check_base_files, checked_config
 from kasa_tune.components.models.digests import digest_line, digest_lines
 from kasa_tune.components.processes.world import World
@@ -87,13 +87,19 @@ def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
 
 
 def open_base(
-    cfg: DictConfig, checkpoint: Checkpoint | None = None
-) -> tuple[Mapping[str, Tensor], str]:
-    """The base weights of a config, and their fingerprint.
+    cfg: DictConfig, checkpoint: Checkpoint | None = None, *, is_rank_zero: bool = True
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Open the base weights of a config, and compare them with those that a checkpoint was trained on.
 
     Args:
-        cfg: with sections ``checkpointer`` and ``model``.
+        cfg: with sections ``checkpointer`` and ``model``. With ``verify_base: full`` every byte of the base is read and
+            compared, otherwise a sample of every tensor.
         checkpoint: what a run starts from. It must have been trained on this base and this model.
+        is_rank_zero: whether this process is the one that reads every byte.
+
+    Returns:
+        The weights, and what a checkpoint keeps of them: their fingerprint ``base``, and ``base_digest`` where every
+        byte was read.
 
     Raises:
         ValueError: as :func:`read_base_weights`.
@@ -104,7 +110,17 @@ def open_base(
     if checkpoint:
         model: Any = OmegaConf.to_container(cfg.model, resolve=True)
         checkpoint.check_belongs(base_fingerprint=fingerprint, model=model)
-    return base, fingerprint
+    if cfg.get("verify_base") != "full" or not is_rank_zero:
+        return base, {"base": fingerprint}
+    digest = weights_digest(base)
+    trained_on = checkpoint.run.get("base_digest", digest) if checkpoint else digest
+    if trained_on != digest:
+        raise CheckpointError(
+            f"{checkpoint} was trained on base weights with the digest {trained_on}, and those "
+            f"given have {digest}: some value differs. Set checkpointer.checkpoint_dir to the base "
+            "that it was trained on."
+        )
+    return base, {"base": fingerprint, "base_digest": digest}
 
 
 class Location(NamedTuple):
