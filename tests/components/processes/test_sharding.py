@@ -344,7 +344,7 @@ def test_cutting_leaves_the_given_state_whole_and_numbers_alone(processes):
 
 @pytest.fixture
 def meta_mesh(monkeypatch):
-    """A mesh of two processes on the meta device, in place of two GPUs: what is on the host is not on the mesh's device.
+    """A mesh of two processes on the meta device, in place of two GPUs: the host is not the mesh's device.
 
     The processes are torch's pretended ones, which exchange nothing.
     """
