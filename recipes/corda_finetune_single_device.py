@@ -80,7 +80,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._linears = dict(adapter_linears(self._model))
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
-        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
+        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         masks = {"device": self._device, "dense_mask": needs_dense_mask(self._model)}
         self._data = TrainingData(cfg, self._tokenizer, vocab_size=vocab_size, **masks)

@@ -62,7 +62,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._model = build_training_model(cfg, dtype=self._dtype)
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
-        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model)
+        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         self._data = TrainingData(
             cfg,

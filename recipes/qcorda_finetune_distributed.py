@@ -147,7 +147,9 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self._quantized = quantized_linears(self._model, cfg.quantization.block_size)
         self._vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), self._vocab_size)
-        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, is_cut=True)
+        steps_on = "cpu" if cfg.fsdp_cpu_offload else cfg.device
+        options = {"is_cut": True, "device": steps_on}
+        check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, **options)
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
 
     def _setup_data(self, cfg: DictConfig) -> None:

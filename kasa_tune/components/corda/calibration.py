@@ -24,7 +24,12 @@ from torchtune.modules.peft import disable_adapter
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda.allocation import POOLED
-from kasa_tune.components.corda.covariance import Covariance, damped, shortage
+from kasa_tune.components.corda.covariance import (
+    Covariance,
+    covariance_workspace,
+    damped,
+    shortage,
+)
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
@@ -300,6 +305,11 @@ def calibration_bytes(
     *,
     dtype: torch.dtype,
     offload: bool,
+    covariance_power: float = 1.0,
+    damping_search: bool = False,
+    spectra: bool = False,
+    pooled_above: int | None = None,
+    of_inputs: bool = False,
 ) -> dict[str, int]:
     """Bytes that calibrating and decomposing take on the device besides the model.
 
@@ -309,20 +319,35 @@ def calibration_bytes(
         rounds: the batches of each round.
         dtype: of the covariances.
         offload: hidden states wait on the host, but for those of one batch.
+        covariance_power: of the decomposition.
+        damping_search: of the damping.
+        spectra: whether layers choose among rounds or are given ranks, by their singular values.
+        pooled_above: width of an input beyond which a second sum, over all rounds, stands beside that of each round.
+        of_inputs: the covariances themselves are decomposed (EVA), not the weights under them.
     """
     linears, embedding = dict(adapter_linears(model)), model.tok_embeddings.weight
     sizes = [batch["tokens"].numel() for batches in rounds for batch in batches]
     num_tokens = max(sizes) if offload else sum(sizes)
-    widest = max(
-        sum(linears[group[0]].in_dim ** 2 for group in inside)
-        for _, _, inside in _blocks(model, groups)
-    )
+
+    def sums(group: Sequence[str]) -> int:
+        width = linears[group[0]].in_dim
+        pooled = spectra and pooled_above is not None and width > pooled_above
+        return (2 if pooled else 1) * width**2
+
+    def workspace(linear: AdapterLinear) -> int:
+        d_out, d_in = linear.weight.shape
+        options = {"search": damping_search, "spectra": spectra}
+        damped_one = dtype.itemsize * d_in * d_in
+        return damped_one + max(
+            co_svd_workspace(d_in if of_inputs else d_out, d_in, covariance_power),
+            covariance_workspace(d_in, dtype.itemsize, **options),
+        )
+
+    widest = max(sum(map(sums, inside)) for _, _, inside in _blocks(model, groups))
     return {
         "calibration hidden states": num_tokens * embedding.shape[1] * embedding.element_size(),
         "covariances of one block": widest * dtype.itemsize,
-        "CO-SVD workspace": max(
-            co_svd_workspace(*linear.weight.shape) for linear in linears.values()
-        ),
+        "CO-SVD workspace": max(map(workspace, linears.values())),
     }
 
 

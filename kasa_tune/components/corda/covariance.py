@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kasa_tune.components.linalg.solvers import add_lower_gram, on_cpu_if_no_room
+from kasa_tune.components.linalg.solvers import add_lower_gram, mirror_lower, on_cpu_if_no_room
 
 NORMALIZATIONS = ("unit_mean_diag", "published")
 # Up to this width all eigenvalues cost less than a search for the first and the last.
@@ -57,7 +57,7 @@ class Covariance:
 
     def add_sum(self, other: Covariance, share: int) -> None:
         """Add another sum's matrix divided by ``share``, and its tokens."""
-        self.matrix += other.matrix / share
+        self.matrix.add_(other.matrix, alpha=1 / share)
         self.num_tokens += other.num_tokens
 
     def finish(self, *, per_sample: bool) -> None:
@@ -68,7 +68,7 @@ class Covariance:
         """
         if not self.num_tokens:
             raise ValueError(f"{self.layers[0]}: no calibration token reached it.")
-        self.matrix.tril_().add_(self.matrix.tril(-1).T)
+        mirror_lower(self.matrix)
         if per_sample:
             self.matrix /= self.num_samples
         if not self.matrix.diagonal().any():
@@ -90,9 +90,14 @@ def shortage(covariance: Covariance) -> str | None:
     width = len(covariance.matrix)
     if covariance.num_tokens < width:
         return f"{covariance.num_tokens:,} tokens for {width:,} inputs"
-    scaled = covariance.matrix / covariance.matrix.diagonal().mean()
-    scaled.diagonal().sub_(1e-7)
-    first = torch.linalg.cholesky_ex(scaled).info.item()
+
+    def work(matrix: Tensor) -> int:
+        scaled = matrix / matrix.diagonal().mean()
+        scaled.diagonal().sub_(1e-7)
+        return torch.linalg.cholesky_ex(scaled).info.item()
+
+    what = f"the rank of a covariance of {width} inputs"
+    first = on_cpu_if_no_room(work, covariance.matrix, what=what)
     return (
         f"inputs of deficient rank: number {first:,} of {width:,} follows from those before it"
         if first
@@ -113,28 +118,39 @@ def damped(
             split do.
         search: as the published code, double λ until ``‖C_ C_⁻¹ - I‖_F < 0.05`` in float32.
 
+    Returns:
+        A new matrix, on the device of C, or on the CPU where that has no room for it.
+
     Raises:
         ValueError: the mean diagonal is zero: no input was other than zero.
     """
-    mean = covariance.diagonal().mean(dtype=torch.float64)
+    mean = covariance.diagonal().mean(dtype=torch.float64).item()
     if not mean > 0:
         raise ValueError("The covariance of the inputs is zero: every input was zero.")
-    scaled = (covariance / mean).to(covariance.dtype) if normalize else covariance.clone()
-    unit = 1.0 if normalize else mean.item()
-    if search:
-        damping = _searched(scaled, damping, unit)
-    scaled.diagonal().add_(damping * unit)
-    return scaled
+    unit = 1.0 if normalize else mean
+
+    def work(covariance: Tensor) -> Tensor:
+        scaled = covariance / mean if normalize else covariance.clone()
+        lift = _searched(scaled, damping, unit) if search else damping
+        scaled.diagonal().add_(lift * unit)
+        return scaled
+
+    return on_cpu_if_no_room(work, covariance, what=f"damping {len(covariance)} inputs")
 
 
 def _searched(covariance: Tensor, damping: float, unit: float) -> float:
-    eye = torch.eye(len(covariance), device=covariance.device)
     damping = damping or 1e-12  # zero cannot be doubled
     while True:
-        lifted = covariance.float() + damping * unit * eye
+        lifted = covariance.to(torch.float32, copy=True)
+        lifted.diagonal().add_(damping * unit)
         inverse, info = torch.linalg.inv_ex(lifted)
-        if info == 0 and torch.linalg.matrix_norm(lifted @ inverse - eye) < PUBLISHED_INVERSE_ERROR:
-            return damping
+        if info == 0:
+            error = lifted @ inverse
+            error.diagonal().sub_(1)
+            if torch.linalg.matrix_norm(error) < PUBLISHED_INVERSE_ERROR:
+                return damping
+            del error
+        del inverse  # before there is another
         damping *= 2
 
 
@@ -166,6 +182,21 @@ def _extreme_eigenvalues(covariance: Tensor) -> tuple[float, float]:
     return 1 / _lanczos(
         lambda x: torch.cholesky_solve(x, factor), len(matrix), matrix.device
     ), largest
+
+
+def covariance_workspace(width: int, itemsize: int, *, search: bool, spectra: bool) -> int:
+    """Bytes that the functions of this file take beside the covariance they are given and the damped one.
+
+    Args:
+        width: of the covariance.
+        itemsize: bytes of one of its entries.
+        search: of :func:`damped`: in float32 the lifted matrix, its factors or product, and its inverse.
+        spectra: :func:`extreme_eigenvalues` is asked for: in float64 the matrix, its factor, and Lanczos' vectors.
+    """
+    rank = 2 * itemsize * width * width  # of `shortage`: the scaled matrix and its factor
+    searched = 3 * 4 * width * width if search else 0
+    eigenvalues = 8 * (2 * width + 4 * LANCZOS_STEPS) * width if spectra else 0
+    return max(rank, searched, eigenvalues)
 
 
 def _lanczos(apply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:

@@ -76,7 +76,9 @@ def smallest_triplets(
     d_out, d_in = weight.shape
     small_side_first = weight if d_out <= d_in else weight.T
     subspace = smallest_singular_subspace(small_side_first, k, solver=solver)
-    projected = _project(subspace.vectors, small_side_first)
+    what = f"the projection of a {d_out} x {d_in} weight"
+    projected = on_cpu_if_no_room(_project, subspace.vectors, small_side_first, what=what)
+    projected = projected.to(weight.device)
     if d_out <= d_in:
         return LowRank(subspace.vectors.float(), projected.float()), subspace
     return LowRank(
@@ -269,14 +271,18 @@ def input_component(weight: Tensor, covariance: Tensor, rank: int) -> Component:
     return on_cpu_if_no_room(work, covariance, what=what).to(weight.device)
 
 
-def co_svd_workspace(d_out: int, d_in: int) -> int:
+def co_svd_workspace(d_out: int, d_in: int, covariance_power: float = 1.0) -> int:
     """Compute the largest number of bytes that :func:`co_svd` takes, all in float64.
 
     They are the weight, its Householder reflectors, the covariance, and the product of weight and
-    covariance. The factors or the basis of that product come on top.
+    covariance. The factors or the basis of that product come on top. Before that, a power other
+    than 0 and 1 takes the covariance, its eigenvectors, and a workspace of twice their size.
     """
     n = min(d_out, d_in)
-    return 8 * (2 * d_out * d_in + d_in * d_in + n * d_in + 4 * n * n)
+    factors = d_in * d_in + n * d_in + 4 * n * n
+    if covariance_power not in (0, 1):
+        factors = max(factors, 4 * d_in * d_in)
+    return 8 * (2 * d_out * d_in + factors)
 
 
 @torch.no_grad()
@@ -321,10 +327,10 @@ def _oriented(rows: Tensor, covariance: Tensor | None, power: float) -> Tensor:
     if covariance is None or power == 0:
         return rows
     if power == 1:
-        return rows @ covariance.double()
-    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
+        return rows @ covariance.to(rows)
+    eigenvalues, vectors = torch.linalg.eigh(covariance.to(rows))
     # A rotation of the columns changes no left vector, so that `vectors.T` on the right is omitted.
-    return (rows @ vectors) * eigenvalues.clamp_min(0) ** power
+    return (rows @ vectors).mul_(eigenvalues.clamp_min(0) ** power)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -42,6 +43,16 @@ RELATIVE_RESIDUAL = 1e-6
 # A σ² below this share of ‖W‖_F² is rounding noise of float32 weights. Vectors of such values need
 # no further convergence, because none of them is better than another.
 NOISE = 1e-15
+# How CUDA's libraries say that a card is full. Torch passes their words on as plain RuntimeErrors. A handle that finds
+# no room is "not initialized" (cuBLAS) or an "internal error" (cuSOLVER).
+FULL_CARD = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_INTERNAL_ERROR",
+)
 
 
 @dataclass(frozen=True)
@@ -98,26 +109,20 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     if solver == "auto":
         solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
     method = _inverse_krylov if solver == "inverse_krylov" else _gram_eigh
+    again = partial(smallest_singular_subspace, solver=solver)
     try:
         return method(matrix, k)
-    except torch.cuda.OutOfMemoryError:
-        log.warning(
-            "%s has no room for %s of a %d x %d matrix; doing it on the CPU.",
-            matrix.device,
-            solver,
-            n,
-            m,
-        )
-        found = smallest_singular_subspace(matrix.cpu(), k, solver=solver)
-    except torch.linalg.LinAlgError as error:
-        log.warning(
-            "%s failed for a %d x %d matrix (%s). The CPU does it exactly, which takes minutes.",
-            solver,
-            n,
-            m,
-            error,
-        )
-        found = _gram_eigh(matrix.cpu(), k)
+    except RuntimeError as error:
+        if is_no_room(error):
+            words = "No room on %s for %s of a %d x %d matrix; doing it on the CPU."
+            log.warning(words, matrix.device, solver, n, m)
+        elif isinstance(error, torch.linalg.LinAlgError):
+            words = "%s failed for a %d x %d matrix (%s); doing it exactly on the CPU, in minutes."
+            log.warning(words, solver, n, m, str(error))
+            again = _gram_eigh
+        else:
+            raise
+    found = again(matrix.cpu(), k)
     vectors, values = found.vectors.to(matrix.device), found.singular_values.to(matrix.device)
     return Subspace(vectors, values, found.solver, found.residual)
 
@@ -180,7 +185,7 @@ def extreme_singular_subspace(
 
 def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what: str) -> Result:
     """Call ``work(*tensors)``. If a GPU has no room for it or its solver fails, call it again with
-    the tensors on the CPU.
+    the tensors on the CPU, with a line in the log. The result is where the work was done.
 
     Args:
         work: the computation.
@@ -189,17 +194,22 @@ def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what
     """
     try:
         return work(*tensors)
-    except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        if isinstance(error, torch.linalg.LinAlgError) and all(
-            t is None or t.device.type == "cpu" for t in tensors
-        ):
+    except RuntimeError as error:
+        on_gpu = any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors)
+        unsolved = isinstance(error, torch.linalg.LinAlgError) and on_gpu
+        if not (unsolved or is_no_room(error)):
             raise
-        log.warning(
-            "The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)",
-            what,
-            error,
-        )
-        return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
+        words = "The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)"
+        log.warning(words, what, str(error))
+    # After the handler, whose traceback holds all that the first try had allocated.
+    return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether an error says that a GPU is full, in the words of torch, cuBLAS or cuSOLVER."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL_CARD)
 
 
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
@@ -209,7 +219,19 @@ def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(column_chunk, dim=1):
         add_lower_gram(gram, columns.double())
-    return gram.tril_().add_(gram.tril(-1).T)
+    return mirror_lower(gram)
+
+
+def mirror_lower(matrix: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Copy the lower triangle of a square matrix onto the upper one, in place and ``chunk`` rows at a time: no second
+    matrix is needed.
+    """
+    for start in range(0, len(matrix), chunk):
+        end = start + chunk
+        square = matrix[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
+        matrix[start:end, end:].copy_(matrix[end:, start:end].T)
+    return matrix
 
 
 def add_lower_gram(gram: Tensor, rows: Tensor) -> None:

@@ -8,11 +8,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.modules import MultiHeadAttention
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.base_weights import shapes_of
+
+# The smallest head size that flex attention compiles for a GPU; below it torch raises NotImplementedError.
+FLEX_HEAD_DIM = 16
 
 
 def require_adapters(model: nn.Module, name: str) -> None:
@@ -107,8 +111,15 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def needs_dense_mask(model: nn.Module) -> bool:
-    """Whether an attention of the model takes boolean masks alone, as torchtune's Gemma 2 does."""
-    return any(isinstance(module, Gemma2Attention) for module in model.modules())
+    """Whether an attention of the model takes boolean masks alone.
+
+    Torchtune's Gemma 2 does, and every attention whose heads are too small for the kernels of flex attention.
+    """
+    return any(
+        isinstance(module, Gemma2Attention)
+        or (isinstance(module, MultiHeadAttention) and module.head_dim < FLEX_HEAD_DIM)
+        for module in model.modules()
+    )
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -4,7 +4,8 @@ unchanged, so that the same code serves one process and many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from kasa_tune.components.processes.world import World
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor. For a DTensor all processes must call it; gradients flow back to the parts."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The full tensor. For a DTensor all processes must call it; gradients flow back to the parts.
+
+    Of a part that waits on the host (``fsdp_cpu_offload``) the full tensor is on the mesh's device. The part goes there
+    first, so that its gradient comes back to the host; torch 2.12 and later would leave it on the device.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device.type != tensor.device_mesh.device_type:
+        tensor = tensor.to(tensor.device_mesh.device_type)
+    return tensor.full_tensor()
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -52,7 +61,7 @@ def full_tensors(tree: Any) -> Any:
         return {key: full_tensors(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(full_tensors(value) for value in tree)
-    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+    return full_tensor(tree).cpu() if isinstance(tree, DTensor) else tree
 
 
 def distribute_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +81,8 @@ def distribute_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> d
 
 def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
     """FSDP2: a block, or the model around blocks that were sharded before, cut over the processes, in place.
+
+    Buffers stay where they are: FSDP2 would move the edits that wait on the host to every device.
 
     A quantized weight whose scales do not divide by the processes stays whole in each; those of large models divide. So
     does each where one process has the whole model, since FSDP2 does not put together what it has not cut.
@@ -97,9 +108,23 @@ def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
         if is_quantized(p) and (pieces == 1 or not divides(p, pieces))
     }
     options = {"ignored_params": uncut} if uncut else {}
-    fully_shard(
-        module,
-        mesh=world.mesh,
-        **options,
-        **({"offload_policy": CPUOffloadPolicy()} if offload else {}),
-    )
+    with _without_buffers(module):
+        fully_shard(
+            module,
+            mesh=world.mesh,
+            **options,
+            **({"offload_policy": CPUOffloadPolicy()} if offload else {}),
+        )
+
+
+@contextlib.contextmanager
+def _without_buffers(module: nn.Module) -> Iterator[None]:
+    """While active, no module inside has a buffer."""
+    buffers = [(inside, dict(inside._buffers)) for inside in module.modules()]
+    for inside, _ in buffers:
+        inside._buffers.clear()
+    try:
+        yield
+    finally:
+        for inside, own in buffers:
+            inside._buffers.update(own)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,12 @@ T = TypeVar("T")
 
 Job = tuple[float, Callable[[], Any]]  # what it costs, in any unit, and the work
 
+# How long a process waits for one that works, such as a decomposition on a CPU. The wait ends at once when that one
+# dies, since gloo sees its connection close.
+PATIENCE = timedelta(days=7)
+# Seconds that the threads of gloo get, when all is done, to let go of the last tensors.
+LETTING_GO = 0.5
+
 
 class OtherRankError(ValueError):
     """This process stops because another one had to; that one's message says why."""
@@ -37,12 +45,14 @@ class World:
         size: number of processes.
         device: of this process.
         mesh: of all processes: one dimension, or with hybrid sharding replicas by shards.
+        patient: a gloo group of all processes, in which one waits for the others' work however long it takes.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    patient: dist.ProcessGroup
 
     @staticmethod
     def join(device: str, *, timeout: float, shards: int | None = None) -> World:
@@ -50,7 +60,8 @@ class World:
 
         Args:
             device: ``cpu`` (gloo) or ``cuda`` (NCCL), on which each process takes the GPU of its local rank.
-            timeout: seconds after which a process that waits for another in vain gives up.
+            timeout: seconds after which a process that waits for another in vain gives up. Where it waits for
+                another's work (:meth:`all_succeed`, :meth:`on_rank_zero`), it gives up when the other dies.
             shards: processes that share one copy of the model; default all of them.
 
         Raises:
@@ -82,11 +93,20 @@ class World:
             logging.disable(logging.WARNING)  # one process reports
         shape = (size // shards, shards) if shards and shards < size else (size,)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        return World(rank, size, here, mesh)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return World(rank, size, here, mesh, patient)
 
     def leave(self) -> None:
-        """Part from the others."""
+        """Part from the others, when all have come to this point.
+
+        The pause keeps the interpreter from ending while a thread of gloo still drops the tensors of the last exchange.
+        That takes the interpreter's lock, and a thread that asks for the lock at the interpreter's end aborts the
+        process ("terminate called without an active exception", pytorch issue 190489).
+        """
+        self._gather(None, group=self.patient)
         dist.destroy_process_group()
+        gc.collect()
+        time.sleep(LETTING_GO)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -95,8 +115,11 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """A small value of every process, by rank."""
+        return self._gather(value, group=None)
+
+    def _gather(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
@@ -118,6 +141,8 @@ class World:
     def all_succeed(self, what: str) -> Iterator[None]:
         """Work that every process does for itself: if it fails in one, it fails in all, and none waits for ever.
 
+        However long the work takes in one, the others wait, unless that one dies.
+
         Raises:
             OtherRankError: here it went well, elsewhere it did not.
         """
@@ -126,7 +151,8 @@ class World:
             yield
         except Exception as error:
             failure = error
-        failed = [rank for rank, did in enumerate(self.gather(failure is not None)) if did]
+        did_fail = self._gather(failure is not None, group=self.patient)
+        failed = [rank for rank, did in enumerate(did_fail) if did]
         if failure is not None:
             raise failure
         if failed:

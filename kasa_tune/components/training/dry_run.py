@@ -16,6 +16,7 @@ from torchtune.modules import TransformerDecoder
 from kasa_tune.components.corda import calibration_bytes
 from kasa_tune.components.quantized import base_bytes
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
+from kasa_tune.methods import method_of
 
 
 def dry_run_report(
@@ -71,7 +72,16 @@ def dry_run_budget(
             base | budget | base
         )  # first in the report, and in place of the unquantized weights
     if calibration:
-        sums_dtype = training.get_dtype(cfg.calibration.accumulate)  # fp32 or fp64
-        offload = cfg.calibration.offload
-        budget |= calibration_bytes(model, *calibration, dtype=sums_dtype, offload=offload)
+        adapter, options = cfg.adapter, cfg.calibration
+        budget |= calibration_bytes(
+            model,
+            *calibration,
+            dtype=training.get_dtype(options.accumulate),  # fp32 or fp64
+            offload=options.offload,
+            covariance_power=adapter.covariance_power,
+            damping_search=adapter.damping_search,
+            spectra=options.rounds > 1 or adapter.dynamic_ranks,
+            pooled_above=options.max_selection_dim,
+            of_inputs=method_of(adapter).decomposition == "input_svd",
+        )
     return budget

@@ -179,7 +179,11 @@ def truncation_workspace(d_out: int, d_in: int) -> int:
 def stepped_optimizer(
     make_optimizer: Callable[[list[nn.Parameter]], Optimizer], parameter: Tensor
 ) -> Optimizer:
-    """An optimizer of one zero parameter like ``parameter``, after one step: it has all the state it will ever have."""
+    """An optimizer of one zero parameter like ``parameter``, after one step: it has all the state it will ever have.
+
+    The step is taken on the CPU. ``capturable``, which torch refuses there, is switched off for it: it decides how a
+    step is written, not what state there is.
+    """
     stand_in = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
     stand_in.grad = torch.zeros_like(stand_in)
     optimizer = make_optimizer([stand_in])
@@ -190,6 +194,9 @@ def stepped_optimizer(
             "times a step, which the recipes do not give. Use another one, such as "
             "torch.optim.AdamW."
         )
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = False
     optimizer.step()
     return optimizer
 
@@ -199,18 +206,23 @@ def check_optimizer(
     model: nn.Module,
     *,
     is_cut: bool = False,
+    device: torch.device | str | None = None,
 ) -> None:
-    """See before any training that checkpoints can hold the optimizer's state.
+    """See before any training that the optimizer can step, and that checkpoints can hold its state.
 
     Args:
         make_optimizer: from the trained parameters.
         model: on any device, meta included.
         is_cut: every process will hold a part of each parameter and of its state.
+        device: where it will step; None where that is not known.
 
     Raises:
-        ValueError: they cannot; the message says what and where. Or the state is quantized, which cannot be cut.
+        ValueError: they cannot; the message says what and where. Or the state is quantized, which cannot be cut. Or the
+            optimizer is for CUDA graphs and steps on a CPU.
     """
     largest = max((p for p in model.parameters() if p.requires_grad), key=torch.numel)
+    if device is not None and torch.device(device).type == "cpu":
+        _check_not_capturable(make_optimizer([nn.Parameter(torch.zeros(1))]))
     optimizer = stepped_optimizer(make_optimizer, largest)
     check_saveable(optimizer.state_dict())
     state = [
@@ -223,6 +235,14 @@ def check_optimizer(
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} keeps a quantized state, which is not cut over processes yet. Use "
             "one of torch.optim, or train on one device."
+        )
+
+
+def _check_not_capturable(optimizer: Optimizer) -> None:
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} with capturable=True is for CUDA graphs and "
+            "cannot step on a CPU. Leave optimizer.capturable out, or set device=cuda."
         )
 
 

@@ -18,7 +18,7 @@ from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.attach import ATTN_MODULES
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda import calibration
-from kasa_tune.components.corda.allocation import POOLED
+from kasa_tune.components.corda.allocation import POOLED, input_spectra, layer_spectra
 from kasa_tune.components.corda.calibration import (
     calibration_bytes,
     covariances,
@@ -26,11 +26,12 @@ from kasa_tune.components.corda.calibration import (
     shared_inputs,
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
-from kasa_tune.components.corda.covariance import Covariance, shortage
+from kasa_tune.components.corda.covariance import Covariance, damped, shortage
 from kasa_tune.components.data.packing import pack
-from kasa_tune.components.linalg.decomposition import co_svd_workspace
+from kasa_tune.components.linalg.decomposition import co_svd, co_svd_workspace, input_component
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, weights_loaded
 from kasa_tune.components.quantized.base import quantized_linears
+from tests.live_bytes import peak_bytes
 from tests.toy_models import FAMILIES, SIZES, VOCAB, randomized
 
 CPU = torch.device("cpu")
@@ -431,12 +432,66 @@ def test_bytes_by_hand():
     assert bytes_of == {
         "calibration hidden states": 3 * (12 + 9) * width * 2,  # padded to the longest row
         "covariances of one block": (width**2 + hidden**2) * 8,
-        "CO-SVD workspace": max(co_svd_workspace(width, width), co_svd_workspace(width, hidden)),
+        # of the wider input, which takes more than the other: a damped copy, and the CO-SVD under it
+        "CO-SVD workspace": hidden**2 * 8 + co_svd_workspace(width, hidden),
     }
+    pooled = calibration_bytes(
+        meta, shared_inputs(meta), rounds, dtype=torch.float64, offload=False, spectra=True,
+        pooled_above=width,
+    )  # fmt: skip
+    assert pooled["covariances of one block"] == (width**2 + 2 * hidden**2) * 8
     on_host = calibration_bytes(
         meta, shared_inputs(meta), rounds, dtype=torch.float64, offload=True
     )
     assert on_host["calibration hidden states"] == 3 * 12 * width * 2  # of the batch at work
+
+
+ROADS = {
+    "co_svd": {},
+    "half a covariance": {"covariance_power": 0.5},
+    "damping_search": {"damping_search": True},
+    "CorDA++": {"spectra": True},
+    "EVA": {"spectra": True, "of_inputs": True},
+    "all": {"covariance_power": 0.5, "damping_search": True, "spectra": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", ROADS.values(), ids=ROADS)
+@pytest.mark.parametrize("layer", ["q_proj", "w1", "w2"])
+def test_the_workspace_holds_the_whole_road_of_one_layer(layer, options, dtype, monkeypatch):
+    """From a sum to a component, on real tensors; w1 is tall, w2 wide. Widths take Lanczos' way."""
+    monkeypatch.setattr("kasa_tune.components.corda.covariance.ALL_BELOW", 0)
+    monkeypatch.setattr("kasa_tune.components.corda.covariance.LANCZOS_STEPS", 8)
+    sizes = SIZES | {"embed_dim": 128, "intermediate_dim": 448}
+    places = {"q_proj": [["q_proj"]], "w1": [[], ["w1"]], "w2": [[], ["w2"]]}[layer]
+    build = partial(FAMILIES["llama2"].corda, *places, rank=4, **sizes)
+    meta = build_on_meta(build, dtype=torch.bfloat16)
+    groups = shared_inputs(meta)
+    batches = [batches_of(three_rounds()[0])]
+    counted = calibration_bytes(meta, groups, batches, dtype=dtype, offload=False, **options)
+    d_out, d_in = next(iter(adapter_linears(meta)))[1].weight.shape
+    weight = torch.randn(d_out, d_in, dtype=torch.bfloat16)
+    x = torch.randn(2 * d_in, d_in, dtype=dtype)
+    total = Covariance((layer,), 0, x.T @ x, len(x), 1)
+    power = options.get("covariance_power", 1.0)
+
+    def road():
+        total.finish(per_sample=False)
+        shortage(total)
+        covariance = damped(total.matrix, 0.01, search=options.get("damping_search", False))
+        if options.get("of_inputs"):
+            input_spectra({layer: weight}, covariance, 0)
+            input_component(weight, covariance, 4)
+            return
+        if options.get("spectra"):
+            layer_spectra({layer: weight}, covariance, 0, power)
+        co_svd(weight, covariance, 4, "ipm", covariance_power=power)
+
+    taken, room = peak_bytes(road), counted["CO-SVD workspace"]
+    assert taken <= room
+    # The rest of it is what the solvers of a GPU allocate inside, which is not seen here.
+    assert room <= 3 * taken
 
 
 # --------------------------------------------------------------------------------- damage

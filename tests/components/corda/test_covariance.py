@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components.corda import covariance as module
-from kasa_tune.components.corda.covariance import ALL_BELOW, damped, extreme_eigenvalues
+from kasa_tune.components.corda.covariance import (
+    ALL_BELOW,
+    Covariance,
+    damped,
+    extreme_eigenvalues,
+    shortage,
+)
+from kasa_tune.components.linalg.decomposition import co_svd
 
 DTYPES = (torch.float32, torch.float64)
 # Wide covariances' eigenvalues come from a search that is accurate to some 1e-3; they enter π, and from there scores.
@@ -196,3 +203,44 @@ def test_a_full_gpu_is_answered_by_the_cpu_and_logged(monkeypatch, caplog):
     assert len(calls) == 2
     (record,) = caplog.records
     assert "doing it on the CPU" in record.getMessage()
+
+
+# --------------------------------------------------------------------------------- a full card
+
+# What is computed, and the operation that finds no room.
+COMPUTED = {
+    "damped": (damped, torch.Tensor, "__truediv__"),
+    "searched": (lambda c: damped(c, search=True), torch.linalg, "inv_ex"),
+    "rank": (lambda c: shortage(Covariance(("w",), 0, c, 9, 1)), torch.linalg, "cholesky_ex"),
+    "eigenvalues": (extreme_eigenvalues, torch.linalg, "cholesky_ex"),
+    "half": (
+        lambda c: co_svd(torch.eye(3, 6), c, 2, "ipm", covariance_power=0.5).vectors,
+        torch.linalg,
+        "eigh",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "CUSOLVER_STATUS_INTERNAL_ERROR"])
+@pytest.mark.parametrize(("compute", "owner", "name"), COMPUTED.values(), ids=COMPUTED)
+def test_all_that_needs_room_beside_a_covariance_falls_back_to_the_cpu(
+    compute, owner, name, words, monkeypatch, caplog
+):
+    covariance = covariance_of(6, 40, dtype=torch.float32)
+    expected, real, calls = compute(covariance), getattr(owner, name), []
+
+    def full_the_first_time(*args, **options):
+        calls.append(name)
+        if len(calls) == 1:
+            raise RuntimeError(words)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, full_the_first_time)
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+        found = compute(covariance)
+    assert len(calls) > 1
+    assert any("doing it on the CPU" in record.getMessage() for record in caplog.records)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected

@@ -1,6 +1,7 @@
 """Singular subspaces against full float64 SVDs, on well and badly behaved matrices."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components.linalg import solvers
-from kasa_tune.components.linalg.solvers import gram_matrix, smallest_singular_subspace
+from kasa_tune.components.linalg.solvers import (
+    gram_matrix,
+    mirror_lower,
+    on_cpu_if_no_room,
+    smallest_singular_subspace,
+)
 
 SOLVERS = ("gram_eigh", "inverse_krylov")
 
@@ -198,6 +204,94 @@ def test_a_search_that_does_not_converge_is_answered_exactly_and_logged(m, monke
     (record,) = caplog.records
     assert "no convergence" in record.getMessage()
     assert f"64 x {m}" in record.getMessage()
+
+
+# As torch 2.13 passes them on: its own, that of a handle or a workspace that finds no room, and the driver's.
+FULL = {
+    "torch": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.53 GiB."),
+    "cublas handle": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    ),
+    "cublas": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasDgemm(...)`"
+    ),
+    "cusolver handle": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"
+    ),
+    "cusolver": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevd(...)`"
+    ),
+    "driver": RuntimeError("CUDA error: out of memory"),
+}
+
+
+def full_once(error, work):
+    """``work``, which fails the first time it is called; and the list of its calls."""
+    calls = []
+
+    def full_the_first_time(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error
+        return work(*args, **options)
+
+    return full_the_first_time, calls
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_every_word_for_a_full_card_is_answered_on_the_cpu(error, caplog):
+    work, calls = full_once(error, torch.square)
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+        found = on_cpu_if_no_room(work, torch.tensor(3.0), what="a square")
+    assert (found, len(calls)) == (9, 2)
+    (record,) = caplog.records
+    assert "no room for a square" in record.getMessage()
+    matrix = torch.randn(8, 20, generator=torch.Generator().manual_seed(5))
+    work, calls = full_once(error, solvers._gram_eigh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "_gram_eigh", work)
+        found = smallest_singular_subspace(matrix, 1)
+    assert len(calls) == 2
+    expected = torch.linalg.svdvals(matrix.double())[-1:]
+    torch.testing.assert_close(found.singular_values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.linalg.LinAlgError("no convergence"),
+        ValueError("out of memory"),
+    ],
+    ids=str,
+)
+def test_other_errors_are_no_full_card(error):
+    work, calls = full_once(error, torch.square)
+    with pytest.raises(type(error), match=str(error)):
+        on_cpu_if_no_room(work, torch.tensor(3.0), what="a square")
+    assert len(calls) == 1
+
+
+def test_nothing_of_the_first_try_is_alive_in_the_second():
+    alive = []
+
+    def work(x):
+        if not alive:
+            held = x + 1
+            alive.append(weakref.ref(held))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return alive[0]() is None
+
+    assert on_cpu_if_no_room(work, torch.ones(3), what="a sum")
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 12])
+def test_a_lower_triangle_is_mirrored_in_place(n):
+    given = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    lower = given.tril()
+    assert mirror_lower(given, chunk=5) is given
+    assert torch.equal(given, lower + lower.tril(-1).T)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

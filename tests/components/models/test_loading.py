@@ -12,6 +12,7 @@ from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.models.loading import (
     build_on_meta,
     load_base_weights,
+    needs_dense_mask,
     read_tensor,
     set_tensor,
     weights_loaded,
@@ -344,3 +345,18 @@ def test_no_weight_is_left_by_an_exception_inside_or_by_a_damaged_one():
     ):
         pass
     assert all(linear.weight is before[path] for path, linear in linears.items())
+
+
+# --------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dense"),
+    [("llama3", 8, True), ("llama3", 16, False), ("gemma2", 16, True), ("gemma2", 8, True)],
+)
+def test_heads_too_small_for_flex_attention_get_dense_masks(name, head_dim, dense):
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 2 * head_dim}
+    if name == "gemma2":
+        sizes["head_dim"] = head_dim
+    model = kasa_on_meta(name, rank=1, **sizes)
+    assert needs_dense_mask(model) is dense

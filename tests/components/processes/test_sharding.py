@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import device_mesh
+from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kasa_tune.components.processes import shard
+from kasa_tune.components.adapters import CorDALinear, KaSALinear, kasa_regularization
+from kasa_tune.components.linalg import LowRank
+from kasa_tune.components.processes import World, shard
 from kasa_tune.components.processes.sharding import (
     distribute_like,
     distribute_optimizer_state,
@@ -330,3 +337,60 @@ def test_cutting_leaves_the_given_state_whole_and_numbers_alone(processes):
         assert kept is torch.Tensor
         assert cut == [torch.Tensor, DTensor]
         assert groups == [{"lr": 1.0}]
+
+
+# ------------------------------------------------------------------------------------ parts that wait on the host
+
+
+@pytest.fixture
+def meta_mesh(monkeypatch):
+    """A mesh of two processes on the meta device, in place of two GPUs: the host is not the mesh's device.
+
+    The processes are torch's pretended ones, which exchange nothing.
+    """
+    monkeypatch.setattr(device_mesh, "_get_device_handle", lambda kind="": torch.cpu)
+    monkeypatch.setattr(_fully_shard, "_get_device_from_mesh", lambda mesh: torch.device("meta"))
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield device_mesh.init_device_mesh("meta", (2,), mesh_dim_names=("shard",))
+    dist.destroy_process_group()
+
+
+def on_host(tensor, mesh):
+    """A parameter whose part waits on the host, as under FSDP2's CPU offload."""
+    spec = DTensor.from_local(tensor.to("meta"), mesh, [Shard(0)], run_check=False)._spec
+    return DTensor(tensor, spec, requires_grad=True)
+
+
+def test_a_part_on_the_host_becomes_whole_on_the_device_and_its_gradient_comes_back(meta_mesh):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        part = on_host(torch.zeros(4, 3), meta_mesh)
+        whole = full_tensor(part)
+        whole.square().sum().backward()
+    assert (whole.shape, whole.device.type) == ((8, 3), "meta")
+    assert (part.to_local().device.type, part.grad.to_local().device.type) == ("cpu", "cpu")
+
+
+def test_kasas_regularizers_of_parts_on_the_host_leave_gradients_there(meta_mesh):
+    linear = KaSALinear(6, 4, rank=2, alpha=2, truncation_rank=0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name in linear.adapter_params():
+            owner, _, leaf = name.rpartition(".")
+            part = on_host(torch.zeros_like(linear.get_parameter(name)), meta_mesh)
+            setattr(linear.get_submodule(owner), leaf, nn.Parameter(part))
+        sum(kasa_regularization([linear])).backward()
+    for name in linear.adapter_params():
+        assert linear.get_parameter(name).grad.to_local().device.type == "cpu"
+
+
+def test_folded_edits_stay_on_the_host(meta_mesh):
+    linear = CorDALinear(6, 4, rank=2, alpha=2)
+    start = LowRank(torch.randn(4, 2), torch.randn(2, 6))
+    linear.start_from(start)
+    edit = linear.edit.dense()
+    for owner in (linear, linear.lora_a, linear.lora_b):
+        owner.weight = nn.Parameter(owner.weight.to("meta"), owner.weight.requires_grad)
+    shard(linear, World(0, 2, torch.device("meta"), meta_mesh, dist.group.WORLD))
+    assert isinstance(linear.lora_a.weight, DTensor)
+    assert linear.lora_edit_in.device.type == linear.lora_edit_out.device.type == "cpu"
+    assert torch.equal(linear.edit.dense(), edit)
+    assert {"lora_edit_out", "lora_edit_in"} <= dict(linear.named_buffers()).keys()

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import time
 from functools import partial
 
 import numpy as np
@@ -136,6 +137,49 @@ def test_who_waits_for_another_in_vain_gives_up():
     )  # gloo's, after two seconds and not after its own half hour
     assert "Timed out" in str(first)
     assert second == "elsewhere"
+    started.stop()
+
+
+def waits_for_work(world):
+    """Rank 0 works for longer than the time-out, twice; the other process waits."""
+    naps = (lambda: time.sleep(4) or "slept", lambda: "at once")
+    answer = world.on_rank_zero(naps[0], "A nap")
+    return answer, list(distribute_jobs([(2.0, naps[0]), (1.0, naps[1])], world))
+
+
+@pytest.mark.slow
+def test_who_waits_for_anothers_work_waits_longer_than_the_timeout():
+    started = Processes(2, timeout=2)
+    assert started(waits_for_work) == [("slept", ["slept", "at once"])] * 2
+    started.stop()
+
+
+def dies_at_work(world):
+    with world.all_succeed("Working"):
+        if world.rank:
+            os._exit(1)
+
+
+@pytest.mark.slow
+def test_who_waits_for_the_work_of_one_that_dies_gives_up_at_once():
+    started = Processes(2, timeout=2)
+    with pytest.raises(AssertionError, match="rank 1 died"):  # and not: rank 0 hangs
+        started.outcomes(dies_at_work)
+
+
+def leaves(world):
+    """Seconds that leaving takes; rank 1 comes later."""
+    time.sleep(2 * world.rank)
+    began = time.monotonic()
+    world.leave()
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_none_leaves_before_all_are_done():
+    started = Processes(2)
+    first, last = started(leaves)
+    assert first >= last + 1
     started.stop()
 
 

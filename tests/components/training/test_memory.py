@@ -379,3 +379,22 @@ def test_a_quantized_optimizer_state_is_refused_where_it_would_be_cut(make, monk
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_of_torchs_optimizers_may_be_cut(name):
     check_optimizer(OPTIMIZERS[name], on_meta(), is_cut=True)
+
+
+CAPTURABLE = {
+    "adamw": partial(torch.optim.AdamW, lr=0.1, capturable=True),
+    "adamw, foreach": partial(torch.optim.AdamW, lr=0.1, capturable=True, foreach=True),
+    "nadam": partial(torch.optim.NAdam, lr=0.1, capturable=True),
+}
+
+
+@pytest.mark.parametrize("make", CAPTURABLE.values(), ids=CAPTURABLE)
+def test_an_optimizer_for_cuda_graphs_is_counted_and_accepted_where_it_can_step(make):
+    kind = make.func
+    model = on_meta()
+    plain = budget(on_meta(), partial(kind, lr=0.1))["optimizer"]
+    assert budget(on_meta(), make)["optimizer"] == plain
+    check_optimizer(make, model)
+    check_optimizer(make, model, device="cuda")
+    with pytest.raises(ValueError, match=rf"{kind.__name__} with capturable=True.*CPU.*Leave"):
+        check_optimizer(make, model, device="cpu")
