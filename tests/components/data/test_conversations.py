@@ -3,8 +3,15 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
+from kasa_tune.components.data.conversations import (
+    LAYOUTS,
+    ConversationToMessages,
+    MissingKeyError,
+)
 from kasa_tune.components.data.tokenizers import hf_tokenizer
 from tests.components.data.test_building import OURS, build, node
 from tests.components.data.test_tokenizers import CHATML, folder, tokenizer
@@ -293,3 +300,44 @@ def test_tokenizers_without_a_chat_template(char_tokenizer, folder, write_rows, 
 def test_an_unknown_layout(char_tokenizer, write_rows):
     with pytest.raises(ValueError, match="conversation_style must be one of openai, sharegpt"):
         build(chat(write_rows, [user(), assistant()], conversation_style="chatml"), char_tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- anything
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+MESSAGES = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "weight", "tool_calls", "name", "audio"]),
+    st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt"]) | JSON,
+)
+CALLS = st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), JSON)})  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    conversation=st.lists(MESSAGES | JSON, max_size=4) | JSON,
+    calls=st.none() | st.lists(CALLS | JSON, max_size=2),
+    tools=JSON | st.lists(CALLS, max_size=2),
+    layout=st.sampled_from(["openai", "sharegpt"]),
+)
+def test_any_row_gives_messages_of_text_or_a_sentence(conversation, calls, tools, layout):
+    if isinstance(conversation, list) and conversation and calls is not None:
+        conversation = [*conversation, {"role": "assistant", "tool_calls": calls}]
+    try:
+        sample = ConversationToMessages(layout)(
+            {LAYOUTS[layout].column: conversation, "tools": tools}
+        )
+    except (ValueError, MissingKeyError) as error:
+        said = str(error)
+    else:
+        said = ""
+        assert all(isinstance(message.text_content, str) for message in sample["messages"])
+        json.dumps([message.for_template for message in sample["messages"]])
+        json.dumps(sample["tools"])
+    assert len(said) < 400

@@ -4,6 +4,8 @@ import json
 import pickle
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torchtune.data import Message
 
@@ -507,3 +509,41 @@ def test_a_node_may_refer_to_other_keys_of_its_config(folder):
 def test_paths_that_are_none(component, path, error, message):
     with pytest.raises(error, match=message):
         build_tokenizer({"_component_": component, "path": path})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = ["eos_token", "bos_token", "pad_token", "add_bos_token", "chat_template", "unk_token"]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    config=st.dictionaries(st.sampled_from(KEYS), JSON | st.just("</s>")) | JSON,
+    generation=st.fixed_dictionaries({"eos_token_id": JSON}) | JSON,
+    cut=st.none() | st.integers(0, 12_000),
+)
+def test_any_content_of_its_files_gives_a_tokenizer_or_a_sentence(folder, config, generation, cut):
+    before = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "tokenizer.json").write_text(before if cut is None else before[:cut])
+    said = ""
+    try:
+        tok = hf_tokenizer(str(folder / "tokenizer.json"))
+    except ValueError as error:
+        said = str(error)
+    else:
+        assert all(isinstance(id_, int) for id_ in tok.stop_tokens)
+    finally:
+        (folder / "tokenizer.json").write_text(before)
+    assert len(said) < 600
