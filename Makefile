@@ -1,6 +1,7 @@
 # make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
 # make test    run all tests; PYTEST_ARGS chooses some of them
 # make test-fast  run the tests that are not marked slow, in under 90 seconds on two cores
+# make fuzz    read FUZZ_EXAMPLES configs that are mutated at random; minutes
 # make typecheck  mypy; the errors of each file may only become fewer
 # make lint    ruff; make format applies its layout
 # make docs    write the tables of config keys in docs/configs.md from the schemas
@@ -13,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo_output
 PYTEST_ARGS ?= -n 2 --dist worksteal
+FUZZ_EXAMPLES ?= 10000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -21,7 +23,7 @@ PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast typecheck lint format docs configs clean
+.PHONY: demo test test-fast fuzz typecheck lint format docs configs clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -34,6 +36,9 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-test
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -s tests/config/test_fuzz.py
 
 typecheck: $(VENV)/.installed-test
 	$(BIN)/python .ci/typecheck.py

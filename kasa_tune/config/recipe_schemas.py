@@ -45,9 +45,9 @@ def _decorator_argument(tree: ast.Module) -> ast.expr | None:
     """The argument of the first decorator `config.parse(...)` or `parse(...)`."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     for mark in [mark for function in functions for mark in function.decorator_list]:
-        is_call = isinstance(mark, ast.Call) and len(mark.args) == 1
-        if is_call and ast.unparse(mark.func).split(".")[-1] == "parse":
-            return mark.args[0]
+        match mark:
+            case ast.Call(func=ast.Name("parse") | ast.Attribute(attr="parse"), args=[schema]):
+                return schema
     return None
 
 

@@ -154,31 +154,38 @@ def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     for name, nodes in datasets.items():
         nodes = nodes or []
         for i, node in enumerate(nodes if isinstance(nodes, list) else [nodes]):
-            key = f"{name}.{i}" if isinstance(nodes, list) else name
-            source, folder = node.get("source"), node.get("data_dir")
-            is_path = isinstance(source, str) and source.startswith(("/", "./", "../"))
-            if is_path:
-                yield from _missing(f"{key}.source", source)
-            is_default = source is None and node["_component_"].startswith(
-                "kasa_tune."
-            )  # then data_files are local
-            for file in (
-                _flat(node.get("data_files")) if is_default or is_path or source in _READERS else ()
-            ):
-                path = os.path.join(folder if isinstance(folder, str) else "", file)
-                if "://" not in path:
-                    yield from _unmatched(f"{key}.data_files", path)
+            yield from _local_data(f"{name}.{i}" if isinstance(nodes, list) else name, node)
 
 
-def _unmatched(key: str, path: str) -> Iterator[Problem]:
-    """A problem when the reader, which takes [ ] * ? for patterns, finds no file by `path`."""
-    if glob.glob(path, recursive=True):
+def _local_data(key: str, node: dict[str, Any]) -> Iterator[Problem]:
+    """The folder and the files of one dataset."""
+    source, folder = node.get("source"), node.get("data_dir") or ""
+    is_path = isinstance(source, str) and source.startswith(("/", "./", "../"))
+    if is_path:
+        yield from _missing(f"{key}.source", source)
+        if os.path.isdir(source) and glob.has_magic(source):
+            wrong = f"got {show(source)}, of which the reader takes characters for a pattern"
+            yield Problem(f"{key}.source", f"{wrong}; set source: json and data_dir to this folder")
+    is_default = source is None and node["_component_"].startswith("kasa_tune.")  # then local
+    if not (is_default or is_path or source in _READERS):
         return
-    if os.path.exists(path):
-        wrong = f"got {show(path)}, which exists, but the reader takes [ ] * ? for patterns"
-        yield Problem(key, f"{wrong} and finds nothing; rename the file or folder")
-    else:
-        yield from _missing(key, path)
+    base = os.path.join(source if is_path and os.path.isdir(source) else "", folder)
+    for file in _flat(node.get("data_files")):
+        if "://" not in file:
+            yield from _unmatched(f"{key}.data_files", base, file)
+
+
+def _unmatched(key: str, base: str, given: str) -> Iterator[Problem]:
+    """A problem when no file in the folder `base` has the name or the pattern `given`, see the room of data."""
+    path = os.path.join(base, given)
+    if os.path.isdir(path):
+        wrong = f"got {show(given)}, which is a folder"
+        yield Problem(key, f"{wrong}; set data_dir to it, or name its files, such as *.jsonl there")
+    elif not os.path.exists(path):
+        folder, name = os.path.split(path)
+        pattern = os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)
+        if not glob.glob(pattern, recursive=True):
+            yield from _missing(key, path)
 
 
 def _flat(given: Any) -> Iterator[str]:

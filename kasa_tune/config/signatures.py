@@ -80,15 +80,21 @@ def static(path: str) -> Signature:
 def constants(path: str) -> dict[str, Any]:
     """The numbers that the builder at dotted `path` passes on by keyword, such as `num_heads`; raises as `static`.
 
-    A builder is a function that returns the value of one call, as torchtune's `llama3_8b` does.
+    A builder is a function that returns the value of one call, as torchtune's `llama3_8b` does, or passes such a value
+    to another function.
     """
-    module, node = find(path)
+    return _constants(*find(path))
+
+
+def _constants(module: Module, node: Any) -> dict[str, Any]:
     while isinstance(node, Call) and node.call.args:
         module, node = expression(module, node.call.args[0])
     last = node.body[-1] if isinstance(node, ast.FunctionDef) else None
     if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Call):
         return {}
-    return {
+    passed = last.value.args[0] if last.value.args else None
+    inner = _constants(*expression(module, passed.func)) if isinstance(passed, ast.Call) else {}
+    return inner | {
         keyword.arg: keyword.value.value
         for keyword in last.value.keywords
         if keyword.arg and isinstance(keyword.value, ast.Constant)

@@ -15,7 +15,7 @@ def sizes_of(node: dict[str, Any]) -> dict[str, int]:
         told = signatures.constants(str(node.get("_component_")))
     except (signatures.UnreadableError, signatures.NoSuchNameError):
         told = {}
-    sizes = {name: value for name, value in (told | node).items() if type(value) is int}
+    sizes = {name: value for name, value in (told | node).items() if isinstance(value, int)}
     if {"num_heads", "embed_dim"} <= sizes.keys():
         sizes.setdefault("num_kv_heads", sizes["num_heads"])
         sizes.setdefault("head_dim", sizes["embed_dim"] // sizes["num_heads"])
@@ -44,8 +44,8 @@ def rank_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
     node = cfg.get("model") or {}
     for key in ("rank", "truncation_rank"):
         rank = node.get(key)
-        bounds = dict(_smaller_dimensions(node)) if type(rank) is int else {}
-        if bounds and rank > min(bounds.values()):
+        bounds = dict(_smaller_dimensions(node))
+        if bounds and isinstance(rank, int) and rank > min(bounds.values()):
             name = min(bounds, key=lambda name: bounds[name])
             yield Problem(
                 f"model.{key}",

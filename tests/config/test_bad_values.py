@@ -133,6 +133,7 @@ def test_a_rank_above_the_weights_is_refused_by_the_builders_sizes(tree):
         in refused("llama3_8b_kasa", "model.rank=1025")["model.rank"]
     )
     config.load("llama3_8b_kasa", ["model.rank=1024"], check_files=False)
+    assert "v_proj has a smaller" in refused("gemma2_9b_lora", "model.rank=2049")["model.rank"]
     assert "dimension of 64" in refused(TINY, "model.rank=65")["model.rank"]
     assert [*refused(TINY, "model.truncation_rank=65")] == ["model.truncation_rank"]
 
@@ -201,14 +202,18 @@ def test_a_log_file_stays_in_its_folder(name):
     assert "without a folder" in found["metric_logger.filename"]
 
 
-def test_a_folder_whose_name_is_a_pattern_for_the_reader_is_refused(tree):
+def test_a_name_that_is_there_is_no_pattern(tree):
     folder = folder_of(tree) / "run[1]"
     folder.mkdir()
-    (folder / "rows.jsonl").touch()
-    key, text = only_problem(tree, f"dataset.data_files='{folder}/rows.jsonl'")
-    assert key == "dataset.data_files"
-    assert "takes [ ] * ? for patterns" in text
-    load(tree, f"output_dir='{folder}/out'")
+    (folder / "rows*.jsonl").touch()
+    for given in (f"{folder}/rows*.jsonl", f"{folder}/*.jsonl"):
+        load(tree, f"dataset.data_files='{given}'", f"output_dir='{folder}/out'")
+    load(tree, f"dataset.data_dir='{folder}'", "dataset.data_files='rows*.jsonl'")
+    assert "does not exist" in only_problem(tree, f"dataset.data_files='{folder}/*.csv'")[1]
+    assert "is a folder" in only_problem(tree, f"dataset.data_files='{folder}'")[1]
+    key, text = only_problem(tree, f"dataset.source='{folder}'", "~dataset.data_files")
+    assert key == "dataset.source"
+    assert "data_dir" in text
 
 
 def test_a_dangling_link_is_no_output_folder(tree):

@@ -27,7 +27,7 @@ NAMES = (
     "peft_export",
     "peft_import",
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 
 SEEDED = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
