@@ -82,7 +82,7 @@ def prompting_of(config: Mapping[str, Any], folder: Path, source: Any) -> Prompt
         raise NoPromptError("the run names no tokenizer")
     try:
         tokenizer = build_allowed(_moved(node, folder), "tokenizer", source, max_seq_len=None)
-        return _prompting(tokenizer, config.get("dataset"), folder)
+        return _prompting(tokenizer, _first(config.get("dataset")), folder)
     except Exception as error:  # files of any content: an export does not fail for its card's sake
         raise NoPromptError(f"its tokenizer could not be read: {error}") from error
 
@@ -121,7 +121,13 @@ def _moved(node: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def _prompting(tokenizer: Any, dataset: Any, folder: Path) -> Prompting:
+def _first(dataset: Any) -> Mapping[str, Any]:
+    """The section of the data set, or of the first in a mixture."""
+    first = dataset[0] if isinstance(dataset, list | tuple) and dataset else dataset
+    return first if isinstance(first, Mapping) else {}
+
+
+def _prompting(tokenizer: Any, dataset: Mapping[str, Any], folder: Path) -> Prompting:
     bos = _bos(tokenizer)
     server = _server_tokenizer(folder)
     encode_more, begins = _encoders(tokenizer, server, bos)
@@ -129,8 +135,8 @@ def _prompting(tokenizer: Any, dataset: Any, folder: Path) -> Prompting:
         ids = tokenizer.encode(SAID, add_bos=bos is not None, add_eos=False)
         return Prompting("<your text>", ids, SAID if begins(SAID) == ids else None, None)
     said = _example(dataset)
-    system = dataset.get("new_system_prompt") if isinstance(dataset, Mapping) else None
-    messages = [("system", system)] * bool(system) + [("user", said)]
+    system = dataset.get("new_system_prompt")
+    messages = [("system", str(system))] * bool(system) + [("user", said)]
     ids = _open_tokens(tokenizer, messages)
     rest = ids[1:] if ids[:1] == [bos] else ids
     candidates = [_plain_text(tokenizer, messages), *_decoded(tokenizer, server, rest)]
@@ -149,7 +155,7 @@ def _prompting(tokenizer: Any, dataset: Any, folder: Path) -> Prompting:
     return found
 
 
-def _example(dataset: Any) -> str:
+def _example(dataset: Mapping[str, Any]) -> str:
     """What a data set's builder makes of a row that holds the example."""
     name = _name(dataset)
     template = "{}"
@@ -162,13 +168,11 @@ def _example(dataset: Any) -> str:
     return template.replace("{}", SAID)
 
 
-def _name(dataset: Any) -> str:
-    first = dataset[0] if isinstance(dataset, Sequence) and dataset else dataset
-    component = first.get("_component_") if isinstance(first, Mapping) else None
-    return str(component or "").rpartition(".")[2]
+def _name(dataset: Mapping[str, Any]) -> str:
+    return str(dataset.get("_component_") or "").rpartition(".")[2]
 
 
-def _is_completion(dataset: Any) -> bool:
+def _is_completion(dataset: Mapping[str, Any]) -> bool:
     return _name(dataset) in ("completion_dataset", "text_completion_dataset")
 
 

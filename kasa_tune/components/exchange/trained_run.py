@@ -258,6 +258,8 @@ def check_state(checkpoint: Checkpoint, *, with_base: bool = True) -> None:
         check_allowed(config["checkpointer"], "checkpointer", checkpoint)
         if not isinstance(config["checkpointer"].get("checkpoint_dir"), str):
             raise ValueError(f"{checkpoint}: its run.json does not say where the base was.")
+        if not isinstance(config.get("dtype"), str):
+            raise ValueError(f"{checkpoint}: its run.json names no dtype of training.")
 
 
 def _open_base(

@@ -26,7 +26,7 @@ def digest_line(name: str, tensor: Tensor) -> str:
     """``<name> <dtype> [<shape>] <sha256 of its bytes>`` and a newline."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     shape = ", ".join(map(str, tensor.shape))
-    return f"{name} {tensor.dtype} [{shape}] {hashlib.sha256(data).hexdigest()}\n"
+    return f"{name} {tensor.dtype} [{shape}] {hashlib.sha256(data.data).hexdigest()}\n"
 
 
 def digest_lines(paths: Mapping[str, Path]) -> dict[str, str]:

@@ -1,17 +1,25 @@
 """A checkpoint opened to be exported: what is read, and what cannot be."""
 
+import contextlib
+import copy
 import gc
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, load_part, save_checkpoint
 from kasa_tune.components.exchange.adapter_set import AdapterSet
 from kasa_tune.components.exchange.native import write_adapter
+from kasa_tune.components.exchange.prompting import NoPromptError, prompting_of
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.quantized.base import FOLDER
@@ -229,6 +237,7 @@ def test_a_checkpoint_calls_nothing_that_it_brings(section, native, tmp_path):
         (lambda state: state.update(base=None), "does not name the base's fingerprint"),
         (lambda state: state["config"].pop("adapter"), "has no section adapter"),
         (lambda state: state["config"].update(model="kasa"), "has no section model"),
+        (lambda state: state["config"].pop("dtype"), "names no dtype"),
         (
             lambda state: state["config"]["checkpointer"].pop("checkpoint_dir"),
             "does not say where the base was",
@@ -254,6 +263,56 @@ def test_a_run_json_of_another_form_is_refused_in_a_sentence(change, words, tmp_
     rewritten(run, run=state)
     with pytest.raises(ValueError, match=words):
         open_run(run.path)
+
+
+def places(tree, path=()):
+    """The path of every value in nested containers."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """Gives a toy's run: its folder, its adapter and its state. (A function: they are long to print.)"""
+    run = toy_run(tmp_path_factory.mktemp("fuzzed"), "llama2", "kasa")
+    parts = [load_part(checkpoint_of(run), name) for name in ("adapter", "run")]
+    return lambda: (run.path.parent, *parts)
+
+
+NOTHING = object()
+MARKER = Path(tempfile.gettempdir()) / f"kasa_tune_ran_{os.getpid()}"
+HOSTILE = {"_component_": "subprocess.getoutput", "cmd": f"touch {MARKER}"}
+VALUES = [None, True, -1, 10**30, 2.5, float("nan"), "", "a\0b", "x" * 5000, [], [1], {}, HOSTILE]
+
+
+@seed(0)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_run_json_is_opened_or_refused_in_a_sentence(fuzzed, data):
+    """Values of other types, missing ones, components where none belong: no bare traceback, nothing called."""
+    folder, adapter, state = fuzzed()
+    state = copy.deepcopy(state)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, key = data.draw(st.sampled_from(list(places(state["config"]))))
+        place, value = state["config"], data.draw(st.sampled_from([*VALUES, NOTHING]))
+        for step in above:
+            place = place[step]
+        if value is NOTHING:
+            del place[key]
+        else:
+            place[key] = copy.deepcopy(value)
+    native = folder / "native"
+    shutil.rmtree(native, ignore_errors=True)
+    native.mkdir()
+    write_adapter(native, adapter, state)
+    with contextlib.suppress(ValueError, OSError):
+        opened = open_run(native, checkpoint_dir=str(folder / "base"))
+        with contextlib.suppress(NoPromptError):
+            prompting_of(opened.config, opened.checkpoint_dir, opened.checkpoint)
+    assert not MARKER.exists()
 
 
 # --------------------------------------------------------------------------------- what cannot be
