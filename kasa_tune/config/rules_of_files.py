@@ -171,13 +171,13 @@ def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _unmatched(key: str, path: str) -> Iterator[Problem]:
-    """A problem when the reader, which takes [ ] * ? for patterns, finds no file by `path`."""
-    if glob.glob(path, recursive=True):
-        return
-    if os.path.exists(path):
-        wrong = f"got {show(path)}, which exists, but the reader takes [ ] * ? for patterns"
-        yield Problem(key, f"{wrong} and finds nothing; rename the file or folder")
+    """A problem when there is no file at `path`, and none that it means as a pattern."""
+    folder, name = os.path.split(path)
+    if os.path.isdir(folder):  # what is there under its name is no pattern
+        pattern = os.path.join(glob.escape(folder), name)
     else:
+        pattern = path
+    if not glob.glob(pattern, recursive=True):
         yield from _missing(key, path)
 
 

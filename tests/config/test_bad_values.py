@@ -201,14 +201,16 @@ def test_a_log_file_stays_in_its_folder(name):
     assert "without a folder" in found["metric_logger.filename"]
 
 
-def test_a_folder_whose_name_is_a_pattern_for_the_reader_is_refused(tree):
+def test_what_is_there_under_its_name_is_no_pattern(tree):
     folder = folder_of(tree) / "run[1]"
     folder.mkdir()
-    (folder / "rows.jsonl").touch()
-    key, text = only_problem(tree, f"dataset.data_files='{folder}/rows.jsonl'")
+    for name in ("rows.jsonl", "a[1].jsonl"):
+        (folder / name).touch()
+        load(tree, f"dataset.data_files='{folder}/{name}'", f"output_dir='{folder}/out'")
+    load(tree, f"dataset.data_files='{folder}/*.jsonl'")
+    key, text = only_problem(tree, f"dataset.data_files='{folder}/b[1].jsonl'")
     assert key == "dataset.data_files"
-    assert "takes [ ] * ? for patterns" in text
-    load(tree, f"output_dir='{folder}/out'")
+    assert "does not exist" in text
 
 
 def test_a_dangling_link_is_no_output_folder(tree):
