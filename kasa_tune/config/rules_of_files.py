@@ -159,7 +159,8 @@ def data_files(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 def _local_data(key: str, node: dict[str, Any]) -> Iterator[Problem]:
     """The folder and the files of one dataset."""
-    source, folder = node.get("source"), node.get("data_dir") or ""
+    source: Any = node.get("source")
+    folder = node.get("data_dir") or ""
     is_path = isinstance(source, str) and source.startswith(("/", "./", "../"))
     if is_path:
         yield from _missing(f"{key}.source", source)

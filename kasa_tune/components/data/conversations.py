@@ -242,7 +242,8 @@ def _tool_calls(given: Any, role: str, i: int) -> list[dict[str, Any]]:
     for k, call in enumerate(given):
         call = _without_null(call)
         function = call.get("function", call) if isinstance(call, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"message {i}, tool call {k} names no function: {call!r:.60}")
         arguments = function.get("arguments", {})

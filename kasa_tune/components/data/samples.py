@@ -58,7 +58,7 @@ class ShiftedDataset(Dataset):
 
     def __init__(
         self,
-        inner: Dataset,
+        inner: Any,
         *,
         name: str,
         tokenizer: Any,
@@ -155,7 +155,7 @@ class MixedDataset(Dataset):
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float]) -> None:
         self.parts, self.weights = list(parts), [float(w) for w in weights]
-        self.lengths = [len(part) for part in self.parts]
+        self.lengths = [len(part) for part in self.parts]  # type: ignore[arg-type]
         self._ends = np.cumsum(self.lengths)
         self.max_seq_len = getattr(self.parts[0], "max_seq_len", None)
 
@@ -174,11 +174,11 @@ def _is_torchtunes(inner: Dataset) -> bool:
     return type(inner).__getitem__ in (SFTDataset.__getitem__, TextCompletionDataset.__getitem__)
 
 
-def _required_columns(inner: Dataset) -> dict[str, bool]:
+def _required_columns(inner: Any) -> dict[str, bool]:
     """Columns a row must have -> whether they must hold text. Empty when the dataset does not tell."""
     if isinstance(inner, TextCompletionDataset):
         return {inner._column: True}
-    transform = getattr(inner, "_message_transform", None)
+    transform: Any = getattr(inner, "_message_transform", None)
     if isinstance(getattr(transform, "required_columns", None), (list, tuple)):
         return dict.fromkeys(transform.required_columns, True)
     if isinstance(transform, InputOutputToMessages):

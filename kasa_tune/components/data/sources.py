@@ -90,10 +90,9 @@ def _map_paths(given: Any, change: Callable[[Any], Any]) -> Any:
 
 def _base(node: Mapping[str, Any]) -> str:
     """The folder that relative ``data_files`` of a local node are in; empty means the working directory."""
-    source, folder = node.get("source"), node.get("data_dir") or ""
-    return os.path.join(
-        os.path.expanduser(source) if is_folder(source) else "", os.path.expanduser(folder)
-    )
+    source, folder = str(node.get("source") or ""), str(node.get("data_dir") or "")
+    within = os.path.expanduser(source) if is_folder(node.get("source")) else ""
+    return os.path.join(within, os.path.expanduser(folder))
 
 
 def _checked(given: Any, base: str, key: str) -> str:

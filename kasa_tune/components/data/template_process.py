@@ -35,7 +35,7 @@ _TEMPLATE_DATE = datetime.date(2024, 7, 26)  # the date Llama's own templates fa
 class _GenerationBlock(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}`` marks what the assistant says; the text in it is kept as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

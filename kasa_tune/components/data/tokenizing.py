@@ -89,9 +89,10 @@ def tokenize_all(
         done += len(part.lengths)
         if progress is not None:
             progress(done, total)
-    columns = [np.concatenate(column) for column in list(zip(*parts, strict=True))[:-1]]
+    fields = [name for name in TokenizedSamples._fields if name != "broken"]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
     broken = {index: message for part in parts for index, message in part.broken.items()}
-    return TokenizedSamples(*columns, broken)
+    return TokenizedSamples(**columns, broken=broken)
 
 
 _worker_dataset: tuple[Dataset, bool] | None = None

@@ -109,7 +109,7 @@ def smallest_singular_subspace(matrix: Tensor, k: int, *, solver: str = "auto") 
     if solver == "auto":
         solver = "gram_eigh" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "inverse_krylov"
     method = _inverse_krylov if solver == "inverse_krylov" else _gram_eigh
-    again = partial(smallest_singular_subspace, solver=solver)
+    again: Callable[[Tensor, int], Subspace] = partial(smallest_singular_subspace, solver=solver)
     try:
         return method(matrix, k)
     except RuntimeError as error:

@@ -27,9 +27,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.device.type != tensor.device_mesh.device_type:
-        tensor = tensor.to(tensor.device_mesh.device_type)
-    return tensor.full_tensor()
+    parts: Any = tensor
+    if parts.device.type != parts.device_mesh.device_type:
+        parts = parts.to(parts.device_mesh.device_type)
+    return parts.full_tensor()
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def shard(module: nn.Module, world: World, *, offload: bool = False) -> None:
         for p in module.parameters()
         if is_quantized(p) and (pieces == 1 or not divides(p, pieces))
     }
-    options = {"ignored_params": uncut} if uncut else {}
+    options: dict[str, Any] = {"ignored_params": uncut} if uncut else {}
     with _without_buffers(module):
         fully_shard(
             module,
