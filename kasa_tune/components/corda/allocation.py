@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kasa_tune.components.corda.covariance import extreme_eigenvalues
 from kasa_tune.components.linalg.decomposition import oriented_matrix
-from kasa_tune.components.linalg.solvers import gram_matrix, on_cpu_if_no_room
+from kasa_tune.components.linalg.fallback import on_cpu_if_no_room
+from kasa_tune.components.linalg.solvers import gram_matrix
 
 POOLED = -1  # in place of a round: the covariance over all of them
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kasa_tune.components.linalg.solvers import add_lower_gram, mirror_lower, on_cpu_if_no_room
+from kasa_tune.components.linalg.fallback import on_cpu_if_no_room
+from kasa_tune.components.linalg.solvers import add_lower_gram, mirror_lower
 
 NORMALIZATIONS = ("unit_mean_diag", "published")
 # Up to this width all eigenvalues cost less than a search for the first and the last.

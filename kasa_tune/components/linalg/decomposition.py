@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kasa_tune.components.linalg.fallback import on_cpu_if_no_room
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.solvers import (
     Subspace,
     extreme_singular_subspace,
-    on_cpu_if_no_room,
     smallest_singular_subspace,
 )
 

@@ -16,14 +16,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from kasa_tune.components.linalg.fallback import is_no_room
+
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 
 # Below this n, or for k above this share of n, a full decomposition is cheaper than a search.
 EXACT_BELOW = 640
@@ -43,16 +43,6 @@ RELATIVE_RESIDUAL = 1e-6
 # A σ² below this share of ‖W‖_F² is rounding noise of float32 weights. Vectors of such values need
 # no further convergence, because none of them is better than another.
 NOISE = 1e-15
-# How CUDA's libraries say that a card is full. Torch passes their words on as plain RuntimeErrors. A handle that finds
-# no room is "not initialized" (cuBLAS) or an "internal error" (cuSOLVER).
-FULL_CARD = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_NOT_INITIALIZED",
-    "CUSOLVER_STATUS_INTERNAL_ERROR",
-)
 
 
 @dataclass(frozen=True)
@@ -181,35 +171,6 @@ def extreme_singular_subspace(
     if not largest:
         U, S = U.flip(1), S.flip(0)
     return Subspace(U[:, :k].contiguous(), S[:k].clone(), "svd", 0.0)
-
-
-def on_cpu_if_no_room(work: Callable[..., Result], *tensors: Tensor | None, what: str) -> Result:
-    """Call ``work(*tensors)``. If a GPU has no room for it or its solver fails, call it again with
-    the tensors on the CPU, with a line in the log. The result is where the work was done.
-
-    Args:
-        work: the computation.
-        tensors: its arguments, of any shapes; each may be None.
-        what: name of the computation, for the log.
-    """
-    try:
-        return work(*tensors)
-    except RuntimeError as error:
-        on_gpu = any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors)
-        unsolved = isinstance(error, torch.linalg.LinAlgError) and on_gpu
-        if not (unsolved or is_no_room(error)):
-            raise
-        words = "The GPU has no room for %s or cannot solve it; doing it on the CPU. (%s)"
-        log.warning(words, what, str(error))
-    # After the handler, whose traceback holds all that the first try had allocated.
-    return work(*(tensor.cpu() if tensor is not None else None for tensor in tensors))
-
-
-def is_no_room(error: BaseException) -> bool:
-    """Whether an error says that a GPU is full, in the words of torch, cuBLAS or cuSOLVER."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL_CARD)
 
 
 def gram_matrix(matrix: Tensor, *, column_chunk: int = 4096) -> Tensor:

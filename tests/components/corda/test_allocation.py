@@ -133,7 +133,7 @@ def test_a_full_gpu_is_answered_by_the_cpu_and_logged(monkeypatch, caplog):
         return compute(matrix)
 
     monkeypatch.setattr(allocation, "gram_matrix", full_the_first_time)
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = singular_values(torch.diag(torch.tensor([2.0, 5.0])), None)
     torch.testing.assert_close(found, torch.tensor([5.0, 2.0], dtype=torch.float64))
     (record,) = caplog.records

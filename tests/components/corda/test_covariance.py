@@ -196,7 +196,7 @@ def test_a_full_gpu_is_answered_by_the_cpu_and_logged(monkeypatch, caplog):
         return compute(covariance)
 
     monkeypatch.setattr(module, "_extreme_eigenvalues", full_the_first_time)
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         assert extreme_eigenvalues(torch.diag(torch.tensor([2.0, 3.0, 5.0]))) == pytest.approx(
             (2.0, 5.0)
         )
@@ -236,7 +236,7 @@ def test_all_that_needs_room_beside_a_covariance_falls_back_to_the_cpu(
         return real(*args, **options)
 
     monkeypatch.setattr(owner, name, full_the_first_time)
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = compute(covariance)
     assert len(calls) > 1
     assert any("doing it on the CPU" in record.getMessage() for record in caplog.records)

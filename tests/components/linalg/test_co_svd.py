@@ -411,7 +411,7 @@ def test_a_full_gpu_is_answered_by_the_cpu_and_logged(monkeypatch, caplog):
 
     monkeypatch.setattr(decomposition, "extreme_singular_subspace", full_the_first_time)
     weight, covariance = normal(12, 20), covariance_of(20)
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = co_svd(weight, covariance, 3, "kpm")
     assert len(calls) == 2
     (record,) = caplog.records
@@ -427,7 +427,7 @@ def test_a_search_that_does_not_converge_is_answered_by_the_whole_svd_and_logged
     weight, covariance = normal(64, 64), covariance_of(64)
     for mode in MODES:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+        with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
             found = co_svd(weight, covariance, 3, mode, solver="krylov")
         assert found.solver == "svd"
         (record,) = caplog.records

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune.components.linalg import solvers
+from kasa_tune.components.linalg.fallback import on_cpu_if_no_room
 from kasa_tune.components.linalg.solvers import (
     gram_matrix,
     mirror_lower,
-    on_cpu_if_no_room,
     smallest_singular_subspace,
 )
 
@@ -196,7 +196,7 @@ def test_the_solver_is_chosen_by_shape(monkeypatch):
 def test_a_search_that_does_not_converge_is_answered_exactly_and_logged(m, monkeypatch, caplog):
     monkeypatch.setattr(solvers, "MAX_STEPS", 1)
     matrix = torch.randn(64, m, generator=torch.Generator().manual_seed(4))
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = smallest_singular_subspace(matrix, 3, solver="inverse_krylov")
     assert found.solver == "gram_eigh"
     exact = torch.linalg.svdvals(matrix.double()).flip(0)[:3]
@@ -241,7 +241,7 @@ def full_once(error, work):
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 def test_every_word_for_a_full_card_is_answered_on_the_cpu(error, caplog):
     work, calls = full_once(error, torch.square)
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = on_cpu_if_no_room(work, torch.tensor(3.0), what="a square")
     assert (found, len(calls)) == (9, 2)
     (record,) = caplog.records
@@ -306,7 +306,7 @@ def test_out_of_memory_on_the_gpu_is_answered_on_the_cpu_and_logged(solver, monk
 
     monkeypatch.setattr(solvers, f"_{solver}", full_the_first_time)
     matrix = torch.randn(64, 100, generator=torch.Generator().manual_seed(5))
-    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg.solvers"):
+    with caplog.at_level(logging.WARNING, logger="kasa_tune.components.linalg"):
         found = smallest_singular_subspace(matrix, 3, solver=solver)
     assert len(calls) == 2
     assert found.solver == solver
