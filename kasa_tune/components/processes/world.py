@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import time
@@ -105,7 +104,6 @@ class World:
         """
         self._gather(None, group=self.patient)
         dist.destroy_process_group()
-        gc.collect()
         time.sleep(LETTING_GO)
 
     @property
