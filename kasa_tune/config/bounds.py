@@ -31,6 +31,7 @@ TOLERANCE = Check("above 0 and below 1", lambda value: 0 < value < 1)
 SHARD_SIZE = Check(
     "as 5GB or 500MB", lambda value: re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB)", value) is not None
 )
+NOT_EMPTY = Check("not empty", lambda value: bool(value.strip()))
 FILE_NAME = Check(
     "the name of a file without a folder",
     lambda value: os.path.basename(value) == value and value not in ("", ".", "..", "config.yaml"),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
-from kasa_tune.config.bounds import COUNT, SHARD_SIZE, TOLERANCE
+from kasa_tune.config.bounds import COUNT, NOT_EMPTY, SHARD_SIZE, TOLERANCE
 from kasa_tune.config.entries import FilePath, Key, Schema
 from kasa_tune.config.parts import CHECKPOINTER, DEVICE, DTYPE, MODEL
 
@@ -24,6 +24,7 @@ EXPORT: Schema = {
     "base_model": Key(
         str | None,
         None,
+        NOT_EMPTY,
         help="name of the base model in the adapter and its card; "
         "null: the repository it was downloaded from, if that is known",
     ),

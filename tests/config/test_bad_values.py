@@ -190,6 +190,7 @@ def test_the_home_folder_is_written_as_a_tilde_in_every_key(monkeypatch):
     for name, key in (
         ("peft_export", "output_dir"),
         ("peft_export", "checkpoint_dir"),
+        ("peft_export", "base_model"),
         ("peft_import", "peft_adapter"),
         ("peft_import", "initial_adapter"),
     ):
