@@ -5,6 +5,7 @@
 
 import copy
 import os
+import sys
 import time
 from collections import Counter
 from functools import cache
@@ -27,7 +28,7 @@ NAMES = (
     "peft_export",
     "peft_import",
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 
 SEEDED = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -108,13 +109,47 @@ def shipped(name: str) -> dict:
     return reading.read(registry.find_config(name))
 
 
+class Watch:
+    """What Python does outside itself while it is on: files opened to write, folders made, programs run, calls out."""
+
+    EVENTS = (
+        "os.mkdir",
+        "os.rename",
+        "os.symlink",
+        "os.system",
+        "subprocess.Popen",
+        "socket.connect",
+    )
+
+    def __init__(self) -> None:
+        self.on, self.seen = False, []
+        sys.addaudithook(self.hear)  # for good: Python cannot take it out
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            # The check of an output folder opens a file without a name there: its path is the folder's.
+            if flags & (os.O_WRONLY | os.O_RDWR) and not os.path.isdir(path):
+                self.seen.append((event, path))
+        elif event in self.EVENTS:
+            self.seen.append((event, arguments))
+
+
+@cache
+def watch() -> Watch:
+    return Watch()
+
+
 def files_in(folder: Path) -> set[Path]:
     return {*folder.rglob("*")}
 
 
 def check(path: Path, overrides: list[str], check_files: bool, counts: Counter) -> None:
-    """Load one config; anything but a config or short sentences is an error of the test."""
-    started = time.monotonic()
+    """Load one config. It may give a config or short sentences, and may not write, run or call anything."""
+    started, watcher = time.monotonic(), watch()
+    watcher.on = True
     try:
         config.load(path, overrides, check_files=check_files)
     except config.ConfigError as error:
@@ -124,6 +159,9 @@ def check(path: Path, overrides: list[str], check_files: bool, counts: Counter) 
             str(problem).encode()
     else:
         counts["accepted"] += 1
+    finally:
+        watcher.on = False
+    assert watcher.seen == []
     counts["slowest"] = max(counts["slowest"], time.monotonic() - started)
 
 
@@ -172,6 +210,17 @@ def test_a_random_override_is_accepted_or_refused_in_short_sentences(folder, cou
 
     override()
     assert files_in(folder) <= {folder / f"{name}.yaml" for name in NAMES}
+
+
+def test_the_watch_sees_what_is_written_and_run(tmp_path):
+    watcher = watch()
+    watcher.on = True
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.system("true")
+    watcher.on = False
+    seen, watcher.seen = [event for event, _ in watcher.seen], []
+    assert seen == ["open", "os.mkdir", "os.system"]
 
 
 def test_random_text_is_no_hang_and_no_traceback(folder, counts):
