@@ -1,6 +1,6 @@
 """checksums.json beside an exported adapter: sizes and SHA-256 sums of its files, and the digest of its base.
 
-PEFT, vLLM and llama.cpp do not look at it; :mod:`import_adapter` does.
+PEFT, vLLM and llama.cpp do not look at it; the recipe ``import_adapter`` does.
 """
 
 from __future__ import annotations
