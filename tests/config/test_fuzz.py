@@ -1,10 +1,9 @@
 """Configs mutated at random: each is accepted or refused in short sentences; nothing else happens.
 
-`make fuzz` tries FUZZ_EXAMPLES of them (10,000) and prints how many were accepted and refused.
+`make fuzz` tries 10,000 of them and prints how many were accepted and refused.
 """
 
 import copy
-import os
 import time
 from collections import Counter
 from functools import cache
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_tune import config, registry
 from kasa_tune.config import reading
+from tests.fuzzing import bounded, examples
 
 NAMES = (
     "tiny_kasa",
@@ -27,11 +27,10 @@ NAMES = (
     "peft_export",
     "peft_import",
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = examples("configs", quick=100)
+SEEDED = bounded("configs", quick=100)
 
-SEEDED = settings(
-    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+pytestmark = pytest.mark.fuzz
 
 TEXTS = st.one_of(
     st.text(max_size=20),
@@ -144,7 +143,7 @@ def test_a_mutated_config_is_accepted_or_refused_in_short_sentences(folder, coun
     """As a file, with the files it names looked for; the working folder stays as it is."""
     monkeypatch.chdir(folder)
 
-    @settings(SEEDED, max_examples=EXAMPLES)
+    @SEEDED
     @given(made=configs(), check_files=st.booleans())
     def mutate(made, check_files):
         name, tree = made
