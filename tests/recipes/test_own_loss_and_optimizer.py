@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from kasa_tune.components.training import Step
+from kasa_tune.components.training import NonFiniteError, Step, Steps
 from tests.recipes.conftest import recipe_class, run_recipe
 
 CROSS_ENTROPY = "loss={_component_: torch.nn.CrossEntropyLoss, reduction: sum}"
@@ -116,6 +118,55 @@ def test_a_failing_step_saves_the_finished_ones_and_the_run_resumes_bit_for_bit(
     resumed = finetune(*options, "resume_from_checkpoint=True", name="failed")
     assert resumed.recipe.steps.step == 6
     assert curve(resumed) == curve(whole)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_break_out_of_the_loop_saves_the_finished_steps(finetune, monkeypatch, applied):
+    """As a recipe does that stops early: after the update of the third step, or before it."""
+    options = ["max_steps=6", "save_every_n_steps=1000"]
+    whole = finetune(*options, name="whole")
+    steps, apply, iterate = [], Step.apply, Steps.__iter__
+
+    def counted(self, *args, **kwargs):
+        steps.append(1)
+        if applied or len(steps) < 3:
+            apply(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "apply", counted)
+        patch.setattr(Steps, "__iter__", lambda self: itertools.islice(iterate(self), 3))
+        broken = finetune(*options, name="broken")
+    finished = 3 if applied else 2
+    assert [path.name for path in broken.checkpoints] == [f"step_{finished:08}"]
+    assert curve(broken) == curve(whole)[: len(curve(broken))]
+    assert broken.metrics[-1]["step"] == finished
+    resumed = finetune(*options, "resume_from_checkpoint=True", name="broken")
+    assert curve(resumed) == curve(whole)
+
+
+@pytest.fixture
+def finished_run(finetune):
+    return finetune("max_steps=1").recipe
+
+
+def test_a_step_is_applied_once(finished_run):
+    step = Step(finished_run.steps, [])
+    step.apply(finished_run._optimizer)
+    with pytest.raises(RuntimeError, match=r"step\.apply was called twice"):
+        step.apply(finished_run._optimizer)
+
+
+def test_a_step_logs_numbers_and_names_the_one_that_is_not_finite(finished_run):
+    step = Step(finished_run.steps, [])
+    step.log(temperature=0.5, l2=torch.tensor([2.0]))
+    step.apply(finished_run._optimizer)
+    assert (step.metrics["temperature"], step.metrics["l2"]) == (0.5, 2.0)
+    step = Step(finished_run.steps, [])
+    with pytest.raises(ValueError, match=r"scalars, but ranks has the shape \(2,\)"):
+        step.log(ranks=torch.ones(2))
+    step.log(odd=math.inf)
+    with pytest.raises(NonFiniteError, match=r"odd inf"):
+        step.apply(finished_run._optimizer)
 
 
 def test_an_optimizer_that_fails_half_way_saves_nothing(finetune, tmp_path, monkeypatch):

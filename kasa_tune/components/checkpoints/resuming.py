@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -100,7 +101,13 @@ def set_aside(output_dir: Path) -> None:
         for path in left:
             target = aside / path.relative_to(output_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            try:
+                path.rename(target)
+            except OSError:
+                for empty in (target.parent, aside):
+                    with contextlib.suppress(OSError):  # it holds what was moved before
+                        empty.rmdir()
+                raise
     log.info(f"Restarting: what the earlier run left is in {aside}.")
 
 

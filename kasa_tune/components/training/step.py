@@ -70,11 +70,20 @@ class Step:
         """
         self._loss += loss.detach()
 
-    def log(self, **values: Tensor) -> None:
+    def log(self, **values: Tensor | float) -> None:
         """Log more scalars with the step, such as a regularizer. They must be finite, and the same
         on all processes.
+
+        Raises:
+            ValueError: a value has more than one element.
         """
-        self._logged |= {name: value.detach() for name, value in values.items()}
+        for name, value in values.items():
+            scalar = torch.as_tensor(value).detach()
+            if scalar.numel() != 1:
+                raise ValueError(
+                    f"step.log takes scalars, but {name} has the shape {tuple(scalar.shape)}."
+                )
+            self._logged[name] = scalar.reshape(())
 
     def apply(
         self,
@@ -93,8 +102,15 @@ class Step:
                 no limit.
 
         Raises:
-            NonFiniteError: a loss or the gradient is not finite. No weight has been changed.
+            NonFiniteError: a loss, another logged value or the gradient is not finite. No weight
+                has been changed.
+            RuntimeError: the step has been applied before.
         """
+        if self.applying:
+            raise RuntimeError(
+                "step.apply was called twice in a step. Call it once, after the loop over the "
+                "batches of the step."
+            )
         steps = self._steps
         loss, num_signals = steps.processes.sum(self._loss, steps.signals.received is not None)
         steps.stopping |= num_signals > 0
@@ -103,10 +119,14 @@ class Step:
         checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
         values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
         if not all(map(math.isfinite, values)):
+            found = ", ".join(
+                f"{name} {value}"
+                for name, value in zip(checked, values, strict=True)
+                if name in ("loss", "grad_norm") or not math.isfinite(value)
+            )
             raise NonFiniteError(
-                f"Step {steps.step + 1}: loss {values[0]}, gradient norm {values[-1]}. The weights "
-                f"are still those of step {steps.step}. Lower optimizer.lr, set clip_grad_norm, or "
-                "check the data."
+                f"Step {steps.step + 1}: {found}. The weights are still those of step "
+                f"{steps.step}. Lower optimizer.lr, set clip_grad_norm, or check the data."
             )
         self.applying = True
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.

@@ -150,18 +150,38 @@ class Steps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        left_loop = error is None and self._current is not None
         with self._resources:
-            if isinstance(error, Exception):
+            if left_loop:
+                self._save_after_break()
+            elif isinstance(error, Exception):
                 self._save_finished_steps(error)
         if error is not None:
             return
-        if self.stopping and self.step < self.data.total_steps:
+        if self.step < self.data.total_steps and (self.stopping or left_loop):
+            who = "A signal" if self.stopping else "The recipe"
             log.warning(
-                f"A signal stopped the run after step {self.step}. Set resume_from_checkpoint=True "
+                f"{who} stopped the run after step {self.step}. Set resume_from_checkpoint=True "
                 "to continue from here."
             )
         elif self._saved:
             log.info(f"Finished. Adapter: {self._saved / 'adapter.safetensors'}")
+
+    @property
+    def _unsaved(self) -> bool:
+        return self.step > max(self._saved_step, self._first_step)
+
+    def _save_after_break(self) -> None:
+        """Log and save after a ``break`` out of the loop, which all processes must do in the same
+        step. A step that was not applied is done again when the run resumes.
+        """
+        step = self._current
+        if step.applied:
+            self._finish_step(step)
+        else:
+            self.batches_done -= step.num_batches
+        if self._unsaved:
+            self.save(rng=None if step.applied else step.rng)
 
     def _save_finished_steps(self, error: Exception) -> None:
         """After an error inside a step, save the steps before it, with the random state from before
@@ -172,12 +192,19 @@ class Steps:
         """
         step = self._current
         failed_everywhere = self.processes.size == 1 or isinstance(error, NonFiniteError)
-        unsaved = self.step > max(self._saved_step, self._first_step)
-        if step is None or step.applying or not unsaved or not failed_everywhere:
+        if step is None or step.applying or not failed_everywhere:
             return
         self.batches_done -= step.num_batches
+        self._save_despite_error(rng=step.rng)
+
+    def _save_despite_error(self, *, rng: dict[str, Any] | None = None) -> None:
+        """Save if a step is unsaved. If that fails as well, the first error is still the one that
+        is raised.
+        """
+        if not self._unsaved:
+            return
         try:
-            self.save(rng=step.rng)
+            self.save(rng=rng)
         except OSError as unwritable:
             log.warning(f"The finished steps could not be saved: {unwritable}")
         else:
@@ -238,8 +265,7 @@ class Steps:
                 int, self.processes.sum(labelled, failure is not None, signal_received)
             )
             if failed:
-                if self.step:
-                    self.save()
+                self._save_despite_error()
                 raise failure or OtherRankError(
                     "A batch could not be read on another rank; its message says why."
                 )
@@ -255,7 +281,10 @@ class Steps:
     def _finish_step(self, step: Step) -> None:
         """Validate if this step is due for it, update the progress bar, and log."""
         if not step.applied:
-            raise RuntimeError("The recipe went to the next step without step.apply(optimizer).")
+            raise RuntimeError(
+                "The recipe went to the next step without step.apply(optimizer). Call it once in "
+                "each step, after the loop over its batches."
+            )
         cfg, metrics = self.cfg, step.metrics
         self._profiler.step()
         if cfg.log_peak_memory_stats and self.device.type == "cuda":

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
@@ -15,6 +15,7 @@ from kasa_tune.components.data.conversations import (
 from kasa_tune.components.data.tokenizers import hf_tokenizer
 from tests.components.data.test_building import OURS, build, node
 from tests.components.data.test_tokenizers import CHATML, folder, tokenizer
+from tests.fuzzing import bounded
 
 __all__ = ["folder"]
 
@@ -230,8 +231,10 @@ def test_what_torchtunes_transforms_would_leave_out(char_tokenizer, write_rows, 
             "message 1, tool call 0 names no function",
         ),
         ([{"function": {"name": "f", "arguments": "{"}}], "tool call 0: arguments is no JSON"),
+        ([{"function": {"name": "f", "arguments": "[" * 10**5}}], "call 0: arguments is no JSON"),
         ([{"function": {"name": "f", "arguments": "[1]"}}], "arguments must be a JSON object"),
     ],
+    ids=lambda value: repr(value)[:60],
 )
 def test_calls_that_are_none(folder, write_rows, calls, message):
     talk = [user(), assistant(None, tool_calls=calls)]
@@ -319,7 +322,16 @@ MESSAGES = st.dictionaries(
 CALLS = st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), JSON)})  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.mark.parametrize("levels", [990, 10**5])
+def test_tools_nested_without_end_are_refused_in_a_sentence(folder, write_rows, levels):
+    nested = '{"a": ' * levels + "1" + "}" * levels
+    row = {"messages": [user(), assistant()], "tools": nested}
+    with pytest.raises(ValueError, match=r"row 0 cannot be tokenized: .*recursion"):
+        build(chat(write_rows, row), tokenizer(folder, WITH_TOOLS))
+
+
+@pytest.mark.fuzz
+@bounded("files", quick=300)
 @given(
     conversation=st.lists(MESSAGES | JSON, max_size=4) | JSON,
     calls=st.none() | st.lists(CALLS | JSON, max_size=2),
