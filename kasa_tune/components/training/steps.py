@@ -150,15 +150,15 @@ class Steps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        left_loop = error is None and self._current is not None
+        left_step = self._current if error is None else None
         with self._resources:
-            if left_loop:
-                self._save_after_break()
+            if left_step:
+                self._save_after_break(left_step)
             elif isinstance(error, Exception):
                 self._save_finished_steps(error)
         if error is not None:
             return
-        if self.step < self.data.total_steps and (self.stopping or left_loop):
+        if self.step < self.data.total_steps and (self.stopping or left_step):
             who = "A signal" if self.stopping else "The recipe"
             log.warning(
                 f"{who} stopped the run after step {self.step}. Set resume_from_checkpoint=True "
@@ -171,11 +171,10 @@ class Steps:
     def _unsaved(self) -> bool:
         return self.step > max(self._saved_step, self._first_step)
 
-    def _save_after_break(self) -> None:
+    def _save_after_break(self, step: Step) -> None:
         """Log and save after a ``break`` out of the loop, which all processes must do in the same
         step. A step that was not applied is done again when the run resumes.
         """
-        step = self._current
         if step.applied:
             self._finish_step(step)
         else:
