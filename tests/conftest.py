@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.fuzzing import watched
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +37,16 @@ def load_recipe():
         return module
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def _watch(request, tmp_path_factory):
+    """Nothing that a fuzz test feeds to the code may run a command or change a file elsewhere."""
+    if not request.node.get_closest_marker("fuzz"):
+        yield
+        return
+    with watched(tmp_path_factory.getbasetemp(), ROOT / ".hypothesis"):
+        yield
 
 
 # Left out of `make test-fast`, besides the tests marked slow one by one.

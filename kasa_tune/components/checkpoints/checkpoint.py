@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 FORMAT_VERSION = 1
+_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,255}")
 
 
 class CheckpointError(ValueError):
@@ -237,37 +240,49 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        (
-            manifest["format_version"],
-            manifest["step"],
-            list(manifest["parts"]),
-            manifest["files"].items(),
-        )
+        _check_form(manifest)
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise _unreadable(path / MANIFEST, error) from error
         raise CheckpointError(
             f"{path} is not a complete checkpoint: its {MANIFEST} is missing."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: its {MANIFEST} is missing or unreadable "
-            f"({error})."
+            f"({error!s:.200})."
         ) from None
     return manifest
+
+
+def _check_form(manifest: Any) -> None:
+    """Raise ValueError, KeyError or TypeError if this is not what a manifest holds."""
+    for key, kind in {"format_version": int, "step": int, "parts": list, "files": dict}.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"its {key} is a {type(manifest[key]).__name__}")
+    for name in [*manifest["parts"], *manifest["files"]]:
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r:.40} is not the name of a file in it")
 
 
 def load_part(path: Path, name: str) -> Any:
     """Read one part of a verified checkpoint. Its tensors are on the CPU and may have any shape.
 
     Raises:
-        CheckpointError: the checkpoint has no such part.
+        CheckpointError: the checkpoint has no such part, or the part is not of the form that
+            :func:`save_checkpoint` writes, although it matches the manifest.
     """
     files = read_manifest(path)["files"]  # a file that is not listed here was never verified
     if f"{name}.json" not in files:
         raise CheckpointError(f"{path} has no part {name!r}.")
-    tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
-    return decode(json.loads((path / f"{name}.json").read_text(encoding="utf-8")), tensors)
+    try:
+        tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
+        return decode(json.loads((path / f"{name}.json").read_text(encoding="utf-8")), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its part {name} is not of the form that a run writes "
+            f"({type(error).__name__}: {error!s:.200}). Use an earlier checkpoint."
+        ) from error
 
 
 def _matches(path: Path, expected: Any) -> bool:

@@ -250,7 +250,7 @@ def _tool_calls(given: Any, role: str, i: int) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"message {i}, tool call {k}: arguments is no JSON ({error})"
                 ) from error
@@ -265,7 +265,7 @@ def _tools(given: Any) -> list[Any] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given) if given.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tools is no JSON: {error}") from error
     if not given:
         return None

@@ -168,7 +168,7 @@ def _step_of(line: bytes) -> int | None:
     """Return the step of a line, or None if the line is not a JSON object with a step."""
     try:
         entry = json.loads(line)
-    except ValueError:  # the line is not JSON or not UTF-8
+    except (ValueError, RecursionError):  # it is not JSON, not UTF-8, or nested without end
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kasa_tune.components.data import building as data
@@ -15,6 +15,7 @@ from kasa_tune.components.data.conversations import (
 from kasa_tune.components.data.tokenizers import hf_tokenizer
 from tests.components.data.test_building import OURS, build, node
 from tests.components.data.test_tokenizers import CHATML, folder, tokenizer
+from tests.fuzzing import bounded
 
 __all__ = ["folder"]
 
@@ -319,7 +320,8 @@ MESSAGES = st.dictionaries(
 CALLS = st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), JSON)})  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.mark.fuzz
+@bounded("files", quick=300)
 @given(
     conversation=st.lists(MESSAGES | JSON, max_size=4) | JSON,
     calls=st.none() | st.lists(CALLS | JSON, max_size=2),

@@ -4,12 +4,13 @@ import json
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torchtune.data import Message
 
 from kasa_tune.components.data.tokenizers import build_tokenizer, hf_tokenizer
+from tests.fuzzing import bounded
 
 CHATML = (
     "{% for message in messages %}\n"
@@ -521,12 +522,8 @@ JSON = st.recursive(
 KEYS = ["eos_token", "bos_token", "pad_token", "add_bos_token", "chat_template", "unk_token"]
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@pytest.mark.fuzz
+@bounded("folders", quick=60)
 @given(
     config=st.dictionaries(st.sampled_from(KEYS), JSON | st.just("</s>")) | JSON,
     generation=st.fixed_dictionaries({"eos_token_id": JSON}) | JSON,

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,7 @@ from kasa_tune.components.models.base_weights import (
     weights_digest,
 )
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from tests.fuzzing import bounded
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens
 from tests.toy_checkpoints import checkpointer
 
@@ -605,8 +606,8 @@ JSON = st.recursive(
 KEYS = [*WRONG_TYPES, "corda_config", "lora_bias", "use_qalora", "fan_in_fan_out"]
 
 
-@seed(0)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.fuzz
+@bounded("folders", quick=60)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
 def test_any_config_is_imported_or_refused_in_a_sentence(llama, adapter, changes):
     text = (adapter / "adapter_config.json").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +23,7 @@ from kasa_tune.components.exchange.prompting import NoPromptError, prompting_of
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.quantized.base import FOLDER
+from tests.fuzzing import bounded
 from tests.tolerances import FP64
 from tests.toy_checkpoints import toy, write_checkpoint
 from tests.toy_models import FAMILIES
@@ -288,8 +289,8 @@ HOSTILE = {"_component_": "subprocess.getoutput", "cmd": f"touch {MARKER}"}
 VALUES = [None, True, -1, 10**30, 2.5, float("nan"), "", "a\0b", "x" * 5000, [], [1], {}, HOSTILE]
 
 
-@seed(0)
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.fuzz
+@bounded("folders", quick=80)
 @given(data=st.data())
 def test_any_run_json_is_opened_or_refused_in_a_sentence(fuzzed, data):
     """Values of other types, missing ones, components where none belong: no bare traceback, nothing called."""

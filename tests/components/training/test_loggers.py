@@ -1,5 +1,6 @@
 """The metrics file: nothing lost in a float, nothing left over after a resume."""
 
+import json
 import math
 import shutil
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from kasa_tune.components.training.loggers import JSONLLogger, SilentLogger, read_metrics
+from tests.fuzzing import bounded
 
 
 @pytest.fixture
@@ -133,6 +135,41 @@ def test_an_unreadable_line_is_kept_aside_and_costs_no_other(logger, line, caplo
     assert [entry["step"] for entry in read_metrics(logger.path)] == [1, 2]
     assert (logger.path.parent / "metrics.jsonl.unreadable").read_bytes() == line + b"\n"
     assert "metrics.jsonl.unreadable" in caplog.text
+
+
+GOOD = st.builds(
+    lambda step, loss: json.dumps({"step": step, "loss": loss}).encode(),
+    st.integers(0, 9) | st.integers(),
+    st.floats(allow_nan=False) | st.text(max_size=4) | st.none(),
+)
+BAD = st.one_of(
+    st.sampled_from([*DAMAGED, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"{" * 2000]),
+    st.binary(max_size=40).filter(lambda junk: b"\n" not in junk and b"step" not in junk),
+)
+
+
+@pytest.mark.fuzz
+@bounded("files", quick=200)
+@given(
+    lines=st.lists(GOOD.map(lambda line: (True, line)) | BAD.map(lambda line: (False, line))),
+    torn=st.just(b"") | BAD,
+    step=st.integers(0, 9),
+)
+def test_any_bytes_in_the_log_cost_no_good_line(lines, torn, step, tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for _, line in lines) + torn)
+    good = [line for is_good, line in lines if is_good]
+    assert read_metrics(path) == [json.loads(line) for line in good]
+    logger = JSONLLogger(str(path.parent))
+    logger.rewind(step)
+    logger.log("loss", 1.0, step=step + 1)
+    logger.close()
+    kept = [line for line in good if json.loads(line)["step"] <= step]
+    assert path.read_bytes().splitlines()[:-1] == kept
+    bad = b"".join(line + b"\n" for is_good, line in lines if not is_good and line.strip())
+    aside = path.with_name("metrics.jsonl.unreadable")
+    assert (aside.read_bytes() if bad else b"") == bad
+    shutil.rmtree(path.parent)
 
 
 @pytest.mark.parametrize("removed", ["file", "folder"])

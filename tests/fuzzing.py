@@ -1,0 +1,102 @@
+"""What the fuzz tests share: how many examples they try, and a watch over what the tried code does to the machine.
+
+`make fuzz` sets FUZZ_EXAMPLES, the number of configs; a tenth as many data files and logs are tried, and a twentieth as
+many folders. Without it each test tries the few examples that it names.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+_SHARES = {"configs": 1, "files": 10, "folders": 20}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_UNNAMED = getattr(os, "O_TMPFILE", -1)  # a file without a name, gone when it is closed
+_CHANGES = {
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.rename",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+}
+_COMMANDS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile"}
+_OUR_PROCESS = "template_process.py"  # it renders chat templates
+
+
+def examples(kind: str, quick: int) -> int:
+    """The number of examples of a test of `configs`, `files` or `folders`; `quick` in the ordinary suite."""
+    asked = os.environ.get("FUZZ_EXAMPLES")
+    return quick if asked is None else max(1, int(asked) // _SHARES[kind])
+
+
+def bounded(kind: str, quick: int) -> settings:
+    """The same examples in every run, none of which may take longer than ten seconds."""
+    return settings(
+        max_examples=examples(kind, quick),
+        deadline=timedelta(seconds=10),
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class _Watch:
+    """An audit hook: it notes commands, and changes of files outside some folders, while it has folders."""
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self.noted: list[str] = []
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.folders:
+            return
+        if event in _COMMANDS:
+            if _OUR_PROCESS not in str(args):
+                self.noted.append(f"{event} {args!r:.300}")
+        elif event == "open" and args[2] & _WRITING and args[2] & _UNNAMED != _UNNAMED:
+            self._note(event, args[0])
+        elif event in _CHANGES:
+            relative_to_a_folder = event != "os.truncate" and args[-1] != -1
+            if not relative_to_a_folder:
+                for path in args[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+                    self._note(event, path)
+
+    def _note(self, event: str, path: Any) -> None:
+        if isinstance(path, int) or path is None:
+            return
+        path = os.path.realpath(os.fsdecode(path))
+        harmless = path == "/dev/null" or path.endswith(".pyc") or "__pycache__" in path
+        if not harmless and not any(path.startswith(folder) for folder in self.folders):
+            self.noted.append(f"{event} {path}")
+
+
+_watch = _Watch()
+_added: list[str] = []  # a hook cannot be removed, so it is added once
+
+
+@contextlib.contextmanager
+def watched(*folders: Path) -> Iterator[None]:
+    """Fail if a command is run inside, or a file is changed that lies in none of the folders.
+
+    Temporary files are made in the first folder.
+    """
+    if not _added:
+        sys.addaudithook(_watch)
+        _added.append("once")
+    _watch.noted = []
+    _watch.folders = [os.path.realpath(folder) for folder in folders]
+    usual, tempfile.tempdir = tempfile.tempdir, str(folders[0])  # for what removes its own files
+    try:
+        yield
+    finally:
+        _watch.folders, tempfile.tempdir = [], usual
+    noted = sorted(set(_watch.noted))
+    assert not noted, noted[:20]
