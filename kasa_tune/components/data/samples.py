@@ -25,6 +25,16 @@ from kasa_tune.components.data.conversations import (
     check_for_torchtune,
 )
 
+# How the transforms and tokenizers of torchtune and ours fail at a row; KeyError is told apart.
+_UNTOKENIZABLE = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    IndexError,
+    RecursionError,
+)
+
 
 class KeptSamples(Protocol):
     """Samples that have been tokenized; not all of them need be in it."""
@@ -114,7 +124,7 @@ class ShiftedDataset(Dataset):
                 sample = self.inner._prepare_sample(row)
         except KeyError as error:
             raise ValueError(f"{where} lacks {error}.{self._columns_present(index)}") from error
-        except (ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        except _UNTOKENIZABLE as error:
             if str(error).startswith(where):
                 raise
             raise ValueError(

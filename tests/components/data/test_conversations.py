@@ -231,8 +231,10 @@ def test_what_torchtunes_transforms_would_leave_out(char_tokenizer, write_rows, 
             "message 1, tool call 0 names no function",
         ),
         ([{"function": {"name": "f", "arguments": "{"}}], "tool call 0: arguments is no JSON"),
+        ([{"function": {"name": "f", "arguments": "[" * 10**5}}], "call 0: arguments is no JSON"),
         ([{"function": {"name": "f", "arguments": "[1]"}}], "arguments must be a JSON object"),
     ],
+    ids=lambda value: repr(value)[:60],
 )
 def test_calls_that_are_none(folder, write_rows, calls, message):
     talk = [user(), assistant(None, tool_calls=calls)]
@@ -318,6 +320,14 @@ MESSAGES = st.dictionaries(
     st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt"]) | JSON,
 )
 CALLS = st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), JSON)})  # fmt: skip
+
+
+@pytest.mark.parametrize("levels", [990, 10**5])
+def test_tools_nested_without_end_are_refused_in_a_sentence(folder, write_rows, levels):
+    nested = '{"a": ' * levels + "1" + "}" * levels
+    row = {"messages": [user(), assistant()], "tools": nested}
+    with pytest.raises(ValueError, match=r"row 0 cannot be tokenized: .*recursion"):
+        build(chat(write_rows, row), tokenizer(folder, WITH_TOOLS))
 
 
 @pytest.mark.fuzz

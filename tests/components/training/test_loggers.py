@@ -118,10 +118,11 @@ DAMAGED = [
     b'{"loss": 1.0}',
     b'{"step": 1, "\xff": 2}',
     b"\x00\x00",
+    b"[" * 100_000,
 ]
 
 
-@pytest.mark.parametrize("line", DAMAGED)
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line)[:20])
 def test_an_unreadable_line_is_kept_aside_and_costs_no_other(logger, line, caplog):
     logger.log("loss", 1.0, step=1)
     logger.close()
@@ -143,7 +144,7 @@ GOOD = st.builds(
     st.floats(allow_nan=False) | st.text(max_size=4) | st.none(),
 )
 BAD = st.one_of(
-    st.sampled_from([*DAMAGED, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"{" * 2000]),
+    st.sampled_from([*DAMAGED, b'{"step": ' + b"9" * 5000 + b"}", b"{" * 2000]),
     st.binary(max_size=40).filter(lambda junk: b"\n" not in junk and b"step" not in junk),
 )
 
