@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 20
 
 KaSA on the embedded model with dropout, a checkpoint every second step. Each kill hits rank 0, rank 1, or torchrun and
-then both ranks, at a moment drawn between the first file in output_dir and the end of an undisturbed run. After a kill
-the same command is started again with `resume_from_checkpoint=True`. A run that finishes is compared with the
-undisturbed one: every line of metrics.jsonl without `tokens_per_second`, the adapter and the optimizer's state. Then
-the next run begins, until the kills are spent.
+both ranks, at a random moment of a step that is drawn from those left. At the first step after a start that moment may
+fall into the set-up. Then the same command is started again with `resume_from_checkpoint=True`. A run that finishes is
+compared with the undisturbed one: every line of metrics.jsonl without `tokens_per_second`, the adapter and the
+optimizer's state. The next run begins, until the kills are spent.
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ def kill(run: subprocess.Popen, victim: str) -> bool:
     return True
 
 
-def begun(run: subprocess.Popen, output: Path) -> None:
-    """Wait until there are two ranks and a file in the run's folder, or the run ends."""
-    while run.poll() is None and not (output.is_dir() and any(output.iterdir()) and ranks_of(run)):
+def begun(run: subprocess.Popen, output: Path, step: int) -> None:
+    """Wait until there are ranks and that many lines in the run's log, or the run ends."""
+    log = output / "metrics.jsonl"
+    while run.poll() is None:
+        lines = log.read_bytes().count(b"\n") if log.exists() else 0
+        if lines >= step and ranks_of(run):
+            return
         time.sleep(0.02)
 
 
@@ -91,13 +95,13 @@ def result(output: Path) -> tuple[list[dict], list[bytes]]:
 
 
 def undisturbed(folder: Path) -> tuple[tuple[list[dict], list[bytes]], float]:
-    """The result of a run without a kill, and the seconds from its first file to its end."""
+    """The result of a run without a kill, and the seconds of one of its steps."""
     run = start(folder / "reference", folder / "reference.log")
-    begun(run, folder / "reference")
+    begun(run, folder / "reference", 1)
     started = time.monotonic()
     if run.wait():
         raise SystemExit(f"The undisturbed run failed, see {folder}/reference.log.")
-    return result(folder / "reference"), time.monotonic() - started
+    return result(folder / "reference"), (time.monotonic() - started) / LAST_STEP
 
 
 def main() -> None:
@@ -109,7 +113,7 @@ def main() -> None:
     draw, deadline = random.Random(args.seed), time.monotonic() + 60 * args.minutes
     folder = Path(tempfile.mkdtemp(prefix="kills_"))
     expected, seconds = undisturbed(folder)
-    print(f"Undisturbed: {seconds:.1f} s after its first file. Logs are in {folder}.", flush=True)
+    print(f"Undisturbed: {seconds:.2f} s a step. Logs are in {folder}.", flush=True)
     done, compared, differing = Counter(), 0, 0
     while done.total() < args.kills and time.monotonic() < deadline:
         output, log = folder / f"run_{compared}", folder / f"run_{compared}.log"
@@ -117,7 +121,7 @@ def main() -> None:
             run = start(output, log, "resume_from_checkpoint=True")
             more = done.total() < args.kills and time.monotonic() < deadline
             if more:
-                begun(run, output)
+                begun(run, output, draw.randrange(steps_saved(output), LAST_STEP))
                 time.sleep(draw.uniform(0, seconds))
                 victim = draw.choice(VICTIMS)
                 if kill(run, victim):
