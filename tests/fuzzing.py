@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, settings
 
 _SHARES = {"configs": 1, "files": 10, "folders": 20}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_UNNAMED = getattr(os, "O_TMPFILE", -1)  # a file without a name, gone when it is closed
 _CHANGES = {
     "os.mkdir",
     "os.remove",
@@ -27,7 +26,14 @@ _CHANGES = {
     "os.symlink",
     "os.truncate",
 }
-_COMMANDS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile"}
+_COMMANDS = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.startfile",
+    "socket.connect",
+}
 _OUR_PROCESS = "template_process.py"  # it renders chat templates
 
 
@@ -61,19 +67,23 @@ class _Watch:
         if event in _COMMANDS:
             if _OUR_PROCESS not in str(args):
                 self.noted.append(f"{event} {args!r:.300}")
-        elif event == "open" and args[2] & _WRITING and args[2] & _UNNAMED != _UNNAMED:
+        elif event == "open" and args[2] & _WRITING:
             self._note(event, args[0])
         elif event in _CHANGES:
             relative_to_a_folder = event != "os.truncate" and args[-1] != -1
             if not relative_to_a_folder:
-                for path in args[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+                paths = {"os.rename": args[:2], "os.link": args[1:2], "os.symlink": args[1:2]}
+                for path in paths.get(event, args[:1]):
                     self._note(event, path)
 
     def _note(self, event: str, path: Any) -> None:
         if isinstance(path, int) or path is None:
             return
         path = os.path.realpath(os.fsdecode(path))
-        harmless = path == "/dev/null" or path.endswith(".pyc") or "__pycache__" in path
+        # A folder that is opened to write is asked whether a file can be made in it. The file has no name.
+        harmless = event == "open" and os.path.isdir(path)
+        harmless |= path == "/dev/null" or path.startswith(("/proc/", "/sys/"))
+        harmless |= path.endswith(".pyc") or "__pycache__" in path
         if not harmless and not any(path.startswith(folder) for folder in self.folders):
             self.noted.append(f"{event} {path}")
 
@@ -84,7 +94,7 @@ _added: list[str] = []  # a hook cannot be removed, so it is added once
 
 @contextlib.contextmanager
 def watched(*folders: Path) -> Iterator[None]:
-    """Fail if a command is run inside, or a file is changed that lies in none of the folders.
+    """Fail if a command is run or a connection made inside, or a file is changed that lies in none of the folders.
 
     Temporary files are made in the first folder.
     """
