@@ -15,6 +15,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
+from kasa_tune.components.exchange.patterns import _MATCHER
+
 _SHARES = {"configs": 1, "files": 10, "folders": 20}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {
@@ -34,7 +36,8 @@ _COMMANDS = {
     "os.startfile",
     "socket.connect",
 }
-_OUR_PROCESS = "template_process.py"  # it renders chat templates
+# Our own: one renders chat templates, one tries the patterns of adapter configs. Both are bounded.
+_PROCESSES = ("template_process.py", repr(_MATCHER))
 
 
 def examples(kind: str, quick: int) -> int:
@@ -65,7 +68,7 @@ class _Watch:
         if not self.folders:
             return
         if event in _COMMANDS:
-            if _OUR_PROCESS not in str(args):
+            if not any(ours in repr(args) for ours in _PROCESSES):
                 self.noted.append(f"{event} {args!r:.300}")
         elif event == "open" and args[2] & _WRITING:
             self._note(event, args[0])
@@ -96,17 +99,16 @@ _added: list[str] = []  # a hook cannot be removed, so it is added once
 def watched(*folders: Path) -> Iterator[None]:
     """Fail if a command is run or a connection made inside, or a file is changed that lies in none of the folders.
 
-    Temporary files are made in the first folder.
+    Temporary files are made in the first folder. An inner watch takes the place of an outer one.
     """
     if not _added:
         sys.addaudithook(_watch)
         _added.append("once")
-    _watch.noted = []
-    _watch.folders = [os.path.realpath(folder) for folder in folders]
-    usual, tempfile.tempdir = tempfile.tempdir, str(folders[0])  # for what removes its own files
+    outer = (_watch.folders, _watch.noted, tempfile.tempdir)
+    _watch.folders, noted = [os.path.realpath(folder) for folder in folders], []
+    _watch.noted, tempfile.tempdir = noted, str(folders[0])
     try:
         yield
     finally:
-        _watch.folders, tempfile.tempdir = [], usual
-    noted = sorted(set(_watch.noted))
-    assert not noted, noted[:20]
+        _watch.folders, _watch.noted, tempfile.tempdir = outer
+    assert not noted, sorted(set(noted))[:20]
