@@ -6,7 +6,7 @@ KaSA on the embedded model with dropout, a checkpoint every second step. Each ki
 both ranks, at a random moment of a step that is drawn from those left. At the first step after a start that moment may
 fall into the set-up. Then the same command is started again with `resume_from_checkpoint=True`. A run that finishes is
 compared with the undisturbed one: every line of metrics.jsonl without `tokens_per_second`, the adapter and the
-optimizer's state. The next run begins, until the kills are spent.
+optimizer's state. The next run begins after five kills at most, until all are spent.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LAST_STEP = 24
+KILLS_OF_A_RUN = 5  # more of them would fall on its last steps
 COMMAND = [
     *(sys.executable, "-c", "from kasa_tune.cli import main; main()"),
     *("run", "--nproc_per_node", "2"),
@@ -117,15 +118,16 @@ def main() -> None:
     done, compared, differing = Counter(), 0, 0
     while done.total() < args.kills and time.monotonic() < deadline:
         output, log = folder / f"run_{compared}", folder / f"run_{compared}.log"
+        killed = 0
         while True:
             run = start(output, log, "resume_from_checkpoint=True")
             more = done.total() < args.kills and time.monotonic() < deadline
-            if more:
+            if more and killed < KILLS_OF_A_RUN:
                 begun(run, output, draw.randrange(steps_saved(output), LAST_STEP))
                 time.sleep(draw.uniform(0, seconds))
                 victim = draw.choice(VICTIMS)
                 if kill(run, victim):
-                    done[victim] += 1
+                    done[victim], killed = done[victim] + 1, killed + 1
                     at = f"newest checkpoint {steps_saved(output)}"
                     print(f"kill {done.total()}: {victim}, {at}", flush=True)
                     continue
