@@ -15,6 +15,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
+from kasa_tune.components.exchange.patterns import _MATCHER
+
 _SHARES = {"configs": 1, "files": 10, "folders": 20}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {
@@ -34,7 +36,8 @@ _COMMANDS = {
     "os.startfile",
     "socket.connect",
 }
-_OUR_PROCESS = "template_process.py"  # it renders chat templates
+# Our own: one renders chat templates, one tries the patterns of adapter configs. Both are bounded.
+_PROCESSES = ("template_process.py", repr(_MATCHER))
 
 
 def examples(kind: str, quick: int) -> int:
@@ -65,22 +68,25 @@ class _Watch:
         if not self.folders:
             return
         if event in _COMMANDS:
-            if _OUR_PROCESS not in str(args):
+            if not any(ours in repr(args) for ours in _PROCESSES):
                 self.noted.append(f"{event} {args!r:.300}")
         elif event == "open" and args[2] & _WRITING:
-            if isinstance(args[0], int) or not os.path.isdir(args[0]):  # a file without a name
-                self._note(event, args[0])
+            self._note(event, args[0])
         elif event in _CHANGES:
             relative_to_a_folder = event != "os.truncate" and args[-1] != -1
             if not relative_to_a_folder:
-                for path in args[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+                paths = {"os.rename": args[:2], "os.link": args[1:2], "os.symlink": args[1:2]}
+                for path in paths.get(event, args[:1]):
                     self._note(event, path)
 
     def _note(self, event: str, path: Any) -> None:
         if isinstance(path, int) or path is None:
             return
         path = os.path.realpath(os.fsdecode(path))
-        harmless = path == "/dev/null" or path.endswith(".pyc") or "__pycache__" in path
+        # A folder that is opened to write is asked whether a file can be made in it. The file has no name.
+        harmless = event == "open" and os.path.isdir(path)
+        harmless |= path == "/dev/null" or path.startswith(("/proc/", "/sys/"))
+        harmless |= path.endswith(".pyc") or "__pycache__" in path
         if not harmless and not any(path.startswith(folder) for folder in self.folders):
             self.noted.append(f"{event} {path}")
 
@@ -91,20 +97,18 @@ _added: list[str] = []  # a hook cannot be removed, so it is added once
 
 @contextlib.contextmanager
 def watched(*folders: Path) -> Iterator[None]:
-    """Fail if a command is run inside, or a file is changed that lies in none of the folders.
+    """Fail if a command is run or a connection made inside, or a file is changed that lies in none of the folders.
 
-    Temporary files are made in the first folder.
+    Temporary files are made in the first folder. An inner watch takes the place of an outer one.
     """
     if not _added:
         sys.addaudithook(_watch)
         _added.append("once")
-    outer = _watch.noted, _watch.folders
-    _watch.noted = noted = []
-    _watch.folders = [os.path.realpath(folder) for folder in folders]
-    usual, tempfile.tempdir = tempfile.tempdir, str(folders[0])  # for what removes its own files
+    outer = (_watch.folders, _watch.noted, tempfile.tempdir)
+    _watch.folders, noted = [os.path.realpath(folder) for folder in folders], []
+    _watch.noted, tempfile.tempdir = noted, str(folders[0])
     try:
         yield
     finally:
-        _watch.noted, _watch.folders = outer
-        tempfile.tempdir = usual
+        _watch.folders, _watch.noted, tempfile.tempdir = outer
     assert not noted, sorted(set(noted))[:20]

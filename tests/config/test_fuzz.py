@@ -4,7 +4,6 @@
 """
 
 import copy
-import os
 import time
 from collections import Counter
 from functools import cache
@@ -28,8 +27,10 @@ NAMES = (
     "peft_export",
     "peft_import",
 )
-EXAMPLES = examples("configs", quick=100)
-SEEDED = bounded("configs", quick=100)
+EXAMPLES = examples("configs", quick=60)
+SEEDED = bounded("configs", quick=60)
+
+NOWHERE = Path("/no/such/folder")
 
 pytestmark = pytest.mark.fuzz
 
@@ -113,10 +114,11 @@ def files_in(folder: Path) -> set[Path]:
 
 
 def check(path: Path, overrides: list[str], check_files: bool, counts: Counter) -> None:
-    """Load one config. Anything but a config or short sentences is an error of the test."""
+    """Load one config. It may give a config or short sentences, and may not write, run or call anything."""
     started = time.monotonic()
     try:
-        config.load(path, overrides, check_files=check_files)
+        with watched(NOWHERE):
+            config.load(path, overrides, check_files=check_files)
     except config.ConfigError as error:
         counts["refused"] += 1
         for problem in error.problems:
@@ -172,23 +174,6 @@ def test_a_random_override_is_accepted_or_refused_in_short_sentences(folder, cou
 
     override()
     assert files_in(folder) <= {folder / f"{name}.yaml" for name in NAMES}
-
-
-def write_and_run(folder):
-    (folder / "inside" / "file").write_text("x")
-    (folder / "outside").write_text("x")
-    (folder / "folder").mkdir()
-    os.system("true")
-
-
-def test_the_watch_sees_what_is_written_and_run(tmp_path):
-    (tmp_path / "inside").mkdir()
-    with pytest.raises(AssertionError) as told, watched(tmp_path / "inside"):
-        write_and_run(tmp_path)
-    words = str(told.value)
-    seen = [f"open {tmp_path / 'outside'}", f"os.mkdir {tmp_path / 'folder'}", "os.system"]
-    assert [word for word in seen if word in words] == seen
-    assert f"open {tmp_path / 'inside'}" not in words
 
 
 def test_random_text_is_no_hang_and_no_traceback(folder, counts):
