@@ -200,7 +200,7 @@ def _checked_turn(message: Any, i: int, layout: Layout) -> dict[str, Any]:
         del given["tool_calls"]
     if content is not None or "tool_calls" not in given:
         turn["content"] = _text(content, i, layout.content)
-    return {**turn, **given}
+    return {**given, **turn}  # a stray `role` or `content` beside `from` and `value` does not count
 
 
 def _text(content: Any, i: int, key: str) -> str:

@@ -322,6 +322,14 @@ MESSAGES = st.dictionaries(
 CALLS = st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), JSON)})  # fmt: skip
 
 
+def test_stray_keys_of_the_other_layout_do_not_count(char_tokenizer, write_rows):
+    stray = {"role": "tool", "content": "never"}
+    talk = [{"from": "human", "value": "Hi"} | stray, {"from": "gpt", "value": "Yo"} | stray]
+    cfg = node(write_rows([{"talk": talk}]), OURS + "chat_dataset", conversation_column="talk")
+    sample = build(cfg | {"conversation_style": "sharegpt"}, char_tokenizer)[0]
+    assert char_tokenizer.decode(sample["tokens"]) == "HiYo"
+
+
 @pytest.mark.parametrize("levels", [990, 10**5])
 def test_tools_nested_without_end_are_refused_in_a_sentence(folder, write_rows, levels):
     nested = '{"a": ' * levels + "1" + "}" * levels
