@@ -46,6 +46,8 @@ def _fault(path: Path, source: str) -> str | None:
         head = file.read(4)
     if head == b"PAR1" and source != "parquet":
         return f"{path} is a Parquet file. Set source: parquet."
+    if source == "json" and path.suffix in (".csv", ".tsv"):
+        return f"{path} is no JSON. Set source: csv, or data_files to the files that are."
     if source not in ("csv", "json", "text") or head.startswith(_COMPRESSED):
         return None
     if head[:2] in _UTF_16 and source != "csv":
@@ -94,7 +96,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if not line.strip():
                 continue
             if line.lstrip().startswith(b"["):
-                text = line + file.read()
+                text = b"\n" * (number - 1) + line + file.read()
                 if text.split() not in ([b"[]"], [b"[", b"]"]):
                     yield 0, text
                 return
@@ -109,7 +111,8 @@ def _line_fault(line: bytes) -> str | None:
     except UnicodeDecodeError:
         return "is not in UTF-8. Save the file in UTF-8."
     except json.JSONDecodeError as error:
-        return f"is no JSON: {error}. Mend it or take it out."
+        at = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"is no JSON at {at}column {error.colno}: {error.msg}. Mend it or take it out."
     except _ObjectError as error:
         return f"{error}. Mend it or take it out."
     except RecursionError:

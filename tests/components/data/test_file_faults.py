@@ -30,11 +30,11 @@ def test_a_csv_that_would_be_misread(char_tokenizer, tmp_path, content, message)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (ROW + b"\n" + ROW[:20], r"rows\.jsonl, line 3 is no JSON"),
+        (ROW + b"\n" + ROW[:20], r"rows\.jsonl, line 3 is no JSON at column 16"),
         (ROW + ROW[:-1] + b",\n" + ROW, r"rows\.jsonl, line 2 ends in a comma"),
         (ROW + b'{"input": "a", "input": "b"}', "line 2 holds the key 'input' twice"),
         (ROW + b'{"input": "a", "output": "\\ud83d"}', "line 2 holds half of a surrogate pair"),
-        (b"[" + ROW + b",]", r"rows\.jsonl, its array is no JSON"),
+        (b"[" + ROW + b",]", r"rows\.jsonl, its array is no JSON at line 2, column 2"),
         (ROW.decode().encode("utf-16"), r"rows\.jsonl is not in UTF-8 but in UTF-16"),
         (b"\n  \n", r"rows\.jsonl holds no rows"),
         (b"{}\n{}\n", r"rows\.jsonl holds no rows"),
@@ -67,6 +67,12 @@ def test_the_file_at_fault_of_several(char_tokenizer, tmp_path):
     (tmp_path / "b.jsonl").write_bytes(ROW + b"{")
     with pytest.raises(ValueError, match=r"^dataset: \S+b\.jsonl, line 2 is no JSON"):
         build(node(str(tmp_path / "*.jsonl")), char_tokenizer)
+
+
+def test_a_csv_taken_for_json(char_tokenizer, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"input,output\na,b\n")
+    with pytest.raises(ValueError, match=r"rows\.csv is no JSON\. Set source: csv"):
+        build(node(str(tmp_path / "rows.csv")), char_tokenizer)
 
 
 def test_a_file_that_can_be_read_is_not_blamed(char_tokenizer, tmp_path):
