@@ -102,7 +102,8 @@ def check_all_samples(dataset: Dataset, *, name: str, log: logging.Logger | None
         log: gets one line for each data set; None for processes that say nothing.
 
     Raises:
-        ValueError: more than half of the samples of a data set have nothing to learn, or all responses are empty.
+        ValueError: more than half of the samples of a data set have nothing to learn, or all
+            responses are empty.
     """
     if isinstance(dataset, MixedDataset):
         for i, part in enumerate(dataset.parts):

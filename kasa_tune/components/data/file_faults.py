@@ -1,6 +1,6 @@
-"""What is wrong with a local file that the reader of data sets could not take, in terms of the file.
+"""What is wrong with a local file that the reader of data sets could not take.
 
-The reader's own words name no file, and count rows within a block of the file, not within all of it.
+The reader's own words name no file, and count rows within a block of it, not within all of it.
 """
 
 import gzip

@@ -89,9 +89,10 @@ def check_header(dataset: Any, node: Mapping[str, Any], name: str) -> None:
     by_reader = node.get("source") == "csv" and node.get("index_col") is None
     if by_reader and "__index_level_0__" in columns:
         files = ", ".join(map(str, files_read(node)))
+        named = [column for column in columns if not column.startswith("__index_level_")]
         raise ValueError(
             f"{name}: rows of {files} have more cells than the header, which names "
-            f"{', '.join(column for column in columns if not column.startswith('__index_level_'))}. "
+            f"{', '.join(named)}. "
             'Put cells with commas into "quotes", or name every column in the header.'
         )
 
