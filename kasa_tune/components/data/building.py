@@ -20,6 +20,7 @@ from torchtune.datasets import TextCompletionDataset
 
 from kasa_tune.components.data import packing, sources
 from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
+from kasa_tune.components.data.file_faults import file_fault
 from kasa_tune.components.data.fingerprints import fingerprint
 from kasa_tune.components.data.samples import MixedDataset, ShiftedDataset, shift_labels
 
@@ -138,13 +139,18 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     except (
         Exception
     ) as error:  # the json reader alone has a dozen error types; the cause holds the useful line
+        if fault := file_fault(kwargs, error):
+            raise ValueError(f"{name}: {fault}") from error
         reason = f"{error}. {error.__cause__}" if error.__cause__ is not None else str(error)
+        if isinstance(kwargs.get("data_files"), str):
+            reason = f"{reason.strip()} (data_files: {kwargs['data_files']})"
         raise ValueError(f"{name}: {component} could not load its data: {reason}") from error
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"{name}: {component} gives {type(dataset).__name__}, which has no length. A run counts its samples and "
             "reads them in random order: use a data set with __len__ and __getitem__."
         )
+    sources.check_header(dataset, kwargs, name)
     if len(dataset) == 0:
         raise ValueError(
             f"{name}: no samples. Check data_files, split ({node.get('split', 'train')!r}) and filters."

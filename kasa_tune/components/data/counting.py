@@ -102,7 +102,8 @@ def check_all_samples(dataset: Dataset, *, name: str, log: logging.Logger | None
         log: gets one line for each data set; None for processes that say nothing.
 
     Raises:
-        ValueError: more than half of the samples of a data set have nothing to learn.
+        ValueError: more than half of the samples of a data set have nothing to learn, or all
+            responses are empty.
     """
     if isinstance(dataset, MixedDataset):
         for i, part in enumerate(dataset.parts):
@@ -126,9 +127,20 @@ def check_all_samples(dataset: Dataset, *, name: str, log: logging.Logger | None
             f"{said} More than half have nothing to learn: the prompt fills tokenizer.max_seq_len, or the response is "
             f"empty. Raise tokenizer.max_seq_len, take these rows out, or set {name}.train_on_input: True."
         )
+    empty = source.count_empty_responses()
+    if empty == len(source):
+        raise ValueError(
+            f"{name}: the response of every row is empty, so the model would learn to say nothing. "
+            "Fill them, or name the column that holds them in column_map."
+        )
     if log is None:
         return
     log.log(logging.WARNING if counts.unlearned else logging.INFO, said)
+    if empty:
+        log.warning(
+            f"{name}: the response of {empty} of {len(source)} rows is empty; from them the model "
+            "learns to say nothing. Take them out unless that is meant."
+        )
     if counts.broken:
         log.warning(
             f"{name}: {counts.broken} of {counts.samples} rows cannot be used, and the run stops where it meets one. "

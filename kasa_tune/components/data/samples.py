@@ -105,6 +105,13 @@ class ShiftedDataset(Dataset):
         """Take samples from here from now on, in place of tokenizing them at every visit."""
         self.kept = samples
 
+    def count_empty_responses(self) -> int:
+        """Rows whose response is empty or blank, which teach the model to say nothing."""
+        column = _response_column(getattr(self.inner, "_message_transform", None))
+        if self._rows is None or column not in (getattr(self._rows, "column_names", None) or ()):
+            return 0
+        return sum(isinstance(text, str) and not text.strip() for text in self._rows[column])
+
     def is_truncated(self, index: int) -> bool:
         """Whether the tokenizer cuts this sample to its ``max_seq_len``."""
         with _unlimited(self.tokenizer):
@@ -202,6 +209,13 @@ def _required_columns(inner: Any) -> dict[str, bool]:
     if (layout := _torchtunes_layout(transform)) is not None:
         return {transform._column_map[layout.column]: False}
     return {}
+
+
+def _response_column(transform: Any) -> str | None:
+    """The column with the text that is learned, where a transform takes it from one."""
+    if isinstance(transform, (AlpacaToMessages, InputOutputToMessages)):
+        return (transform.column_map or {}).get("output", "output")
+    return getattr(transform, "response", None)
 
 
 def _torchtunes_layout(transform: Any) -> Layout | None:

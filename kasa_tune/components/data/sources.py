@@ -79,6 +79,24 @@ def prepared(node: Mapping[str, Any], name: str) -> dict[str, Any]:
     return node
 
 
+def check_header(dataset: Any, node: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if rows of a CSV have more cells than its header.
+
+    The reader then takes the first cells of each row for its index, so every other cell is read
+    as the column before its own.
+    """
+    columns = getattr(getattr(dataset, "_data", None), "column_names", None) or ()
+    by_reader = node.get("source") == "csv" and node.get("index_col") is None
+    if by_reader and "__index_level_0__" in columns:
+        files = ", ".join(map(str, files_read(node)))
+        named = [column for column in columns if not column.startswith("__index_level_")]
+        raise ValueError(
+            f"{name}: rows of {files} have more cells than the header, which names "
+            f"{', '.join(named)}. "
+            'Put cells with commas into "quotes", or name every column in the header.'
+        )
+
+
 def _map_paths(given: Any, change: Callable[[Any], Any]) -> Any:
     """``data_files`` (a path, a list, or a mapping of splits to either) with every path changed."""
     if isinstance(given, Mapping):

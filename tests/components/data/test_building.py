@@ -171,7 +171,7 @@ def test_empty_split(char_tokenizer, write_rows):
 
 def test_broken_json_tells_where(char_tokenizer, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": oops}\n')
-    with pytest.raises(ValueError, match=r"JSON parse error.*row 1"):
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 2 is no JSON"):
         build(node(str(tmp_path / "broken.jsonl")), char_tokenizer)
 
 

@@ -260,3 +260,15 @@ def test_packed_rows_without_counts_are_counted_anew(char_tokenizer, write_rows,
     dataset = data.build_dataset(cfg, char_tokenizer, name="dataset", cache_dir=tmp_path)
     rows = packing.PackedRows(dataset.arrays, max_seq_len=20, source=dataset.source)
     assert check(rows, caplog) == check(dataset, caplog)[:1]
+
+
+def test_empty_responses_are_told(char_tokenizer, write_rows, caplog):
+    """They have the end of the sequence to learn, so they count as learned."""
+    blank = [{"input": "a", "output": ""}, {"input": "b", "output": " \n"}]
+    with pytest.raises(ValueError, match="the response of every row is empty"):
+        check(build(node(write_rows(blank)), char_tokenizer), caplog)
+    _, (level, told) = check(build(node(write_rows(PAIRS + blank)), char_tokenizer), caplog)
+    assert level == "WARNING"
+    assert "the response of 2 of 8 rows is empty" in told
+    caplog.clear()
+    assert len(check(build(node(write_rows(PAIRS)), char_tokenizer), caplog)) == 1
