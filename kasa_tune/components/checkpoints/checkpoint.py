@@ -74,14 +74,17 @@ class Checkpoint:
         and the config in plain containers.
         """
         run = self.part("run")
-        if not isinstance(run, Mapping) or not isinstance(run.get("config"), Mapping):
+        if not isinstance(run, Mapping):
             raise CheckpointError(f"{self}: its run.json holds no step and config of a run.")
         return dict(run)
 
     @property
     def config(self) -> dict[str, Any]:
         """Config of the run that wrote the checkpoint, in plain containers."""
-        return self.run["config"]
+        config = self.run.get("config")
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"{self}: its run.json holds no step and config of a run.")
+        return dict(config)
 
     @cached_property
     def adapter(self) -> dict[str, Tensor]:
