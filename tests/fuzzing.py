@@ -6,6 +6,7 @@ many folders. Without it each test tries the few examples that it names.
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def bounded(kind: str, quick: int) -> settings:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+@contextlib.contextmanager
+def soon():
+    """Fail a block that takes longer than ten seconds, even if it waits for a file."""
+
+    def fail(*_):
+        raise AssertionError("it took longer than ten seconds")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 class _Watch:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kasa_tune.components.checkpoints.files import size_and_digest
+from kasa_tune.components.checkpoints.files import is_endless, size_and_digest
 from kasa_tune.components.checkpoints.serialization import decode
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 FORMAT_VERSION = 1
+# What decoding a part raises if the part is not of the form that a run writes.
+_MALFORMED = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    SafetensorError,
+)  # fmt: skip
 _FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,255}")
 
 
@@ -68,12 +73,18 @@ class Checkpoint:
         """Part ``run``: the step, the epoch, the batches done, the fingerprints of data and base,
         and the config in plain containers.
         """
-        return self.part("run")
+        run = self.part("run")
+        if not isinstance(run, Mapping):
+            raise CheckpointError(f"{self}: its run.json holds no step and config of a run.")
+        return dict(run)
 
     @property
     def config(self) -> dict[str, Any]:
         """Config of the run that wrote the checkpoint, in plain containers."""
-        return self.run["config"]
+        config = self.run.get("config")
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"{self}: its run.json holds no step and config of a run.")
+        return dict(config)
 
     @cached_property
     def adapter(self) -> dict[str, Tensor]:
@@ -114,13 +125,15 @@ class Checkpoint:
             CheckpointError: they differ. The message names the key, the saved value and the given
                 value.
         """
-        if self.run["base"] != base_fingerprint:
+        if self.run.get("base") != base_fingerprint:
             raise CheckpointError(
                 f"{self} belongs to other base weights than those given. Set "
                 "checkpointer.checkpoint_dir (checkpoint_dir for an export) to the base that it "
                 "was trained on."
             )
-        saved, unset = self.config["model"], "unset"
+        saved, unset = self.config.get("model"), "unset"
+        if not isinstance(saved, Mapping):
+            raise CheckpointError(f"{self}: the config in its run.json has no section model.")
         wrong = [
             f"model.{key}: checkpoint {saved.get(key, unset)!r}, config {model.get(key, unset)!r}"
             for key in sorted(saved.keys() | model.keys())
@@ -175,7 +188,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     named = [path for path in entries if path.name.startswith(PREFIX)]
-    found = [path for path in named if path.name[len(PREFIX) :].isdigit() and path.is_dir()]
+    found = [path for path in named if path.name[len(PREFIX) :].isdecimal() and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -216,7 +229,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     unlisted = [name for name in manifest["parts"] if f"{name}.json" not in manifest["files"]]
     named_step = path.name.removeprefix(PREFIX)
     if unlisted or (
-        path.name != named_step and named_step.isdigit() and int(named_step) != manifest["step"]
+        path.name != named_step and named_step.isdecimal() and int(named_step) != manifest["step"]
     ):
         raise CheckpointError(
             f"{path} is damaged: its {MANIFEST} is of step {manifest['step']} and lacks the files "
@@ -239,6 +252,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: the manifest exists and cannot be read.
     """
     try:
+        if is_endless(path / MANIFEST):
+            raise ValueError("it is not a regular file")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         _check_form(manifest)
     except OSError as error:
@@ -278,7 +293,7 @@ def load_part(path: Path, name: str) -> Any:
     try:
         tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
         return decode(json.loads((path / f"{name}.json").read_text(encoding="utf-8")), tensors)
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except _MALFORMED as error:
         raise CheckpointError(
             f"{path} is damaged: its part {name} is not of the form that a run writes "
             f"({type(error).__name__}: {error!s:.200}). Use an earlier checkpoint."
@@ -293,7 +308,7 @@ def _matches(path: Path, expected: Any) -> bool:
             damage.
     """
     try:
-        return size_and_digest(path) == expected
+        return not is_endless(path) and size_and_digest(path) == expected
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_endless(path: Path) -> bool:
+    """Tell whether a path leads to a pipe, a socket or a device. Reading one may never end."""
+    mode = path.stat().st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def size_and_digest(path: Path) -> dict[str, Any]:
     """Return ``size`` in bytes and ``sha256`` of a file's content."""
     digest = hashlib.sha256()
@@ -53,7 +60,7 @@ def is_running(process: int) -> bool:
     """Tell whether a process with this number runs, whoever owns it."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number as large as that
         return False
     except PermissionError:
         pass

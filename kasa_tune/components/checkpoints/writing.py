@@ -164,7 +164,7 @@ def _clear_leftovers(folder: Path) -> None:
     put_back(folder)
     for leftover in folder.glob(f".{PREFIX}*.tmp"):
         writer = leftover.name.split(".")[-2]
-        if not writer.isdigit() or int(writer) == os.getpid() or not is_running(int(writer)):
+        if not writer.isdecimal() or int(writer) == os.getpid() or not is_running(int(writer)):
             shutil.rmtree(leftover)
 
 

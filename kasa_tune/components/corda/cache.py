@@ -39,7 +39,15 @@ OPTIONS = (
 )  # fmt: skip
 
 
-UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class CacheError(ValueError):

@@ -270,9 +270,11 @@ def load_arrays(path: Path, key: str) -> tuple[dict[str, np.ndarray], SampleCoun
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
+        OverflowError,  # a size that no array has
+        RecursionError,  # a header nested without end
     ):  # absent, cut short, or not such a file
         return None
     return (arrays, counts) if whole else None

@@ -1,11 +1,15 @@
 """The files of a tokenizer: what kind each is, and whether it holds what it should."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from kasa_tune.components.data.paths import local_path
 
 _NAMED_TOKENS = (
     "bos_token",
@@ -42,6 +46,44 @@ _FITTING = {
     "empty": "empty: fetch it again",
     "unknown": "no tokenizer file that is known, or it is damaged: fetch it again",
 }
+
+
+def local_files(node: Mapping[str, Any]) -> dict[str, str]:
+    """Return the paths of the files that a section ``tokenizer`` names, by key.
+
+    A builder must not be given anything else. tiktoken fetches a URL, and a device such as
+    ``/dev/zero`` or a pipe is read without end.
+
+    Raises:
+        FileNotFoundError: there is no regular file at one of the paths.
+        ValueError: a value is no path.
+    """
+    given = {key: node[key] for key in FILE_KEYS if node.get(key) is not None}
+    files = {key: local_path(value, f"tokenizer.{key}") for key, value in given.items()}
+    for key, path in files.items():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"tokenizer.{key}: no such file: {path}")
+    return files
+
+
+@contextlib.contextmanager
+def read_in_place() -> Iterator[None]:
+    """While active, tiktoken reads a vocabulary from its own path.
+
+    By default, tiktoken copies every vocabulary to ``data-gym-cache`` in the folder for temporary
+    files. Afterwards it reads the copy, even if the vocabulary has changed or if another user has
+    written the copy.
+    """
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def unfit(path: str | Path) -> str:

@@ -25,11 +25,12 @@ from kasa_tune.components.data.chat_templates import (
 from kasa_tune.components.data.conversations import ChatMessage, check_templated
 from kasa_tune.components.data.paths import local_path
 from kasa_tune.components.data.tokenizer_files import (
-    FILE_KEYS,
     generation_stops,
     load_settings,
     load_tokenizer,
+    local_files,
     named_tokens,
+    read_in_place,
     unfit,
 )
 from kasa_tune.components.data.tool_calls import arguments_as_text, check_rendered
@@ -64,13 +65,11 @@ def build_tokenizer(node: Mapping[str, Any] | DictConfig, *, longest: int | None
 
 def _instantiate(node: DictConfig) -> Any:
     """Call the builder and turn its ways of failing into sentences."""
-    files = [key for key in node if key in FILE_KEYS and node[key] is not None]
-    for key in files:
-        node[key] = local_path(node[key], f"tokenizer.{key}")
-        if not Path(node[key]).is_file():
-            raise FileNotFoundError(f"tokenizer.{key}: no such file: {node[key]}")
+    files = local_files(node)
+    node.update(files)
     try:
-        return config.instantiate(node)
+        with read_in_place():
+            return config.instantiate(node)
     except (
         Exception
     ) as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types

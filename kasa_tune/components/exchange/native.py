@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kasa_tune.components.checkpoints import save_checkpoint
+from kasa_tune.components.checkpoints import read_manifest, save_checkpoint
+from kasa_tune.components.checkpoints.checkpoint import MANIFEST
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.quantized.base import FOLDER
 
@@ -25,7 +26,16 @@ def write_native(run: TrainedRun, folder: Path) -> None:
     """
     write_adapter(folder, run.adapter, {key: run.state[key] for key in _KEPT if key in run.state})
     if run.quantized:
-        shutil.copytree(run.quantized.folder, folder / FOLDER / run.quantized.folder.name)
+        _copy_checkpoint(run.quantized.folder, folder / FOLDER / run.quantized.folder.name)
+
+
+def _copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy the files that the manifest lists, and the manifest. Anything else in the folder, such
+    as a link to a file elsewhere, is not part of the checkpoint and stays where it is.
+    """
+    target.mkdir(parents=True)
+    for name in [*read_manifest(source)["files"], MANIFEST]:
+        shutil.copy2(source / name, target / name)
 
 
 def write_adapter(folder: Path, adapter: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         writer = leftover.name.split(".")[-2]
         if (
             leftover.is_dir()
-            and writer.isdigit()
+            and writer.isdecimal()
             and (int(writer) == os.getpid() or not is_running(int(writer)))
         ):
             shutil.rmtree(leftover)

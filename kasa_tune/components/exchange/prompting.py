@@ -16,12 +16,13 @@ from typing import Any
 from tokenizers import Tokenizer
 from torchtune.data import AlpacaToMessages, Message, QuestionAnswerTemplate
 
-from kasa_tune.components.checkpoints import build_allowed
+from kasa_tune.components.checkpoints import build_allowed, check_allowed
 from kasa_tune.components.data.chat_templates import (
     TemplateRefusalError,
     load_chat_template,
     render_template,
 )
+from kasa_tune.components.data.tokenizer_files import local_files, read_in_place
 from kasa_tune.components.models.base_files import read_object
 
 SAID = "Name three colours."
@@ -81,7 +82,11 @@ def prompting_of(config: Mapping[str, Any], folder: Path, source: Any) -> Prompt
     if not isinstance(node, Mapping):
         raise NoPromptError("the run names no tokenizer")
     try:
-        tokenizer = build_allowed(_moved(node, folder), "tokenizer", source, max_seq_len=None)
+        moved = _moved(node, folder)
+        check_allowed(moved, "tokenizer", source)
+        moved |= local_files(moved)
+        with read_in_place():
+            tokenizer = build_allowed(moved, "tokenizer", source, max_seq_len=None)
         return _prompting(tokenizer, _first(config.get("dataset")), folder)
     except Exception as error:  # files of any content: an export does not fail for its card's sake
         raise NoPromptError(f"its tokenizer could not be read: {error}") from error

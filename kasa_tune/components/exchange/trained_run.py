@@ -253,6 +253,8 @@ def check_state(checkpoint: Checkpoint, *, with_base: bool = True) -> None:
             raise ValueError(f"{checkpoint}: the config in its run.json has no section {key}.")
     if not isinstance(state.get("base"), str):
         raise ValueError(f"{checkpoint}: its run.json does not name the base's fingerprint.")
+    if with_base and not isinstance(config["adapter"].get("method"), str | None):
+        raise ValueError(f"{checkpoint}: adapter.method in its run.json is no name of a method.")
     check_allowed(config["model"], "model", checkpoint)
     if with_base:
         check_allowed(config["checkpointer"], "checkpointer", checkpoint)

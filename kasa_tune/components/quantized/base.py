@@ -26,6 +26,7 @@ from kasa_tune.components.checkpoints import (
 from kasa_tune.components.linalg.nf4 import (
     check_quantizable,
     dequantize_workspace,
+    is_quantized,
     quantize_workspace,
     quantized_bytes,
 )
@@ -60,10 +61,21 @@ def linears_in_nf4(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Mod
     Args:
         model: on any device.
         checkpoint: any checkpoint of the run.
+
+    Raises:
+        CheckpointError: the run's config does not say how the base was quantized.
+        ValueError: as :func:`quantized_linears`.
     """
     if not checkpoint.has_quantized_base:
         return {}
-    return quantized_linears(model, checkpoint.config["quantization"]["block_size"])
+    settings = checkpoint.config.get("quantization")
+    block_size = settings.get("block_size") if isinstance(settings, Mapping) else None
+    if type(block_size) is not int or block_size < 1:
+        raise CheckpointError(
+            f"{checkpoint} was trained on a quantized base, but the config in its run.json gives "
+            "no quantization.block_size."
+        )
+    return quantized_linears(model, block_size)
 
 
 def keep_quantized(folder: Path, weights: Mapping[str, Tensor], known: str | None = None) -> str:
@@ -123,7 +135,7 @@ def read_quantized(
     stored = find_quantized(checkpoint)
     waiting = dict(linears)
     for part in stored.manifest["parts"]:
-        for name, weight in stored.part(part).items():
+        for name, weight in _weights_of(stored, part).items():
             if name not in waiting or waiting.pop(name).weight.shape != weight.shape:
                 raise CheckpointError(
                     f"{stored} is of another model: it has {name} {tuple(weight.shape)}."
@@ -185,7 +197,7 @@ class QuantizedWeights(Mapping[str, Tensor]):
             raise KeyError(name)
         if self._block != _block_of(name):
             self._block = _block_of(name)
-            self._held = self._stored.part(self._block)
+            self._held = _weights_of(self._stored, self._block)
         if name not in self._held:
             raise CheckpointError(f"{self.folder} is of another model: it has no {name}.")
         return self._held[name]
@@ -195,6 +207,14 @@ class QuantizedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _weights_of(stored: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Read the quantized weights of one block by the names of their linears."""
+    weights = stored.part(part)
+    if not isinstance(weights, dict) or not all(map(is_quantized, weights.values())):
+        raise CheckpointError(f"{stored} is no quantized base: its part {part} holds other things.")
+    return weights
 
 
 def _block_of(name: str) -> str:

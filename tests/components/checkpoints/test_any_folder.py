@@ -1,6 +1,7 @@
 """Checkpoint folders damaged at random: each holds what was saved, or is refused in a sentence."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from kasa_tune.components.checkpoints import CheckpointError, find_checkpoint, save_checkpoint
 from kasa_tune.components.checkpoints.files import size_and_digest
-from tests.fuzzing import bounded
+from tests.fuzzing import bounded, soon
 
 STEP = 4
 JSON = st.recursive(
@@ -150,3 +151,44 @@ def test_a_part_that_is_nested_without_end_is_damaged(saved, tmp_path):
     reseal(copied, "adapter.json", "[" * 100_000)
     with pytest.raises(CheckpointError, match="its part adapter is not of the form"):
         find_checkpoint(copied).part("adapter")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run.json", "adapter.safetensors"])
+def test_a_pipe_is_not_waited_for(saved, name, tmp_path):
+    folder = tmp_path / saved.name
+    shutil.copytree(saved, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with soon(), pytest.raises(CheckpointError, match=name):
+        find_checkpoint(folder)
+
+
+def test_names_that_only_look_like_those_of_a_run(tmp_path):
+    """``²`` is a digit of no number, and no process has a number of thirty digits."""
+    (tmp_path / "checkpoints" / "step_²").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        find_checkpoint(tmp_path)
+    leftover = tmp_path / "checkpoints" / f".step_00000004.{'9' * 30}.tmp"
+    leftover.mkdir()
+    save_checkpoint(tmp_path / "checkpoints", STEP, parts())
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, [1, 1], "torch.float32"], [1, 1, [], 7]], ids=str)
+def test_a_quantized_tensor_that_cannot_be_put_together(saved, numbers, tmp_path):
+    folder = tmp_path / saved.name
+    shutil.copytree(saved, folder)
+    document = {"quantized": ["NF4Tensor", {"dict": [["quantized_data", 5]]}, numbers]}
+    (folder / "adapter.json").write_text(json.dumps(document))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["adapter.json"] = size_and_digest(folder / "adapter.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="its part adapter is not of the form"):
+        _ = find_checkpoint(folder).adapter
+
+
+@pytest.mark.parametrize("run", [[], 7, {}, {"config": []}, {"config": {}}], ids=str)
+def test_a_run_json_that_describes_no_run(run, tmp_path):
+    save_checkpoint(tmp_path / "checkpoints", STEP, parts() | {"run": run})
+    with pytest.raises(CheckpointError):
+        find_checkpoint(tmp_path).check_belongs(base_fingerprint="", model={})

@@ -247,6 +247,17 @@ def test_another_key_is_another_file(tmp_path, change):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def array_header(shape, offsets):
+    return json.dumps(
+        {"tokens": {"dtype": "I64", "shape": shape, "data_offsets": offsets}}
+    ).encode()
+
+
+def with_header(header):
+    """A safetensors file with this header and some bytes after it."""
+    return len(header).to_bytes(8, "little") + header + bytes(64)
+
+
 def flip_last_byte(content):
     return content[:-1] + bytes([content[-1] ^ 1])
 
@@ -262,6 +273,10 @@ def flip_last_byte(content):
         lambda content: (10**15).to_bytes(8, "little") + content[8:],
         lambda content: content.replace(b'"key"', b'"kez"', 1),
         lambda content: content.replace(b'"tokens"', b'"tokenz"', 1),
+        lambda content: with_header(b"[" * 200_000),
+        lambda content: with_header(array_header([10**30], [0, 8])),
+        lambda content: with_header(array_header([2**40], [-100, 8])),
+        lambda content: with_header(array_header([1], [])),
     ],
 )
 def test_damaged_file_is_rebuilt(tmp_path, damage):

@@ -1,7 +1,9 @@
 """tokenizer.json with a chat template: the ids of transformers, the mask of the assistant's turns, clear errors."""
 
 import json
+import os
 import pickle
+from base64 import b64encode
 
 import pytest
 from hypothesis import given
@@ -544,3 +546,18 @@ def test_any_content_of_its_files_gives_a_tokenizer_or_a_sentence(folder, config
     finally:
         (folder / "tokenizer.json").write_text(before)
     assert len(said) < 600
+
+
+def test_a_tiktoken_file_is_read_from_its_own_path(tmp_path, monkeypatch):
+    """Tiktoken would copy it to a folder that all users share, and read the copy from then on."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    ranks = [bytes([i]) for i in range(256)]
+    for more in ([b"ab"], [b"cd"]):
+        lines = [f"{b64encode(token).decode()} {i}" for i, token in enumerate(ranks + more)]
+        (tmp_path / "ranks").write_text("\n".join(lines))
+        tokenizer = build_tokenizer({"_component_": TIKTOKEN, "path": str(tmp_path / "ranks")})
+        assert tokenizer.encode("abcd", add_bos=False, add_eos=False).count(256) == 1
+        assert tokenizer.decode([256]) == more[0].decode()
+    assert not (tmp_path / "temporary").exists()
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ

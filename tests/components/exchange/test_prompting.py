@@ -5,6 +5,7 @@ The tokens are those of data sets built as the recipes build them; servers are s
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ from kasa_tune.components.exchange.prompting import (
     put_chat_template,
 )
 from kasa_tune.registry import resource
+from tests.fuzzing import soon
 
 WORLD = resource("kasa_tune://tiny_world/model")
 DATA = "kasa_tune.components.data"
@@ -276,3 +278,23 @@ def test_a_tokenizer_of_wrong_types_is_a_prompt_or_a_sentence(file, content, tmp
     with contextlib.suppress(NoPromptError):
         found = prompting_of({"tokenizer": node, "dataset": INSTRUCT}, tmp_path / "base", "test")
         assert found.ids
+
+
+@pytest.mark.parametrize(
+    "name", ["http://127.0.0.1:9/tokenizer.model", "/dev/null", "pipe", "missing"]
+)
+@pytest.mark.parametrize(
+    "builder", ["kasa_tune.components.data.hf", "torchtune.models.llama3.llama3"]
+)
+def test_a_tokenizer_is_a_regular_file(builder, name, tmp_path, monkeypatch):
+    """The path is that of a data file. A URL is not fetched, and a pipe is not waited for."""
+
+    def fetched(*_, **__):
+        raise AssertionError("a file was fetched")
+
+    monkeypatch.setattr("requests.get", fetched)
+    os.mkfifo(tmp_path / "pipe")
+    path = name if "/" in name else str(tmp_path / name)
+    config = {"tokenizer": {"_component_": f"{builder}_tokenizer", "path": path}}
+    with soon(), pytest.raises(NoPromptError, match=r"tokenizer\.path: no such file"):
+        prompting_of(config, tmp_path, "run.json")

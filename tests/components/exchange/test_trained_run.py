@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import gc
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError, load_part, save_checkpoint
 from kasa_tune.components.exchange.adapter_set import AdapterSet
-from kasa_tune.components.exchange.native import write_adapter
+from kasa_tune.components.exchange.native import write_adapter, write_native
 from kasa_tune.components.exchange.prompting import NoPromptError, prompting_of
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.models.base_weights import weights_digest
@@ -474,3 +476,51 @@ def test_a_quantized_base_that_is_missing_or_anothers(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"layers\.1\.safetensors"):
         open_run(run.path)
+
+
+@pytest.mark.parametrize(
+    "settings", [None, [], {}, {"block_size": 0}, {"block_size": "64"}], ids=repr
+)
+def test_a_quantized_base_of_an_unknown_block_size(settings, tmp_path):
+    run = toy_run(tmp_path, "llama2", "qlora", where=IN_PLACES)
+    state = load_part(checkpoint_of(run), "run")
+    state["config"]["quantization"] = settings
+    rewritten(run, run=state)
+    with pytest.raises(CheckpointError, match=r"run\.json gives no quantization\.block_size"):
+        open_run(run.path)
+
+
+def test_a_quantized_base_that_holds_something_else(tmp_path):
+    run = toy_run(tmp_path, "llama2", "qlora", where=IN_PLACES)
+    stored = next((run.path / FOLDER).iterdir())
+    names = json.loads((stored / "manifest.json").read_text())["parts"]
+    save_checkpoint(stored.parent, 0, {name: [1, 2] for name in names})
+    state = load_part(checkpoint_of(run), "run")
+    files = json.loads((stored / "manifest.json").read_text())["files"]
+    state["quantized_base"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    rewritten(run, run=state)
+    opened = open_run(run.path)
+    with pytest.raises(CheckpointError, match=r"is no quantized base"):
+        opened.frozen(next(iter(opened.quantized)))
+
+
+def test_a_method_that_is_no_name(tmp_path):
+    run = toy_run(tmp_path, "llama2", "lora", where=IN_PLACES)
+    state = load_part(checkpoint_of(run), "run")
+    state["config"]["adapter"]["method"] = ["lora"]
+    rewritten(run, run=state)
+    with pytest.raises(ValueError, match=r"adapter\.method in its run\.json is no name"):
+        open_run(run.path)
+
+
+def test_a_native_export_takes_along_only_what_the_manifest_lists(tmp_path):
+    """An export is published. A link in a foreign folder must not put a private file into it."""
+    run = toy_run(tmp_path, "llama2", "qlora", where=IN_PLACES)
+    stored = next((run.path / FOLDER).iterdir())
+    (tmp_path / "private").write_text("sesame")
+    (stored / "notes.txt").symlink_to(tmp_path / "private")
+    (tmp_path / "exported").mkdir()
+    write_native(open_run(run.path), tmp_path / "exported")
+    written = {path.name for path in (tmp_path / "exported" / FOLDER / stored.name).iterdir()}
+    assert written == {path.name for path in stored.iterdir()} - {"notes.txt"}
+    Checkpoint(tmp_path / "exported" / FOLDER / stored.name)
