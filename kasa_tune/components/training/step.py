@@ -118,16 +118,7 @@ class Step:
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
         checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
         values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
-        if not all(map(math.isfinite, values)):
-            found = ", ".join(
-                f"{name} {value}"
-                for name, value in zip(checked, values, strict=True)
-                if name in ("loss", "grad_norm") or not math.isfinite(value)
-            )
-            raise NonFiniteError(
-                f"Step {steps.step + 1}: {found}. The weights are still those of step "
-                f"{steps.step}. Lower optimizer.lr, set clip_grad_norm, or check the data."
-            )
+        self._check_finite(dict(zip(checked, values, strict=True)))
         self.applying = True
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
         lr = float(optimizer.param_groups[0]["lr"])
@@ -146,3 +137,17 @@ class Step:
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
         seconds = time.perf_counter() - self._started
         self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if all(map(math.isfinite, values.values())):
+            return
+        found = ", ".join(
+            f"{name} {value}"
+            for name, value in values.items()
+            if name in ("loss", "grad_norm") or not math.isfinite(value)
+        )
+        done = self._steps.step
+        raise NonFiniteError(
+            f"Step {done + 1}: {found}. The weights are still those of step {done}. "
+            "Lower optimizer.lr, set clip_grad_norm, or check the data."
+        )
