@@ -15,7 +15,8 @@ from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.base_weights import shapes_of
 
-# The smallest head size that flex attention compiles for a GPU; below it torch raises NotImplementedError.
+# The smallest head size that flex attention compiles for a GPU. Below it torch raises
+# NotImplementedError.
 FLEX_HEAD_DIM = 16
 
 
