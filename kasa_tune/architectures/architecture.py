@@ -157,7 +157,8 @@ def differences(expected: Any, given: Any, name: str = "") -> list[Difference]:
     listed once, of the first of them.
 
     Args:
-        expected, given: two architectures, or parts of them at the same place.
+        expected: an architecture, or a part of one.
+        given: another one, or its part at the same place.
         name: of the place, for the names of the differences.
     """
     if isinstance(expected, tuple) and isinstance(given, tuple) and name.endswith("layers"):

@@ -38,9 +38,15 @@ def llama(
 
     Args:
         s: config.json.
-        kv_heads, head_dim, eps, max_seq_len, tied, base, fraction, absent_rotary: what absent keys
-            mean. None of ``kv_heads`` stands for as many as heads, None of ``head_dim`` for the
-            hidden size by the heads.
+        kv_heads: what an absent key means, as with all arguments but the last three; None for as
+            many as heads.
+        head_dim: width of a head; None for the hidden size by the heads.
+        eps: epsilon of the norms.
+        max_seq_len: the most tokens of a sequence.
+        tied: whether the output projection is the embedding.
+        base: of the rotary embedding.
+        fraction: of each head that it rotates.
+        absent_rotary: the whole of the rotary embedding.
         eps_key: the key of the norms' epsilon.
         interleaved: see :class:`~kasa_tune.architectures.Rotary`.
         reads_head_dim: whether the family has a key ``head_dim``.
@@ -157,7 +163,7 @@ def qwen3_moe(s: Settings) -> Architecture:
     found = llama(s, kv_heads=4, max_seq_len=32_768)
     dense = s.get("mlp_only_layers") or []
     step = s.size("decoder_sparse_step", 1)
-    count = s.size("num_experts", 128)
+    count = s.size("num_local_experts", s.size("num_experts", 128))  # the newer name first
     experts = Experts(
         count,
         s.size("num_experts_per_tok", 8),

@@ -13,40 +13,42 @@ from kasa_tune.architectures.settings import Settings, shown
 
 
 class Family(NamedTuple):
-    """A row of :data:`FAMILIES`: its title, its class in transformers, and how it is read."""
+    """A row of :data:`FAMILIES`: its title, its classes in transformers, and how it is read."""
 
     title: str
-    class_name: str
+    class_names: tuple[str, ...]
     read: Callable[[Settings], Architecture]
 
 
 # By config.json's model_type.
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("Llama", "LlamaForCausalLM", families.llama),
-    "mistral": Family("Mistral", "MistralForCausalLM", families.mistral),
-    "ministral3": Family("Ministral 3", "Ministral3ForCausalLM", families.ministral3),
-    "mixtral": Family("Mixtral", "MixtralForCausalLM", families.mixtral),
-    "qwen2": Family("Qwen 2 and 2.5", "Qwen2ForCausalLM", families.qwen2),
-    "qwen3": Family("Qwen 3", "Qwen3ForCausalLM", families.qwen3),
-    "qwen3_moe": Family("Qwen 3, mixture of experts", "Qwen3MoeForCausalLM", families.qwen3_moe),
-    "gemma": Family("Gemma", "GemmaForCausalLM", families.gemma),
-    "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", families.gemma2),
-    "gemma3_text": Family("Gemma 3", "Gemma3ForCausalLM", families.gemma3),
-    "phi3": Family("Phi 3 and 4", "Phi3ForCausalLM", families.phi3),
-    "olmo2": Family("OLMo 2", "Olmo2ForCausalLM", families.olmo2),
-    "olmo3": Family("OLMo 3", "Olmo3ForCausalLM", families.olmo3),
-    "granite": Family("Granite 3", "GraniteForCausalLM", families.granite),
-    "smollm3": Family("SmolLM 3", "SmolLM3ForCausalLM", families.smollm3),
-    "glm": Family("GLM 4", "GlmForCausalLM", families.glm),
-    "glm4": Family("GLM 4 0414", "Glm4ForCausalLM", families.glm4),
-    "cohere": Family("Command R", "CohereForCausalLM", families.cohere),
-    "cohere2": Family("Command R7B", "Cohere2ForCausalLM", families.cohere2),
-    "nemotron": Family("Nemotron", "NemotronForCausalLM", families.nemotron),
-    "stablelm": Family("StableLM", "StableLmForCausalLM", families.stablelm),
-    "exaone4": Family("EXAONE 4", "Exaone4ForCausalLM", families.exaone4),
-    "hunyuan_v1_dense": Family("Hunyuan, dense", "HunYuanDenseV1ForCausalLM", families.hunyuan),
-    "ernie4_5": Family("ERNIE 4.5, dense", "Ernie4_5ForCausalLM", families.ernie),
-    "internlm3": Family("InternLM 3", "InternLM3ForCausalLM", families.internlm3),
+    "llama": Family("Llama", ("LlamaForCausalLM",), families.llama),
+    "mistral": Family("Mistral", ("MistralForCausalLM",), families.mistral),
+    "ministral3": Family("Ministral 3", ("Ministral3ForCausalLM",), families.ministral3),
+    "mixtral": Family("Mixtral", ("MixtralForCausalLM",), families.mixtral),
+    "qwen2": Family("Qwen 2 and 2.5", ("Qwen2ForCausalLM",), families.qwen2),
+    "qwen3": Family("Qwen 3", ("Qwen3ForCausalLM",), families.qwen3),
+    "qwen3_moe": Family("Qwen 3, mixture of experts", ("Qwen3MoeForCausalLM",), families.qwen3_moe),
+    "gemma": Family("Gemma", ("GemmaForCausalLM",), families.gemma),
+    "gemma2": Family("Gemma 2", ("Gemma2ForCausalLM",), families.gemma2),
+    "gemma3_text": Family("Gemma 3", ("Gemma3ForCausalLM",), families.gemma3),
+    "phi3": Family("Phi 3 and 4", ("Phi3ForCausalLM",), families.phi3),
+    "olmo2": Family("OLMo 2", ("Olmo2ForCausalLM",), families.olmo2),
+    "olmo3": Family("OLMo 3", ("Olmo3ForCausalLM",), families.olmo3),
+    "granite": Family("Granite 3", ("GraniteForCausalLM",), families.granite),
+    "smollm3": Family("SmolLM 3", ("SmolLM3ForCausalLM",), families.smollm3),
+    "glm": Family("GLM 4", ("GlmForCausalLM",), families.glm),
+    "glm4": Family("GLM 4 0414", ("Glm4ForCausalLM",), families.glm4),
+    "cohere": Family("Command R", ("CohereForCausalLM",), families.cohere),
+    "cohere2": Family("Command R7B", ("Cohere2ForCausalLM",), families.cohere2),
+    "nemotron": Family("Nemotron", ("NemotronForCausalLM",), families.nemotron),
+    "stablelm": Family("StableLM", ("StableLmForCausalLM",), families.stablelm),
+    "exaone4": Family("EXAONE 4", ("Exaone4ForCausalLM",), families.exaone4),
+    "hunyuan_v1_dense": Family("Hunyuan, dense", ("HunYuanDenseV1ForCausalLM",), families.hunyuan),
+    "ernie4_5": Family("ERNIE 4.5, dense", ("Ernie4_5ForCausalLM",), families.ernie),
+    "internlm3": Family(
+        "InternLM 3", ("InternLM3ForCausalLM", "LlamaForCausalLM"), families.internlm3
+    ),
 }
 # Models that also see, whose part `text_config` is one of the families above.
 _WITH_TEXT_PART = {"gemma3": "gemma3_text", "mistral3": None}
@@ -169,16 +171,17 @@ def _check_class(config: Mapping[str, Any], kind: str, name: str) -> None:
             "one, in bfloat16, float16 or float32."
         )
     for one in config.get("architectures") or []:
-        told = next((k for k, row in FAMILIES.items() if _same_class(row.class_name, one)), kind)
-        if told != kind:
+        told = [key for key, row in FAMILIES.items() if _is_one_of(one, row.class_names)]
+        if told and kind not in told:
             raise ValueError(
                 f"{name}: architectures says {one}, and model_type says {kind}. Correct the one "
                 "that is wrong."
             )
 
 
-def _same_class(one: str, other: str) -> bool:
-    return one.replace("_", "").lower() == other.replace("_", "").lower()
+def _is_one_of(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a class has one of the names, however its words are joined."""
+    return any(name.replace("_", "").lower() == one.replace("_", "").lower() for one in names)
 
 
 def _check_head(config: Mapping[str, Any], name: str) -> None:

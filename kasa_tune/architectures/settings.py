@@ -8,7 +8,9 @@ from typing import Any
 
 from kasa_tune.architectures.architecture import Rotary
 
+# Beyond these, a number is a mistake, and building the model would take all memory.
 _LARGEST = 2**31
+_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
 
 
 class Settings:
@@ -40,8 +42,9 @@ class Settings:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 0 < value < _LARGEST:
-            raise self.wrong(key, "a whole number above 0")
+        most = _MOST.get(key, _LARGEST)
+        if type(value) is not int or not 0 < value <= most:
+            raise self.wrong(key, f"a whole number from 1 to {most}")
         return value
 
     def optional_size(self, key: str, default: int | None = None) -> int | None:
@@ -151,7 +154,8 @@ def rotary_of(
 
     Args:
         settings: of the model.
-        base, fraction: their defaults in the family.
+        base: default of the base in the family.
+        fraction: default of the rotated share of each head.
         interleaved: see :class:`~kasa_tune.architectures.Rotary`.
         head_dim: width of a head.
         max_seq_len: the most tokens of a sequence.

@@ -24,8 +24,12 @@ _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
         "a kasa_<model>, lora_<model> or corda_<model> builder of kasa_tune.components.models",
     ),
     "checkpointer": (
-        re.compile(r"torchtune\.training\.FullModel(HF|Meta|TorchTune)Checkpointer"),
-        "one of torchtune.training.FullModel{HF,Meta,TorchTune}Checkpointer",
+        re.compile(
+            r"torchtune\.training\.FullModel(HF|Meta|TorchTune)Checkpointer"
+            r"|kasa_tune\.components\.models\.CheckpointFolder"
+        ),
+        "one of torchtune.training.FullModel{HF,Meta,TorchTune}Checkpointer, or "
+        "kasa_tune.components.models.CheckpointFolder",
     ),
     "tokenizer": (
         re.compile(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchtune.training import FormattedCheckpointFiles
 
+_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
@@ -100,6 +101,57 @@ def shards_of(folder: Path) -> list[str]:
     ):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
     return sorted(set(weight_map.values()))
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a checkpoint's safetensors files, all of them there and none a stand-in.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or holds no weights, or not all of them.
+        ValueError: what it holds is in another format, or the pointer of a git-lfs file.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder. Give the folder of a checkpoint.")
+    names = shards_of(folder)
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file in the folder.")
+    if not names:
+        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        others = ("adapter_", "consolidated", "optimizer")
+        names = [name for name in found if not name.startswith(others)]
+        names = _whole_set(folder, names) if names else []
+    if not names:
+        raise _no_weights(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(names)} files with weights, {missing[0]} among "
+            "them. Fetch the rest; `tune download` goes on where it was."
+        )
+    for name in names:
+        with open(folder / name, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(
+                    f"{folder / name} is the pointer of a git-lfs file, not the weights. Fetch "
+                    "them with `git lfs pull` or `tune download`."
+                )
+    return names
+
+
+def _no_weights(folder: Path) -> Exception:
+    """What to say of a folder without safetensors."""
+    if any(folder.glob("*.gguf")):
+        return ValueError(
+            f"{folder} holds a GGUF file, whose weights are in llama.cpp's layout. Give the "
+            "checkpoint in safetensors that it was made from."
+        )
+    if any((*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))):
+        return ValueError(
+            f"{folder} holds weights as PyTorch pickles alone. Give them in safetensors: most "
+            "repositories have both, and transformers' save_pretrained writes them."
+        )
+    return FileNotFoundError(f"{folder} holds no weights: no .safetensors file is in it.")
 
 
 def checked_config(folder: Path) -> dict[str, Any]:

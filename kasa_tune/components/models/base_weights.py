@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchtune.config import instantiate
 from torchtune.models import convert_weights
@@ -21,9 +21,15 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
+from kasa_tune.architectures import read_architecture
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError
-from kasa_tune.components.models.base_files import check_base_files, checked_config
+from kasa_tune.components.models.base_files import (
+    check_base_files,
+    checked_config,
+    weight_files,
+)
 from kasa_tune.components.models.digests import digest_line, digest_lines
+from kasa_tune.components.models.from_checkpoint import to_native
 from kasa_tune.components.processes.world import World
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -35,6 +41,36 @@ _FLOATING = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+class CheckpointFolder:
+    """A checkpoint in Hugging Face's layout whose config.json says what it is. Its weights fit a
+    model that was built :func:`~kasa_tune.components.models.from_checkpoint`.
+
+    Args:
+        checkpoint_dir: the folder, with config.json and the weights in safetensors.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path) -> None:
+        self.folder = Path(checkpoint_dir)
+
+    def open(self) -> StreamedWeights:
+        """The weights by the names of our decoder.
+
+        Raises:
+            FileNotFoundError: config.json or a file with weights is missing.
+            ValueError: the model is of no supported family, or a file is damaged, quantized or in
+                another format.
+        """
+        architecture = read_architecture(self.folder)
+        paths = [self.folder / name for name in weight_files(self.folder)]
+        try:
+            return StreamedWeights(paths, partial(to_native, architecture))
+        except SafetensorError as error:
+            raise ValueError(
+                f"A file with weights in {self.folder} is damaged or was not fetched whole: "
+                f"{error}. Fetch it again."
+            ) from error
 
 
 def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
@@ -50,6 +86,8 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         ValueError: the files cannot be read, are not of the model type that the checkpointer was told, or hold
             quantized weights.
     """
+    if isinstance(checkpointer, CheckpointFolder):
+        return checkpointer.open()
     if type(checkpointer) is FullModelHFCheckpointer:
         folder = Path(checkpointer._checkpoint_dir)
         checkpointer._config = checked_config(folder)

@@ -7,26 +7,11 @@ caps (50 belongs to attention, 30 to the logits). The ``gemma2`` builders here p
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torchtune.models import gemma2 as torchtune_gemma2
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
-
-class CappedTiedLinear(TiedLinear):
-    """Output projection with the embedding's weight, ``cap · tanh(logits / cap)``: ``[..., d]`` to ``[..., vocab]``.
-
-    Args:
-        tied_module: the token embedding.
-        cap: bound of the logits' absolute value.
-    """
-
-    def __init__(self, tied_module: nn.Module, cap: float) -> None:
-        super().__init__(tied_module)
-        self.cap = cap
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.cap * torch.tanh(super().__call__(x) / self.cap)
+from kasa_tune.components.models.decoder import CappedTiedLinear
 
 
 class Gemma2Layer(TransformerSelfAttentionLayer):

@@ -13,6 +13,7 @@ from torchtune.modules import MultiHeadAttention
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.decomposition import check_finite
+from kasa_tune.components.models.attention import Attention
 from kasa_tune.components.models.base_weights import shapes_of
 
 # The smallest head size that flex attention compiles for a GPU. Below it torch raises
@@ -118,7 +119,7 @@ def needs_dense_mask(model: nn.Module) -> bool:
     """
     return any(
         isinstance(module, Gemma2Attention)
-        or (isinstance(module, MultiHeadAttention) and module.head_dim < FLEX_HEAD_DIM)
+        or (isinstance(module, MultiHeadAttention | Attention) and module.head_dim < FLEX_HEAD_DIM)
         for module in model.modules()
     )
 

@@ -17,6 +17,7 @@ from torchtune.models import qwen2 as _qwen2
 from torchtune.models import qwen2_5 as _qwen2_5
 
 from kasa_tune.components.adapters.attach import builders
+from kasa_tune.components.models import from_checkpoint as _from_checkpoint
 from kasa_tune.components.models import gemma as _own_gemma
 from kasa_tune.components.models import phi as _own_phi
 
@@ -102,4 +103,9 @@ kasa_qwen2_5_72b_base, lora_qwen2_5_72b_base, corda_qwen2_5_72b_base = builders(
 )
 kasa_qwen2_5_72b_instruct, lora_qwen2_5_72b_instruct, corda_qwen2_5_72b_instruct = builders(
     _qwen2_5.qwen2_5_72b_instruct
+)
+
+# Any supported model, as the config.json of its checkpoint describes it
+kasa_from_checkpoint, lora_from_checkpoint, corda_from_checkpoint = builders(
+    _from_checkpoint.from_checkpoint
 )

@@ -1,0 +1,38 @@
+"""A model from the folder of its checkpoint: config.json says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from kasa_tune.architectures import Architecture, parts_of, read_architecture
+from kasa_tune.components.models.decoder import Decoder
+
+
+def from_checkpoint(checkpoint_dir: str | Path) -> Decoder:
+    """Build the decoder that a checkpoint's config.json describes, without its weights.
+
+    Args:
+        checkpoint_dir: a folder in Hugging Face's layout.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: the model is of no supported family, or config.json is damaged.
+    """
+    return Decoder(read_architecture(checkpoint_dir))
+
+
+def to_native(architecture: Architecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors of a Hugging Face checkpoint to those of :class:`Decoder`, and split those
+    that hold several. Each can be converted on its own.
+
+    Args:
+        architecture: of the model.
+        tensors: by the file's names.
+    """
+    converted = {}
+    for key, tensor in tensors.items():
+        for name, rows in parts_of(architecture, key):
+            converted[name] = tensor if rows is None else tensor[slice(*rows)]
+    return converted

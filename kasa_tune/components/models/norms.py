@@ -1,0 +1,38 @@
+"""The norms of all families in one module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kasa_tune.architectures import Architecture
+
+
+class Norm(nn.Module):
+    """RMS or layer norm over the last dimension, computed in float32.
+
+    Args:
+        architecture: says which kind, its epsilon, whether it has a bias, and whether the stored
+            weight counts from one.
+        width: of the last dimension.
+        scale: what the output is multiplied by.
+    """
+
+    def __init__(self, architecture: Architecture, width: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.kind, self.eps = architecture.norm, architecture.norm_eps
+        self.plus_one, self.scale = architecture.norm_plus_one, scale
+        start = torch.zeros if self.plus_one else torch.ones
+        self.weight = nn.Parameter(start(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if architecture.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x [..., width]``."""
+        weight = self.weight.float() + 1 if self.plus_one else self.weight.float()
+        if self.kind == "rms":
+            out = F.rms_norm(x.float(), weight.shape, weight, self.eps)
+        else:
+            bias = None if self.bias is None else self.bias.float()
+            out = F.layer_norm(x.float(), weight.shape, weight, bias, self.eps)
+        return (out if self.scale == 1.0 else out * self.scale).type_as(x)
