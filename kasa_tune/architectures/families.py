@@ -491,6 +491,7 @@ def ernie(s: Settings) -> Architecture:
 
 def internlm3(s: Settings) -> Architecture:
     """InternLM 3: Llama with other keys for its biases."""
+    # transformers saves it under Llama's names for the two.
     found = llama(s, kv_heads=2, eps=1e-5, max_seq_len=32_768)
     attention = ATTENTION if s.flag("qkv_bias") else ()
-    return replace(found, biases=frozenset((*attention, *(MLP if s.flag("bias") else ()))))
+    return replace(found, biases=found.biases | {*attention, *(MLP if s.flag("bias") else ())})
