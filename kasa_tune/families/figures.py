@@ -136,5 +136,5 @@ def figures_of_all(configs_to_count: Iterable[TrainingConfig]) -> dict[str, Figu
     return {
         config.name: figures_of(config)
         for config in configs_to_count
-        if config.task.device == "cuda"
+        if config.task.device == "cuda" and not config.model.is_any
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import load_dataset
@@ -16,6 +18,8 @@ from kasa_tune.components.data.datasets import (
 )
 
 log = get_logger("INFO")
+
+_LONGEST_ROW = 1 << 26  # characters
 
 
 class Kind(NamedTuple):
@@ -112,6 +116,29 @@ def kind_of_rows(names: Collection[str], column_map: Mapping[str, str] | None = 
     return kind
 
 
+def builder_of_file(node: Mapping[str, Any]) -> str:
+    """The name of the builder that reads the rows of a dataset node, found from its first row.
+
+    Args:
+        node: of :func:`by_columns_dataset`, with JSON on this machine.
+
+    Raises:
+        ValueError: the file is not there, or is no JSON of a known kind.
+    """
+    given = node.get("data_files")
+    path = given[0] if isinstance(given, list) and given else given
+    if node.get("source", "json") != "json" or not isinstance(path, str) or not Path(path).is_file():
+        raise ValueError(f"{path} is no JSON file on this machine")
+    with open(path, encoding="utf-8") as file:
+        text = file.readline(_LONGEST_ROW)
+        if text.lstrip().startswith("["):
+            text += file.read(_LONGEST_ROW)
+    content = json.loads(text)
+    row = content[0] if isinstance(content, list) and content else content
+    kind = kind_of_rows([*row] if isinstance(row, dict) else [], node.get("column_map"))
+    return _NAMES[kind.columns]
+
+
 def _kind_of_map(names: Collection[str], column_map: Mapping[str, str]) -> Kind:
     missing = [name for name in column_map.values() if name not in names]
     if missing:
@@ -169,4 +196,12 @@ _BUILDERS: Mapping[tuple[str, ...], Callable[..., Any]] = {
     ("prompt", "completion"): _prompts,
     ("input", "output"): _prompts,
     ("text",): _texts,
+}
+_NAMES = {
+    ("messages",): "chat_dataset",
+    ("conversations",): "chat_dataset",
+    ("instruction", "output"): "alpaca_dataset",
+    ("prompt", "completion"): "instruct_dataset",
+    ("input", "output"): "instruct_dataset",
+    ("text",): "completion_dataset",
 }
