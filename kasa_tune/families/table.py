@@ -162,7 +162,10 @@ STORIES = Family(
 )
 # Whatever the user's key checkpoint_dir names.
 ANY = Family(
-    "", "kasa_tune.components.data.tokenizer_from_checkpoint", {"checkpoint_dir": ""}
+    "",
+    "kasa_tune.components.data.tokenizer_from_checkpoint",
+    {"checkpoint_dir": ""},
+    loss_chunk=512,
 )
 
 _SMALL: dict[str, Any] = {
