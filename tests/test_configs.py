@@ -45,11 +45,18 @@ SELF_CONTAINED = [
     name for name in FILES if name.startswith(("tiny_", "stories260k_"))
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
-FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED]
+OF_A_RUN = ["generate", "report"]
+OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
+FINETUNED = [
+    name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY
+]
+# What a user must give.
+GIVEN = dict.fromkeys(OF_ANY, ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"])
+GIVEN |= {"generate": ["adapter_checkpoint=/tmp/run", "prompts=[Hello]"], "report": ["run=/tmp"]}
 
 
 def schema_of(name):
-    return next(schema for ending, schema in SCHEMAS.items() if name.endswith(ending))
+    return next(schema for ending, schema in SCHEMAS.items() if f"_{name}".endswith(ending))
 
 
 def one_of_each(*properties):
@@ -90,7 +97,17 @@ def needs_data(name):
 @pytest.mark.parametrize("name", FILES)
 def test_is_valid_as_it_stands(name):
     needs_data(name)
-    config.load(name, schema=schema_of(name), check_files=False)
+    config.load(name, GIVEN.get(name, []), schema_of(name), check_files=False)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_user_must_give_is_asked_for(name):
+    for given in GIVEN[name]:
+        others = [other for other in GIVEN[name] if other != given]
+        with pytest.raises(config.ConfigError) as error:
+            config.load(name, others, schema_of(name), check_files=False)
+        (problem,) = error.value.problems
+        assert problem.key == given.partition("=")[0]
 
 
 @pytest.mark.parametrize("name", one_of_each())
@@ -104,7 +121,8 @@ def test_every_method_trains_the_tiny_model_and_has_a_config_for_every_real_one(
     of_every_model = ("kasa", "lora", "corda", "corda_kpm", "qcorda", "qlora")
     for made in TRAINING.values():
         if made.task.device == "cuda":
-            assert {f"{made.prefix}_{method}" for method in of_every_model} <= {*FILES}
+            names = {f"{made.prefix}_{method}".lstrip("_") for method in of_every_model}
+            assert names <= {*FILES}
 
 
 def without(tree, *keys):
@@ -308,7 +326,7 @@ HEADERS = one_of_each(
 
 
 @pytest.mark.parametrize(
-    "name", HEADERS + EXCHANGED + [name for name in FILES if name.endswith("_generate")]
+    "name", HEADERS + EXCHANGED + [name for name in FILES if name.endswith("_generate")] + OF_A_RUN
 )
 def test_commands_of_the_header_run_this_config(name):
     needs_data(name)
@@ -800,6 +818,7 @@ SCHEMAS_IN_DOCS = {
     "generate_text": config.GENERATE,
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
+    "report_run": config.REPORT,
 }
 
 
@@ -861,7 +880,7 @@ def test_docs_tell_the_recipe_of_every_suffix():
     for recipe in registry.recipes():
         on_one_device = recipe.name.replace("_distributed", "_single_device")
         endings = [suffix for suffix in told if told[suffix] == on_one_device]
-        assert all(shipped.name.endswith(tuple(endings)) for shipped in recipe.configs)
+        assert all(f"_{shipped.name}".endswith(tuple(endings)) for shipped in recipe.configs)
 
 
 @pytest.mark.parametrize("name", EXCHANGED)

@@ -65,6 +65,16 @@ def test_each_config_belongs_to_the_recipe_its_suffix_names(package):
     assert "_draft" not in found
 
 
+def test_a_config_of_any_model_is_named_after_its_method(package):
+    for name in ("kasa", "generate"):
+        (package / "configs" / f"{name}.yaml").touch()
+    found = {
+        recipe.name: [config.name for config in recipe.configs] for recipe in registry.recipes()
+    }
+    assert found["kasa_finetune_single_device"] == ["kasa", "toy_kasa", "toy_lora"]
+    assert found["generate_text"] == ["generate", "toy_kasa_generate"]
+
+
 CORDA_SUFFIXES = [method.name for method in methods_of("corda_finetune")]
 
 

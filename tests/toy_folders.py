@@ -16,7 +16,6 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
@@ -27,10 +26,10 @@ CHAT = (
 )
 # transformers' class, and what its config has besides.
 KINDS = {
-    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma3": (
         "Gemma3Text",
-        {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": None},
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
     ),
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
 }
@@ -65,7 +64,6 @@ def write_folder(folder: Path, kind: str, *, chat: bool = True) -> Path:
     vocab_size = write_tokenizer(folder, chat=chat)
     name, more = KINDS[kind]
     torch.manual_seed(0)
-    more = {key: value for key, value in more.items() if value is not None}
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocab_size, eos_token_id=[0, 3], bos_token_id=None, pad_token_id=0, **SIZES | more
     )

@@ -3,7 +3,8 @@
 A rule is called as those of rules.py are.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ def name_of(path: str | None) -> str:
     return Path(path).resolve().name or "root" if path else "model"
 
 
-OmegaConf.register_new_resolver("name_of", name_of, replace=True)
+def _register(name: str, function: Callable[..., Any]) -> None:
+    """Let configs call a function. OmegaConf 2.4 renamed the method that does it."""
+    newer = getattr(OmegaConf, "register_resolver", None)
+    if newer is not None and "replace" in inspect.signature(newer).parameters:
+        newer(name, function, replace=True)
+    else:
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+_register("name_of", name_of)
 
 
 def put_folder(tree: dict[str, Any]) -> None:

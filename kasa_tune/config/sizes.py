@@ -67,7 +67,10 @@ def rows_fit(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Rows are no longer than the model takes. The tokenizer of its folder sees to that itself."""
     told = folders.architecture_of(cfg.get("model") or {})
     tokenizer = cfg.get("tokenizer") or {}
-    places = {"calibration.max_seq_len": (cfg.get("calibration") or {}).get("max_seq_len")}
+    calibration = cfg.get("calibration") or {}
+    places = {}
+    if calibration.get("dataset"):
+        places["calibration.max_seq_len"] = calibration.get("max_seq_len")
     if not folders.reads_folder(tokenizer):
         places["tokenizer.max_seq_len"] = tokenizer.get("max_seq_len")
     for key, given in places.items():

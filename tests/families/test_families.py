@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.yaml")}
 PAGE = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
 CONFIGS = {made.name: made for made in training_configs()}
-ON_A_GPU = [made for made in CONFIGS.values() if made.task.device == "cuda"]
+ON_A_GPU = [
+    made for made in CONFIGS.values() if made.task.device == "cuda" and not made.model.is_any
+]
 COUNTED = re.compile(r"\n#   -> .*?(?=\n\n)", re.DOTALL)  # the figures, the last lines of a header
 
 
