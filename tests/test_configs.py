@@ -47,11 +47,10 @@ SELF_CONTAINED = [
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 OF_A_RUN = ["generate", "report"]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
-FINETUNED = [
-    name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY
-]
+FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
 # What a user must give.
-GIVEN = dict.fromkeys(OF_ANY, ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"])
+TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
+GIVEN = {name: TWO for name in OF_ANY}
 GIVEN |= {"generate": ["adapter_checkpoint=/tmp/run", "prompts=[Hello]"], "report": ["run=/tmp"]}
 
 

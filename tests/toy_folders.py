@@ -65,7 +65,11 @@ def write_folder(folder: Path, kind: str, *, chat: bool = True) -> Path:
     name, more = KINDS[kind]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=vocab_size, eos_token_id=[0, 3], bos_token_id=None, pad_token_id=0, **SIZES | more
+        vocab_size=vocab_size,
+        eos_token_id=[0, 3],
+        bos_token_id=None,
+        pad_token_id=0,
+        **SIZES | more,
     )
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     for parameter in (p for n, p in model.named_parameters() if "norm" in n):

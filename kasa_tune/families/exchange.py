@@ -59,7 +59,7 @@ _OF_A_RUN = """\
 # What a model writes before and after its fine-tuning. The run says which model, tokenizer and base weights it had.
 #
 #   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]'
-#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]' checkpoint_dir=/models/Qwen3-8B     # where the base is now
+#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]' checkpoint_dir=/models/base
 #   tune run generate_text --config generate 'prompts=["Hello."]' checkpoint_dir=/models/Qwen3-8B     # a model alone
 
 checkpoint_dir: null
@@ -81,7 +81,7 @@ _REPORT = """\
 # A run's loss curve and singular values, as plots in its folder. The run says which model and base weights it had.
 #
 #   tune run report_run --config report run=/tmp/run
-#   tune run report_run --config report run=/tmp/run checkpoint_dir=/models/Qwen3-8B     # where the base is now
+#   tune run report_run --config report run=/tmp/run checkpoint_dir=/models/base
 
 run: null  # its output_dir
 checkpoint_dir: null

@@ -202,9 +202,7 @@ def test_faults_are_found_without_torch(folder):
 
 def test_the_key_of_the_top_level_moves_every_section(folder, tmp_path):
     """As for a run whose base has moved: its config.yaml holds the old place everywhere."""
-    cfg = config.load(
-        "llama3_8b_kasa", [f"checkpoint_dir={folder}"], check_files=False
-    )
+    cfg = config.load("llama3_8b_kasa", [f"checkpoint_dir={folder}"], check_files=False)
     assert cfg.checkpointer.checkpoint_dir == str(folder)
     assert cfg.tokenizer.path == f"{folder}/tokenizer.json"
     saved = tmp_path / "config.yaml"

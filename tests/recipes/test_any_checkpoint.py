@@ -188,7 +188,13 @@ def test_a_dry_run_needs_config_json_alone(method, places, call, tmp_path):
 def test_a_folder_alone_completes_prompts(places, load_recipe):
     cfg = config.load(
         "generate",
-        [f"checkpoint_dir={places['gemma3']}", "device=cpu", "dtype=fp32", "prompts=[a]"],
+        [
+            f"checkpoint_dir={places['gemma3']}",
+            "device=cpu",
+            "dtype=fp32",
+            "prompts=[a]",
+            "max_new_tokens=8",
+        ],
         about_to_run=True,
     )
     module = load_recipe("generate_text")

@@ -110,7 +110,8 @@ def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
 
     Args:
         node: the section.
-        more: arguments that take the place of the section's.
+        more: arguments that take the place of the section's. :class:`CheckpointFolder` has one
+            argument and takes none of them.
 
     Raises:
         FileNotFoundError: config.json is missing.
@@ -121,7 +122,8 @@ def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
         folder = Path(node.checkpoint_dir)
         checked_config(folder)  # which torchtune reads without naming it
         check_base_files(folder, node.checkpoint_files)
-    return read_base_weights(instantiate(node, **more))
+    reads_folder = node._component_.endswith(".CheckpointFolder")
+    return read_base_weights(instantiate(node, **({} if reads_folder else more)))
 
 
 def open_base(

@@ -1,4 +1,4 @@
-"""Rows of a kind that their columns tell: what the other builders make of them, and a sentence where they tell nothing."""
+"""Rows of a kind that their columns tell: as the other builders read them, or a sentence where they tell nothing."""
 
 import json
 
@@ -35,7 +35,10 @@ KINDS = {
             "column_map": {"input": "prompt", "output": "completion"},
         },
     ),
-    "input": ({"input": "a?", "output": "b", "text": "c"}, {"_component_": f"{OURS}.instruct_dataset"}),
+    "input": (
+        {"input": "a?", "output": "b", "text": "c"},
+        {"_component_": f"{OURS}.instruct_dataset"},
+    ),
     "text": ({"text": "a and b", "id": 3}, {"_component_": f"{OURS}.completion_dataset"}),
 }
 
