@@ -50,7 +50,7 @@ OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their
 FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
-GIVEN = {name: TWO for name in OF_ANY}
+GIVEN = dict.fromkeys(OF_ANY, TWO)
 GIVEN |= {"generate": ["adapter_checkpoint=/tmp/run", "prompts=[Hello]"], "report": ["run=/tmp"]}
 
 

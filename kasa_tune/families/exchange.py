@@ -59,8 +59,8 @@ _OF_A_RUN = """\
 # What a model writes before and after its fine-tuning. The run says which model, tokenizer and base weights it had.
 #
 #   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]'
-#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]' checkpoint_dir=/models/base
-#   tune run generate_text --config generate 'prompts=["Hello."]' checkpoint_dir=/models/Qwen3-8B     # a model alone
+#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]' checkpoint_dir=/base
+#   tune run generate_text --config generate 'prompts=["Hello."]' checkpoint_dir=/models/base     # a model alone
 
 checkpoint_dir: null
 adapter_checkpoint: null  # the run
