@@ -45,24 +45,14 @@ def llama(
         interleaved: see :class:`~kasa_tune.architectures.Rotary`.
         reads_head_dim: whether the family has a key ``head_dim``.
     """
-    heads, hidden = s.size("num_attention_heads"), s.size("hidden_size")
-    layers = s.size("num_hidden_layers")
+    heads, num_kv_heads, width = _heads(s, kv_heads, head_dim, reads_head_dim)
     longest = s.size("max_position_embeddings", max_seq_len)
-    if (head_dim is None and "head_dim" not in s) or not reads_head_dim:
-        if hidden % heads:
-            raise s.wrong("num_attention_heads", f"a divisor of hidden_size, {hidden}")
-        head_dim = hidden // heads
-    else:
-        head_dim = s.size("head_dim", head_dim)
-    num_kv_heads = s.size("num_key_value_heads", kv_heads or heads)
-    if heads % num_kv_heads:
-        raise s.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
     rotary = rotary_of(
         s,
         base=base,
         fraction=fraction,
         interleaved=interleaved,
-        head_dim=head_dim,
+        head_dim=width,
         max_seq_len=longest,
         absent=absent_rotary,
     )
@@ -71,17 +61,32 @@ def llama(
         vocab_size=s.size("vocab_size"),
         num_heads=heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        embed_dim=hidden,
+        head_dim=width,
+        embed_dim=s.size("hidden_size"),
         intermediate_dim=s.size("intermediate_size"),
         max_seq_len=longest,
-        layers=(Layer(rotary),) * layers,
+        layers=(Layer(rotary),) * s.size("num_hidden_layers"),
         norm_eps=s.number(eps_key, eps),
         biases=_biases(s),
         activation=s.one_of("hidden_act", _ACTIVATIONS, "silu"),
         tied=s.flag("tie_word_embeddings", tied),
-        attention_scale=head_dim**-0.5,
+        attention_scale=width**-0.5,
     )
+
+
+def _heads(
+    s: Settings, kv_heads: int | None, head_dim: int | None, reads_head_dim: bool
+) -> tuple[int, int, int]:
+    """Number of heads, number of those with keys and values, and their width."""
+    heads, hidden = s.size("num_attention_heads"), s.size("hidden_size")
+    num_kv_heads = s.size("num_key_value_heads", kv_heads or heads)
+    if heads % num_kv_heads:
+        raise s.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    if reads_head_dim and (head_dim is not None or "head_dim" in s):
+        return heads, num_kv_heads, s.size("head_dim", head_dim)
+    if hidden % heads:
+        raise s.wrong("num_attention_heads", f"a divisor of hidden_size, {hidden}")
+    return heads, num_kv_heads, hidden // heads
 
 
 def _biases(s: Settings) -> frozenset[str]:

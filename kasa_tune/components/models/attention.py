@@ -89,15 +89,16 @@ class Attention(nn.Module):
             y: the same, as torchtune's layers pass it; not read.
             mask: bool ``[b, s, s]`` or, with a cache, ``[b, s, m]``, or a block mask of flex
                 attention. None for causal attention.
-            input_pos: positions ``[b, s]`` of the tokens in their samples. None if they count
-                from 0.
+            input_pos: positions ``[b, s]`` of the tokens in their samples, or ``[s]`` of all rows,
+                or ``[b]`` of one token a row. None if they count from 0.
 
         Returns:
             ``[b, s, e]``.
         """
         b, s, _ = x.shape
         if input_pos is None:
-            input_pos = torch.arange(s, device=x.device)[None]
+            input_pos = torch.arange(s, device=x.device)
+        input_pos = input_pos.view(-1, s)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
