@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from kasa_tune.architectures.architecture import ATTENTION, MLP, Architecture, Layer
-from kasa_tune.architectures.settings import Settings, rotary_of
+from kasa_tune.architectures.rotary import rotary_of
+from kasa_tune.architectures.settings import Settings
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 QKV = frozenset(ATTENTION[:3])

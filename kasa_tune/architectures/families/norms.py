@@ -7,7 +7,8 @@ from typing import Any
 
 from kasa_tune.architectures.architecture import MLP, Architecture, Layer
 from kasa_tune.architectures.families.llama import QKV, glm, llama, with_windows
-from kasa_tune.architectures.settings import Settings, rotary_of
+from kasa_tune.architectures.rotary import rotary_of
+from kasa_tune.architectures.settings import Settings
 
 _GELUS = dict.fromkeys(("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast"), "gelu_tanh")
 
@@ -57,7 +58,11 @@ def gemma2(s: Settings) -> Architecture:
 
 def gemma3(s: Settings) -> Architecture:
     """Gemma 3, its text part: Gemma 2 without caps, with normalized heads and two rotary bases."""
-    defaults = {"num_attention_heads": 8, "vocab_size": 262_208, "hidden_size": 2304}
+    defaults: dict[str, Any] = {
+        "num_attention_heads": 8,
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+    }
     defaults |= {"num_hidden_layers": 26, "intermediate_size": 9216}
     filled = Settings({**defaults, **s.values}, s.name)
     filled.asked = s.asked
@@ -107,8 +112,13 @@ def olmo3(s: Settings) -> Architecture:
         norm_after=True,
         qk_norm="full",
     )
-    sizes = {"head_dim": found.head_dim, "max_seq_len": found.max_seq_len}
-    local = rotary_of(s, base=5e5, level="sliding_attention", **sizes)
+    local = rotary_of(
+        s,
+        base=5e5,
+        head_dim=found.head_dim,
+        max_seq_len=found.max_seq_len,
+        level="sliding_attention",
+    )
     slides = s.layer_types(found.num_layers)
     if slides is None:
         slides = [bool((layer + 1) % 4) for layer in range(found.num_layers)]

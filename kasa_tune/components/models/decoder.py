@@ -6,6 +6,8 @@ lie as in Hugging Face's checkpoints: rows of q and k are not permuted.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torchtune.modules import (
@@ -30,7 +32,7 @@ class ReLUSquared(nn.Module):
         return torch.relu(x).square()
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu_squared": ReLUSquared,
@@ -141,7 +143,7 @@ def _layer(
         mlp: nn.Module = MixtureOfExperts(a, a.experts, feed_forward)
     else:
         mlp = feed_forward(a, a.intermediate_dim)
-    norms = {}
+    norms: dict[str, nn.Module | None] = {}
     if a.norm_before:
         norms["sa_norm"] = Norm(a, a.embed_dim)
         if not a.parallel:
