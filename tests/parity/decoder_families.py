@@ -64,8 +64,8 @@ CASES = {
     "gemma2": {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
     }
     | _SLIDES,
     "gemma3_text": {
