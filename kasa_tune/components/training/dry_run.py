@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune import training
 from torchtune.config import instantiate
 from torchtune.modules import TransformerDecoder
 
-from kasa_tune.components.corda import calibration_bytes
+from kasa_tune.architectures.files import weight_files
+from kasa_tune.components.corda import calibration_bytes, shared_inputs
 from kasa_tune.components.quantized import base_bytes
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
 from kasa_tune.methods import method_of
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def dry_run_report(
@@ -44,7 +49,70 @@ def dry_run_report(
     budget = dry_run_budget(
         cfg, model, seq_len=seq_len, loss=loss, quantized=quantized, calibration=calibration
     )
-    return budget_report(model, per_process(budget, model, shards))
+    report = budget_report(model, per_process(budget, model, shards))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return [*report, f"Parameters of the base: {frozen:,}", *_absent_weights(cfg)]
+
+
+def _absent_weights(cfg: DictConfig) -> list[str]:
+    """A line on weights that are not there yet, of a model that is what its folder says."""
+    if not cfg.checkpointer._component_.endswith(".CheckpointFolder"):
+        return []
+    try:
+        weight_files(Path(cfg.checkpointer.checkpoint_dir))
+    except (ValueError, OSError) as error:
+        return [f"The weights are not there: {error}"]
+    return []
+
+
+def rows_at_hand(cfg: DictConfig) -> bool:
+    """Whether a config names its data, and its tokenizer is there, so that a dry run can look at
+    the rows.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+    """
+    folder = cfg.tokenizer.get("checkpoint_dir")
+    if folder and not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+        return False
+    nodes = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+    return all(
+        node.get("data_files") or not node._component_.endswith(".by_columns_dataset")
+        for node in nodes
+    )
+
+
+def report_without_rows(
+    cfg: DictConfig,
+    model: TransformerDecoder,
+    *,
+    loss: Any,
+    quantized: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """Lines to print of a dry run whose tokenizer or data are not there: every row is counted as
+    long as it may be. Arguments as of :func:`dry_run_report`.
+    """
+    given = cfg.tokenizer.get("max_seq_len")
+    seq_len = min(given or model.max_seq_len, model.max_seq_len)
+    calibration = None
+    if method_of(cfg.adapter).calibrated and not cfg.adapter_checkpoint:
+        calibration = (shared_inputs(model), [longest_rows(cfg)] * cfg.calibration.rounds)
+    report = dry_run_report(
+        cfg,
+        model,
+        tokenizer=SimpleNamespace(max_seq_len=seq_len),
+        loss=loss,
+        quantized=quantized,
+        calibration=calibration,
+    )
+    return [*report, f"Without a tokenizer and data, each row was counted as {seq_len:,} tokens."]
+
+
+def longest_rows(cfg: DictConfig) -> list[Mapping[str, torch.Tensor]]:
+    """The batches of one round of calibration on meta, each row of the greatest length."""
+    size = cfg.calibration.batch_size
+    tokens = torch.empty(size, cfg.calibration.max_seq_len, dtype=torch.long, device="meta")
+    return [{"tokens": tokens}] * -(-cfg.calibration.num_samples // size)
 
 
 def dry_run_budget(
