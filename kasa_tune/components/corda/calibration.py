@@ -31,6 +31,7 @@ from kasa_tune.components.corda.covariance import (
     shortage,
 )
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
+from kasa_tune.components.models.experts import only_valid
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
 
@@ -181,7 +182,7 @@ def _run_block(
         for position, batch in enumerate(batches):
             valid = batch["valid"].to(device)
             bound = {module: partial(add, valid=valid) for module, add in receivers.items()}
-            with _inputs_to(bound):
+            with _inputs_to(bound), only_valid(model, valid):
                 hidden[position] = block(hidden[position].to(device), batch).to(waiting)
             advance()
 

@@ -37,7 +37,14 @@ class Covariance:
     num_samples: int = 0
 
     def add(self, x: Tensor, valid: Tensor, *, per_sample: bool) -> None:
-        """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed."""
+        """Add the inputs ``x [b, s, d]`` at the tokens where ``valid [b, s]``; the lower triangle alone is summed.
+
+        The inputs ``x [t, d]`` of an expert are valid tokens of all rows. They count as one sample.
+        """
+        if x.ndim == 2:
+            x, valid = x[None], valid.new_ones(1, len(x))
+            if not x.shape[1]:
+                return
         x = x.to(self.matrix.dtype)
         if per_sample:
             x = (
@@ -67,6 +74,10 @@ class Covariance:
         Raises:
             ValueError: the sums hold NaN or infinity, or there were no tokens.
         """
+        if not self.num_tokens and ".experts." in self.layers[0]:
+            # The router sent it nothing: its inputs are as good as unknown, none before another.
+            self.matrix.fill_diagonal_(1.0)
+            return
         if not self.num_tokens:
             raise ValueError(f"{self.layers[0]}: no calibration token reached it.")
         mirror_lower(self.matrix)

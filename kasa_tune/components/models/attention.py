@@ -40,18 +40,16 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
         self.scale, self.cap, self.window = a.attention_scale, a.attention_cap, layer.window
         self.temperature = a.query_temperature
-        widths = {
-            "q_proj": (a.embed_dim, a.num_heads * a.head_dim),
-            "k_proj": (a.embed_dim, a.num_kv_heads * a.head_dim),
-            "v_proj": (a.embed_dim, a.num_kv_heads * a.head_dim),
-            "output_proj": (a.num_heads * a.head_dim, a.embed_dim),
-        }
-        for name, (wide_in, wide_out) in widths.items():
-            setattr(self, name, nn.Linear(wide_in, wide_out, bias=name in a.biases))
+        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        self.q_proj = nn.Linear(a.embed_dim, queries, bias="q_proj" in a.biases)
+        self.k_proj = nn.Linear(a.embed_dim, keys, bias="k_proj" in a.biases)
+        self.v_proj = nn.Linear(a.embed_dim, keys, bias="v_proj" in a.biases)
+        self.output_proj = nn.Linear(queries, a.embed_dim, bias="output_proj" in a.biases)
         self.qk_norm, self.norm_after_rotary = a.qk_norm, a.qk_norm_after_rotary
         if a.qk_norm != "none":
-            heads = (a.num_heads, a.num_kv_heads) if a.qk_norm == "full" else (1, 1)
-            self.q_norm, self.k_norm = (Norm(a, heads * a.head_dim) for heads in heads)
+            full = a.qk_norm == "full"
+            self.q_norm = Norm(a, queries if full else a.head_dim)
+            self.k_norm = Norm(a, keys if full else a.head_dim)
         self.pos_embeddings = rotary
         self.kv_cache: KVCache | None = None
         self.cache_enabled = False
@@ -89,15 +87,16 @@ class Attention(nn.Module):
             y: the same, as torchtune's layers pass it; not read.
             mask: bool ``[b, s, s]`` or, with a cache, ``[b, s, m]``, or a block mask of flex
                 attention. None for causal attention.
-            input_pos: positions ``[b, s]`` of the tokens in their samples. None if they count
-                from 0.
+            input_pos: positions ``[b, s]`` of the tokens in their samples, or ``[s]`` of all rows,
+                or ``[b]`` of one token a row. None if they count from 0.
 
         Returns:
             ``[b, s, e]``.
         """
         b, s, _ = x.shape
         if input_pos is None:
-            input_pos = torch.arange(s, device=x.device)[None]
+            input_pos = torch.arange(s, device=x.device)
+        input_pos = input_pos.view(-1, s)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -201,9 +200,13 @@ _compiled_flex = torch.compile(flex_attention, dynamic=False)
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, cap: float | None):
     run = _compiled_flex if q.is_cuda else flex_attention
 
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
+    score_mod = None
+    if cap is not None:
+        bound = cap
 
-    score_mod = capped if cap is not None else None
+        def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+            return bound * torch.tanh(score / bound)
+
     grouped = q.shape[1] != k.shape[1]
-    return run(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+    out = run(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out

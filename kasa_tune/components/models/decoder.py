@@ -6,6 +6,8 @@ lie as in Hugging Face's checkpoints: rows of q and k are not permuted.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torchtune.modules import (
@@ -30,7 +32,7 @@ class ReLUSquared(nn.Module):
         return torch.relu(x).square()
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu_squared": ReLUSquared,
@@ -38,20 +40,19 @@ _ACTIVATIONS = {
 
 
 class Scaled(nn.Module):
-    """Multiply by a constant, after an optional norm.
+    """Multiply by a constant.
 
     Args:
         scale: the constant.
-        norm: applied first.
     """
 
-    def __init__(self, scale: float, norm: nn.Module | None = None) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
-        self.scale, self.norm = scale, norm
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to ``x [b, s, d]``."""
-        return (x if self.norm is None else self.norm(x)) * self.scale
+        """Apply it to a tensor of any shape."""
+        return x * self.scale
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -141,7 +142,7 @@ def _layer(
         mlp: nn.Module = MixtureOfExperts(a, a.experts, feed_forward)
     else:
         mlp = feed_forward(a, a.intermediate_dim)
-    norms = {}
+    norms: dict[str, nn.Module | None] = {}
     if a.norm_before:
         norms["sa_norm"] = Norm(a, a.embed_dim)
         if not a.parallel:
@@ -161,8 +162,9 @@ def _rotary(
 
 def _after(a: Architecture) -> nn.Module | None:
     """What happens to the output of attention or MLP before it is added."""
-    norm = Norm(a, a.embed_dim) if a.norm_after else None
-    return norm if a.residual_scale == 1.0 else Scaled(a.residual_scale, norm)
+    if a.norm_after:
+        return Norm(a, a.embed_dim, scale=a.residual_scale)
+    return None if a.residual_scale == 1.0 else Scaled(a.residual_scale)
 
 
 def feed_forward(a: Architecture, width: int) -> FeedForward:

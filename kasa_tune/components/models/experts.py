@@ -5,7 +5,8 @@ Shapes: n tokens, e width of a hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,16 @@ class MixtureOfExperts(nn.Module):
             build(architecture, experts.intermediate_dim) for _ in range(experts.count)
         )
 
+        self.valid: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        """``x [b, s, e]`` to ``[b, s, e]``."""
+        """``x [b, s, e]`` to ``[b, s, e]``. Every expert is called, if with no token, so that all
+        processes of a distributed run find gradients of the same parameters.
+        """
         flat = x.flatten(0, -2)  # [n, e]
         shares, chosen = self.router(flat).topk(self.active, dim=-1)  # both [n, active]
+        if self.valid is not None:
+            chosen = chosen.masked_fill(~self.valid.flatten()[:, None], -1)
         if self.normalized:
             shares = shares / shares.sum(-1, keepdim=True)
         out = torch.zeros_like(flat)
@@ -77,3 +84,19 @@ class MixtureOfExperts(nn.Module):
             return even, even
         tokens, place = (chosen == index).nonzero(as_tuple=True)
         return tokens, place
+
+
+@contextlib.contextmanager
+def only_valid(model: nn.Module, valid: Tensor) -> Iterator[None]:
+    """While active, the experts of a model get the tokens where ``valid [b, s]``, and no padding.
+
+    Calibration sums over the inputs of an expert, where nothing tells padding from text.
+    """
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    for mixture in mixtures:
+        mixture.valid = valid
+    try:
+        yield
+    finally:
+        for mixture in mixtures:
+            mixture.valid = None
