@@ -98,6 +98,9 @@ def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
             "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>"
         )
         keys.append("adapter.method=lora")
+    if folder := imported.model.get("checkpoint_dir"):
+        recipe = f"{recipe.partition(' <')[0]} {imported.method}"
+        keys += [f"checkpoint_dir={shlex.quote(folder)}", "dataset.data_files=<your data>"]
     return ["tune run", recipe, *keys, shlex.quote(f"model={model}")]
 
 

@@ -128,7 +128,7 @@ def _fault(folder: Path, sections: list[str]) -> str | None:
         if "checkpointer" in sections:
             weight_files(folder)
     except UnsupportedArchitectureError as error:
-        return f"{str(error).partition(' Supported are')[0]} {_DOCS} lists the supported families"
+        return f"{str(error).partition(' Supported are')[0]} docs/families.md lists those that are"
     except (ValueError, OSError) as error:
         return str(error)
     return _tokenizer_fault(folder) if "tokenizer" in sections else None

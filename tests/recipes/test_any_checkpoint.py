@@ -7,6 +7,10 @@ import torch
 
 from kasa_tune import config
 from kasa_tune.components.checkpoints import CheckpointError
+from kasa_tune.components.exchange.adapter_set import AdapterSet
+from kasa_tune.components.models import CheckpointFolder
+from kasa_tune.components.models.base_weights import read_base_weights
+from kasa_tune.components.models.from_checkpoint import from_checkpoint
 from kasa_tune.components.training.loggers import read_metrics
 from tests.toy_folders import KINDS, write_folder, write_rows
 
@@ -132,6 +136,13 @@ def test_the_base_may_move(places, call, load_recipe, tmp_path):
     call("export_adapter", "peft_export", f"adapter_checkpoint={run}", now)
     theirs = of_transformers(moved, f"{run}_peft")
     torch.testing.assert_close(theirs, before, rtol=0, atol=TOLERANCE * float(before.abs().max()))
+    model = from_checkpoint(moved)
+    model.load_state_dict(dict(read_base_weights(CheckpointFolder(moved))))
+    adapters = AdapterSet(model.eval(), checkpoint_dir=str(moved))
+    adapters.add("own", run)
+    with adapters.use("own"), torch.no_grad():
+        switched = model(tokens())
+    torch.testing.assert_close(switched, before, rtol=0, atol=TOLERANCE * float(before.abs().max()))
     assert "Singular values" in call("report_run", "report", f"run={run}", now)
     assert (run / "loss_curve.png").is_file()
     call(

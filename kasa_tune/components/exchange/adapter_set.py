@@ -71,13 +71,20 @@ class AdapterSet:
             None:
             found from the model's weights, which takes that they were not rounded when they were loaded.
         dtype: that the factors are kept in. They are computed with in that of a linear's input.
+        checkpoint_dir: folder of the base, for adapters whose model is what its config.json says; None: where it was
+            when they were trained.
 
     Raises:
         ValueError: the model has adapters of its own.
     """
 
     def __init__(
-        self, model: nn.Module, *, base: str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        *,
+        base: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        checkpoint_dir: str | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
         if found := next(adapter_linears(model), None):
@@ -93,6 +100,7 @@ class AdapterSet:
             if isinstance(module, nn.Linear)
         }
         self._base, self._dtype = _Base(model, self._linears, base), dtype
+        self._folder = checkpoint_dir
         # Singular values of at most this share of a layer's largest lie below the rounding of the factors.
         self._tolerance = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
@@ -119,7 +127,7 @@ class AdapterSet:
                 f"An adapter named {name!r} is loaded already: remove it, or choose another name."
             )
         checkpoint = find_checkpoint(Path(path))
-        trained = _trained_linears(checkpoint)
+        trained = _trained_linears(checkpoint, self._folder)
         self._check_fits(checkpoint, trained)
         self._base.check(checkpoint)
         updates: dict[str, LowRank] = {}
@@ -270,13 +278,16 @@ def _added(y: Tensor, x: Tensor, update: LowRank) -> Tensor:
     return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, update.rank), out.T).view_as(y)
 
 
-def _trained_linears(checkpoint: Checkpoint) -> dict[str, AdapterLinear]:
+def _trained_linears(checkpoint: Checkpoint, folder: str | None) -> dict[str, AdapterLinear]:
     """The adapter linears of the run's model, on meta, once it is clear that their state is whole and that what it does
     to a model can be added to it.
     """
     check_state(checkpoint, with_base=False)
     state = checkpoint.adapter
-    build = partial(build_allowed, checkpoint.config["model"], "model", checkpoint)
+    section = checkpoint.config["model"]
+    if folder and "checkpoint_dir" in section:
+        section = {**section, "checkpoint_dir": folder}
+    build = partial(build_allowed, section, "model", checkpoint)
     model = build_on_meta(build, dtype=torch.float32)
     check_adapter_fits(model, state)
     if any(name.endswith(".lora_magnitude") for name in state):
