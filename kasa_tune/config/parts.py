@@ -81,6 +81,9 @@ TOKENIZER = Component(
 _SIZE = Key(int | None, check=COUNT)
 # Of builders without a size in their name, such as `kasa_llama3`.
 SIZES = {
+    "checkpoint_dir": Key(
+        FilePath, help="`*_from_checkpoint`: the folder whose config.json gives all sizes"
+    ),
     "vocab_size": Key(int, check=at_least(1, 10_000_000), help="number of tokens the model knows"),
     "num_layers": Key(int, check=at_least(1, 1000), help="number of transformer blocks"),
     "num_heads": replace(_SIZE, type=int, help="number of attention heads of a layer"),
@@ -106,8 +109,6 @@ SIZES = {
         _SIZE, help="Gemma 2: attention scores are divided by its root"
     ),
 }
-# Of the builders `*_from_checkpoint`.
-FOLDER = Key(FilePath, help="`*_from_checkpoint`: folder whose config.json says what the model is")
 # A default below is that of our model builders, for the reader's information: the builder itself applies it.
 MODEL = Component(
     values={
@@ -165,7 +166,6 @@ MODEL = Component(
         "lora_rank": Key(int, check=COUNT, help=_NOT_TRAINED),
         "lora_alpha": Key(float, check=SCALE, help=_NOT_TRAINED),
         "lora_dropout": Key(float, check=FRACTION, help=_NOT_TRAINED),
-        "checkpoint_dir": FOLDER,
         **SIZES,
     },
     help="a model builder of `kasa_tune.components.models`, torchtune's model with adapters: "
