@@ -299,8 +299,8 @@ BETWEEN_KEYS = (
     columns,
     validation,
     something_to_complete,
-    data_given,
     folders.folder_given,
     folders.told_by_run,
+    data_given,
     model_type,
 )
