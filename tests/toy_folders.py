@@ -67,7 +67,11 @@ def write_folder(folder: Path, kind: str, *, chat: bool = True) -> Path:
     torch.manual_seed(0)
     more = {key: value for key, value in more.items() if value is not None}
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=vocab_size, eos_token_id=[0, 3], bos_token_id=None, pad_token_id=0, **SIZES | more
+        vocab_size=vocab_size,
+        eos_token_id=[0, 3],
+        bos_token_id=None,
+        pad_token_id=0,
+        **SIZES | more,
     )
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     for parameter in (p for n, p in model.named_parameters() if "norm" in n):

@@ -36,7 +36,16 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.references import check_references
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, REPORT, schema_of
+from kasa_tune.config.schemas import (
+    CORDA,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    IMPORT,
+    QCORDA,
+    REPORT,
+    schema_of,
+)
 from kasa_tune.errors import is_expected, sentence
 
 __all__ = [

@@ -8,7 +8,7 @@ since Gemma 2 alternates between two kinds of attention.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -127,7 +127,11 @@ def builder_of_file(node: Mapping[str, Any]) -> str:
     """
     given = node.get("data_files")
     path = given[0] if isinstance(given, list) and given else given
-    if node.get("source", "json") != "json" or not isinstance(path, str) or not Path(path).is_file():
+    if (
+        node.get("source", "json") != "json"
+        or not isinstance(path, str)
+        or not Path(path).is_file()
+    ):
         raise ValueError(f"{path} is no JSON file on this machine")
     with open(path, encoding="utf-8") as file:
         text = file.readline(_LONGEST_ROW)
