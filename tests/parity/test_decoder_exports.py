@@ -12,7 +12,7 @@ from tests.parity.decoder_families import CASES, save_random, tokens, transforme
 from tests.trained_runs import trained_run
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 METHODS = ("kasa", "corda_kpm", "qcorda")
