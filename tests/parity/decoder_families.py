@@ -56,8 +56,14 @@ CASES = {
         "num_experts": 6,
         "moe_intermediate_size": 48,
         "head_dim": 24,
-        "mlp_only_layers": [1],
         "norm_topk_prob": True,
+    }
+    | _EXPERTS,
+    "qwen3_moe, some dense": {
+        "num_experts": 6,
+        "moe_intermediate_size": 48,
+        "head_dim": 16,
+        "mlp_only_layers": [1],
     }
     | _EXPERTS,
     "gemma": {"head_dim": 24},

@@ -51,6 +51,7 @@ def test_logits_are_those_of_transformers(pair_of, case, length):
     torch.testing.assert_close(ours(tokens(length=length)), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_samples_packed_into_one_row_do_not_see_each_other(pair_of, case):
@@ -65,6 +66,7 @@ def test_samples_packed_into_one_row_do_not_see_each_other(pair_of, case):
     torch.testing.assert_close(packed, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_cached_greedy_completions_are_those_of_transformers(pair_of, case):
@@ -126,6 +128,7 @@ def changed(architecture):
             yield name, replace(architecture, layers=layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_without_any_one_of_its_values_the_logits_are_others(pair_of, case):
