@@ -329,12 +329,12 @@ def changes_beyond(values: Mapping[str, Any]) -> bool:
     """Whether the rotary embedding of a config.json is another one for sequences of more tokens
     than it has positions.
     """
+    kinds: set[Any] = set()
     for key in ("rope_parameters", "rope_scaling"):
         given = values.get(key)
         if isinstance(given, Mapping) and "alpha" not in given:
-            if "dynamic" in (given.get("rope_type"), given.get("type")):
-                return True
-    return False
+            kinds.update((given.get("rope_type"), given.get("type")))
+    return "dynamic" in kinds
 
 
 def told_apart(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torchtune.config import instantiate
 from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.corda import calibration_bytes
+from kasa_tune.components.models.base_files import listed_files
+from kasa_tune.components.models.base_weights import read_base
+from kasa_tune.components.models.loading import check_shapes
 from kasa_tune.components.quantized import base_bytes
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
 from kasa_tune.methods import method_of
@@ -29,7 +34,8 @@ def dry_run_report(
     calibration: tuple[Any, Any] | None = None,
     shards: int = 1,
 ) -> list[str]:
-    """Lines to print: trained parameters, and bytes by purpose.
+    """Lines to print: trained parameters, bytes by purpose, and what was compared with the base's
+    files.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
@@ -44,7 +50,38 @@ def dry_run_report(
     budget = dry_run_budget(
         cfg, model, seq_len=seq_len, loss=loss, quantized=quantized, calibration=calibration
     )
-    return budget_report(model, per_process(budget, model, shards))
+    report = budget_report(model, per_process(budget, model, shards))
+    return [*report, base_line(cfg, model)]
+
+
+def base_line(cfg: DictConfig, model: nn.Module) -> str:
+    """Compare the shapes of a model with the headers of its base's files, if they are there.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+        model: on the meta device.
+
+    Returns:
+        A line that says what was compared. A dry run goes on without the files.
+
+    Raises:
+        ValueError: names or shapes differ, or the files are no weights or not all of them.
+    """
+    node = cfg.checkpointer
+    folder = Path(node.checkpoint_dir)
+    if not folder.is_dir():
+        return f"Base: {folder} is not there, so the model was not compared with it."
+    if not str(node._component_).endswith("FullModelHFCheckpointer"):
+        return f"Base: {folder} is no checkpoint of Hugging Face's kind: shapes were not compared."
+    names = listed_files(node.checkpoint_files)
+    missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
+    if missing:
+        return f"Base: {folder} lacks {missing[0]}, so shapes were not compared."
+    if not all(name.endswith(".safetensors") for name in names):
+        return f"Base: shapes in {names[0]} were not compared, because that would read it whole."
+    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
+        count = check_shapes(model, read_base(node, output_dir=unused))
+    return f"Base: config.json and {count} shapes in {folder} are those of the model."
 
 
 def dry_run_budget(
