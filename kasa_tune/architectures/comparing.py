@@ -19,9 +19,11 @@ from kasa_tune.architectures.architecture import (
 )
 from kasa_tune.architectures.settings import Settings, shown
 
-# The checkpointers' model types whose conversion leaves the rows of queries and keys where they
-# are. That of the others reorders them, for a rotary embedding that rotates neighbours.
-KEEPS_ROWS = frozenset({"QWEN2", "PHI3_MINI", "PHI4"})
+# Conversions of a checkpoint's tensors, by the model type of torchtune's checkpointer that chooses
+# them. These leave the rows of queries and keys where they are. Those of other model types reorder
+# them, for a rotary embedding that rotates pairs of neighbours.
+AS_STORED = "as stored"  # of our own CheckpointFolder
+KEEPS_ROWS = frozenset({"QWEN2", "PHI3_MINI", "PHI4", AS_STORED})
 # A checkpointer's model type for each family that torchtune can read.
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LLAMA3",
@@ -32,6 +34,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "phi3": "PHI3_MINI",
 }
 PAIRS = "layers.rotary.interleaved"
+FOLDER = "kasa_tune.components.models.CheckpointFolder"
 FROM_CHECKPOINT = "kasa_tune.components.models.{}_from_checkpoint"
 
 # config.json's keys of a value: the first of them that stands in the file is named.
@@ -124,7 +127,7 @@ def on_files(model: Architecture, model_type: str | None) -> Architecture:
 
     Args:
         model: as :func:`~kasa_tune.components.models.inspecting.architecture_of_model` finds it.
-        model_type: of the checkpointer, which chooses the conversion. None for none.
+        model_type: of the checkpointer, or :data:`AS_STORED`. None if it is not known.
     """
     if model_type is None or model_type in KEEPS_ROWS:
         return model
@@ -218,28 +221,35 @@ def mismatches(
         unknown: names of values of the model that are not known.
     """
     expected, settings = file
-    conversion = f"checkpointer.model_type={MODEL_TYPES.get(expected.model_type)}"
-    if conversion.endswith(f"={model_type}") or expected.model_type not in MODEL_TYPES:
-        conversion = ""
+    conversion = _conversion(expected, model, model_type)
     found = []
-    if _scrambles(model, model_type):
+    if model_type is None:
         unknown = {*unknown, PAIRS}
-        words = f"one of halves, which checkpointer.model_type {model_type} does not suit"
-        key, value = "model_type", settings.values.get("model_type")
-        found.append(Mismatch(PAIRS, key, f"{value}", f"{words}", conversion or None))
+    elif _scrambles(model, model_type):
+        unknown = {*unknown, PAIRS}
+        key, value = "model_type", str(settings.values.get("model_type"))
+        words = f"a rotary embedding that the conversion of {model_type} does not suit"
+        found.append(Mismatch(PAIRS, key, value, words, conversion))
     for one in unlike(expected, on_files(model, model_type), longest=longest, unknown=unknown):
         setting = _setting(one, takes)
         if name_of(one.name) == PAIRS:
-            setting = conversion or None
+            setting = conversion
         found.append(_mismatch(one, expected, settings, setting))
     return found
 
 
-def _scrambles(model: Architecture, model_type: str | None) -> bool:
+def _conversion(expected: Architecture, model: Architecture, given: str | None) -> str | None:
+    """What to set so that tensors are converted for the model, if the conversion is the fault."""
+    if model.model_type:  # ours, which carries its architecture
+        return f"checkpointer._component_={FOLDER}" if given != AS_STORED else None
+    right = MODEL_TYPES.get(expected.model_type)
+    return f"checkpointer.model_type={right}" if right and given not in (right, AS_STORED) else None
+
+
+def _scrambles(model: Architecture, model_type: str) -> bool:
     """Whether a conversion reorders rows for another rotary embedding than the model's."""
-    if model_type is None or model_type in KEEPS_ROWS:
-        return False
-    return any(layer.rotary and not layer.rotary.interleaved for layer in model.layers)
+    neighbours = [layer.rotary.interleaved for layer in model.layers if layer.rotary]
+    return model_type not in KEEPS_ROWS and not all(neighbours)
 
 
 def _mismatch(

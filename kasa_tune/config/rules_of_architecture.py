@@ -6,7 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from kasa_tune.architectures.comparing import FROM_CHECKPOINT, Mismatch, mismatches
+from kasa_tune.architectures.comparing import (
+    AS_STORED,
+    FOLDER,
+    FROM_CHECKPOINT,
+    Mismatch,
+    mismatches,
+)
 from kasa_tune.architectures.reading import read_with_settings
 from kasa_tune.architectures.torchtune_builders import built_by
 from kasa_tune.config import signatures
@@ -44,7 +50,8 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
     node, base = cfg.get("model") or {}, cfg.get("checkpointer") or {}
     key, folder = "checkpointer.checkpoint_dir", base.get("checkpoint_dir")
     builder = str(node.get("_component_"))
-    is_hf = str(base.get("_component_")).endswith("HFCheckpointer")
+    component = str(base.get("_component_"))
+    is_hf = component.endswith("HFCheckpointer") or component == FOLDER
     path = os.path.join(folder, "config.json") if isinstance(folder, str) else ""
     if not is_hf or not builder.startswith(_OURS) or not os.path.isfile(path):
         return
@@ -62,7 +69,7 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
         file,
         model,
         longest=longest if "optimizer" in cfg and isinstance(longest, int) else 0,
-        model_type=str(base.get("model_type")),
+        model_type=AS_STORED if component == FOLDER else str(base.get("model_type")),
         takes=signatures.static(builder).parameters,
     ):
         yield _problem(one, builder, path)

@@ -13,8 +13,9 @@ from torch import nn
 
 from kasa_tune.architectures import Architecture, UnsupportedArchitectureError, read_architecture
 from kasa_tune.architectures.comparing import (
+    AS_STORED,
+    FOLDER,
     FROM_CHECKPOINT,
-    PAIRS,
     Mismatch,
     changes_beyond,
     mismatches,
@@ -54,15 +55,19 @@ def check_base(model: nn.Module, cfg: Mapping[str, Any], *, longest: int | None 
         folder,
         longest=longest,
         builder=cfg["model"]["_component_"],
-        model_type=model_type_of(node),
+        model_type=conversion_of(node),
     )
     return True
 
 
-def model_type_of(node: Mapping[str, Any]) -> str | None:
-    """The checkpointer's model type, if its conversion is one of Hugging Face's files."""
-    is_hf = str(node.get("_component_")).endswith("HFCheckpointer")
-    return str(node.get("model_type")) if is_hf else None
+def conversion_of(node: Mapping[str, Any]) -> str | None:
+    """How a section ``checkpointer`` converts the tensors of Hugging Face's files: a model type of
+    torchtune, or :data:`~kasa_tune.architectures.comparing.AS_STORED`. None if it is not known.
+    """
+    component = node.get("_component_")
+    if component == FOLDER:
+        return AS_STORED
+    return str(node.get("model_type")) if str(component).endswith("HFCheckpointer") else None
 
 
 def base_architecture(folder: Path | str) -> Architecture | None:
@@ -108,7 +113,7 @@ def check_architecture(
         folder: of the checkpoint, with config.json.
         longest: tokens of the run's longest sequence; 0 if it has none.
         builder: dotted path of what built the model.
-        model_type: of the checkpointer that converts the weights. None if none does.
+        model_type: how the weights are converted, see :func:`conversion_of`.
 
     Raises:
         FileNotFoundError: config.json is missing.
@@ -125,14 +130,13 @@ def check_architecture(
         return
     _warn(found, folder)
     _check_length(file[0], file[1].values, folder, longest)
-    carries = isinstance(getattr(model, "architecture", None), Architecture)
     wrong = mismatches(
         file,
         found.architecture,
         longest=longest,
-        model_type=None if carries else model_type,
+        model_type=model_type,
         takes=_arguments(builder),
-        unknown={*found.unknown, *([PAIRS] if model_type is None and not carries else [])},
+        unknown=found.unknown,
     )
     if wrong:
         raise ValueError(message(wrong, folder, builder))

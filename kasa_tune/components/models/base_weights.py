@@ -22,6 +22,7 @@ from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from kasa_tune.architectures import read_architecture
+from kasa_tune.architectures.comparing import AS_STORED
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError
 from kasa_tune.components.models.agreement import base_architecture, kept_architecture
 from kasa_tune.components.models.base_files import (
@@ -66,7 +67,8 @@ class CheckpointFolder:
         architecture = read_architecture(self.folder)
         paths = [self.folder / name for name in weight_files(self.folder)]
         try:
-            return StreamedWeights(paths, partial(to_native, architecture))
+            convert = partial(to_native, architecture)
+            return StreamedWeights(paths, convert, self.folder, AS_STORED)
         except SafetensorError as error:
             raise ValueError(
                 f"A file with weights in {self.folder} is damaged or was not fetched whole: "
@@ -184,7 +186,8 @@ class StreamedWeights(Mapping[str, Tensor]):
         paths: the files; of a name in several of them the last counts.
         convert: a dict of the files' names and tensors to one of this mapping's, tensor by tensor.
         folder: of the checkpoint, with its config.json. None if there is none.
-        model_type: of the checkpointer that converts.
+        model_type: of the checkpointer that converts, or
+            :data:`~kasa_tune.architectures.comparing.AS_STORED`.
 
     Attributes:
         meta: this mapping on the meta device: shapes and dtypes without reading any tensor.

@@ -15,8 +15,9 @@ from torchtune import training
 from torchtune.config import instantiate
 from torchtune.modules import TransformerDecoder
 
+from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.components.corda import calibration_bytes
-from kasa_tune.components.models.base_files import listed_files
+from kasa_tune.components.models.base_files import listed_files, weight_files
 from kasa_tune.components.models.base_weights import read_base
 from kasa_tune.components.models.loading import check_shapes
 from kasa_tune.components.quantized import base_bytes
@@ -71,16 +72,23 @@ def base_line(cfg: DictConfig, model: nn.Module) -> str:
     folder = Path(node.checkpoint_dir)
     if not folder.is_dir():
         return f"Base: {folder} is not there, so the model was not compared with it."
-    if not str(node._component_).endswith("FullModelHFCheckpointer"):
+    if node._component_ == FOLDER:
+        try:
+            names = weight_files(folder)
+        except FileNotFoundError as error:
+            return f"Base: {error} Shapes were not compared."
+    elif str(node._component_).endswith("FullModelHFCheckpointer"):
+        names = listed_files(node.checkpoint_files)
+    else:
         return f"Base: {folder} is no checkpoint of Hugging Face's kind: shapes were not compared."
-    names = listed_files(node.checkpoint_files)
     missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
     if missing:
         return f"Base: {folder} lacks {missing[0]}, so shapes were not compared."
     if not all(name.endswith(".safetensors") for name in names):
         return f"Base: shapes in {names[0]} were not compared, because that would read it whole."
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        count = check_shapes(model, read_base(node, output_dir=unused))
+        more = {} if node._component_ == FOLDER else {"output_dir": unused}
+        count = check_shapes(model, read_base(node, **more))
     return f"Base: config.json and {count} shapes in {folder} are those of the model."
 
 
