@@ -16,7 +16,7 @@ from kasa_tune import registry
 from kasa_tune.config.entries import Problem, shortened, show
 from kasa_tune.config.file_kinds import tokenizer_kind, weights_files
 from kasa_tune.config.parts import TOKENIZER
-from kasa_tune.config.rules_of_architecture import architecture_fits, numbers_of_heads
+from kasa_tune.config.rules_of_architecture import numbers_of_heads
 
 _TOKENIZER_FILES = tuple(name for name in TOKENIZER.values if name.endswith(("path", "_file")))
 _TRACKERS = {  # metric loggers to the packages they import
@@ -281,7 +281,6 @@ FILES = (
     tokenizer_files,
     tokenizer_kind,
     checkpoint_files,
-    architecture_fits,
     data_files,
     results_to_load,
     output_folder,
