@@ -55,15 +55,16 @@ def from_json(value: Any, source: object) -> Architecture:
 
 def _layers(value: Mapping[str, Any], source: object) -> list[Any]:
     """The layers one by one."""
-    runs, layers = value.get("layers"), []
+    runs: Any = value.get("layers")
+    layers: list[Any] = []
     for run in runs if isinstance(runs, list) else [None]:
-        count = run[0] if isinstance(run, list) and len(run) == 2 else None
+        count, layer = run if isinstance(run, list) and len(run) == 2 else (None, None)
         if type(count) is not int or not 0 < count <= _MOST_LAYERS - len(layers):
             raise ValueError(
                 f"{source}: architecture.layers is {shown(runs)}; it must be a list of how many "
                 f"layers, at most {_MOST_LAYERS} in all, and what they are like."
             )
-        layers += [run[1]] * count
+        layers += [layer] * count
     return layers
 
 

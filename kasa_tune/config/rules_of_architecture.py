@@ -60,7 +60,7 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
     if model is None or any(numbers_of_heads(key, path)):  # another rule names those
         return
     try:
-        file = read_with_settings(folder)
+        file = read_with_settings(os.path.dirname(path))
     except ValueError as error:  # among them that the family is not supported
         yield Problem(key, str(error))
         return

@@ -117,9 +117,9 @@ def _built_from(module: Module, node: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Call):
         return node.name, own
     outer = last.value
-    if outer.args and not isinstance(outer.args[0], ast.Call):  # it goes on with what it has built
-        return node.name, own
     inner = outer.args[0] if outer.args else outer
+    if not isinstance(inner, ast.Call):  # it goes on with what it has built
+        return node.name, own
     module, target = expression(module, inner.func)
     if isinstance(target, ast.ClassDef):
         return node.name, own

@@ -231,7 +231,7 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
         architecture=base_architecture(folder),
     )
     build = partial(build_allowed, model_config, "model", checkpoint)
-    model = build_on_meta(build, dtype=torch.float32)
+    model: Any = build_on_meta(build, dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
     check_architecture(
         model,

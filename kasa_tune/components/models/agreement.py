@@ -30,7 +30,7 @@ _SHOWN = 8  # differences in a message
 _OURS = ("kasa_tune.components.models.", "torchtune.models.")
 
 
-def check_base(model: nn.Module, cfg: Mapping[str, Any], *, longest: int | None = None) -> bool:
+def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None) -> bool:
     """Compare a config's model with the config.json of its checkpoint; see
     :func:`check_architecture`.
 
@@ -48,12 +48,11 @@ def check_base(model: nn.Module, cfg: Mapping[str, Any], *, longest: int | None 
     folder = Path(node["checkpoint_dir"])
     if not (folder / "config.json").is_file():
         return False
-    if longest is None:
-        longest = (cfg.get("tokenizer") or {}).get("max_seq_len") or model.max_seq_len
+    given = (cfg.get("tokenizer") or {}).get("max_seq_len") if longest is None else longest
     check_architecture(
         model,
         folder,
-        longest=longest,
+        longest=int(given or model.max_seq_len),
         builder=cfg["model"]["_component_"],
         model_type=conversion_of(node),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -65,13 +66,14 @@ def architecture_of_model(model: nn.Module) -> Inspected:
 class _Inspection:
     """One look at a model. ``unknown`` grows while it goes on."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.unknown = model, {}
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.unknown: dict[str, str] = {}
         try:
-            self.blocks = [_unwrapped(layer) for layer in model.layers]
+            self.blocks = [_unwrapped(layer) for layer in self.model.layers]
             self.attentions = [block.attn for block in self.blocks]
             self.mlps = [block.mlp for block in self.blocks]
-            self.embedding, self.output = model.tok_embeddings, model.output
+            self.embedding, self.output = self.model.tok_embeddings, self.model.output
             self.first = self.attentions[0]
             self.sizes = {
                 "vocab_size": self.embedding.num_embeddings,
@@ -80,7 +82,7 @@ class _Inspection:
                 "num_kv_heads": self.first.num_kv_heads,
                 "head_dim": self.first.head_dim,
                 "intermediate_dim": _width(self.mlps[0].w1),
-                "max_seq_len": model.max_seq_len,
+                "max_seq_len": self.model.max_seq_len,
             }
         except (AttributeError, IndexError) as error:
             raise ValueError(
@@ -200,7 +202,7 @@ class _Inspection:
             "qk_norm", self.attentions, lambda one: getattr(one, "q_norm", None) is not None
         )
         for size in ("num_heads", "num_kv_heads", "head_dim"):
-            self._each(size, self.attentions, lambda one, size=size: getattr(one, size))
+            self._each(size, self.attentions, attrgetter(size))
         found = {"attention_scale": scale, "attention_cap": cap, "biases": self._biases()}
         # torchtune's attention normalizes after it has rotated, each head by itself.
         return found | ({"qk_norm": "head", "qk_norm_after_rotary": True} if normed else {})
