@@ -23,6 +23,7 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "generate_text": ("_generate",),
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
+    "report_run": ("_report",),
 }
 
 
@@ -56,7 +57,9 @@ def recipes() -> list[Recipe]:
             path=path,
             supports_distributed=path.stem.endswith("_distributed"),
             configs=[
-                config for config in configs() if config.name.endswith(config_suffixes(path.stem))
+                config
+                for config in configs()
+                if f"_{config.name}".endswith(config_suffixes(path.stem))
             ],
         )
         for path in sorted(_folder("recipes").glob("[!_]*.py"))
@@ -70,7 +73,8 @@ def configs() -> list[Config]:
 
 def config_suffixes(recipe: str) -> tuple[str, ...]:
     """Return the suffixes of a recipe's configs, such as `_kasa` for tiny_kasa.yaml and `_generate`
-    for tiny_kasa_generate.yaml.
+    for tiny_kasa_generate.yaml. The name of a config for any model, such as kasa.yaml, is a suffix
+    without its underscore.
 
     No suffix ends with another one, so that every config belongs to one kind of recipe.
     """

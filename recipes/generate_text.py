@@ -1,9 +1,9 @@
 """Print what a model completes before and after fine-tuning.
 
+    tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]'
     tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run
-    tune run generate_text --config tiny_kasa_generate adapter_checkpoint=/tmp/run 'prompts=["Once upon a time"]'
-    dataset=null
 
+A config without the sections model, tokenizer and checkpointer takes them from the run.
 With ``adapter_checkpoint`` (a run's output_dir or one of its checkpoints) the base model and the
 tuned one complete every prompt. Without it, only the base model does.
 
@@ -32,6 +32,7 @@ from kasa_tune.components.data import build_tokenizer
 from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
 from kasa_tune.components.evaluation.generation import complete
+from kasa_tune.components.exchange.run_config import complete_config
 from kasa_tune.components.models.agreement import base_architecture, check_base
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
@@ -158,6 +159,7 @@ def print_records(records: list[dict[str, str]]) -> None:
 @config.parse(config.GENERATE)
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
+    cfg = complete_config(cfg)
     recipe = GenerateTextRecipe(cfg)
     recipe.setup(cfg)
     records = recipe.generate(cfg)

@@ -37,6 +37,8 @@ from kasa_tune.components.training import (
     build_training_model,
     check_optimizer,
     dry_run_report,
+    report_without_rows,
+    rows_at_hand,
     summed_loss,
 )
 
@@ -63,6 +65,9 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)
+        if cfg.dry_run and not rows_at_hand(cfg):
+            print(*report_without_rows(cfg, self._model, loss=self._loss), sep="\n")
+            return
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         self._data = TrainingData(
             cfg,

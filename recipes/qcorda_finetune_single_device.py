@@ -67,6 +67,8 @@ from kasa_tune.components.training import (
     build_training_model,
     check_optimizer,
     dry_run_report,
+    report_without_rows,
+    rows_at_hand,
     summed_loss,
 )
 from kasa_tune.methods import METHODS, method_of
@@ -98,6 +100,10 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)
+        if cfg.dry_run and not rows_at_hand(cfg):
+            options = {"loss": self._loss, "quantized": self._quantized}
+            print(*report_without_rows(cfg, self._model, **options), sep="\n")
+            return
         self._tokenizer = build_tokenizer(cfg.tokenizer, longest=self._model.max_seq_len)
         masks = {"device": self._device, "dense_mask": needs_dense_mask(self._model)}
         self._data = TrainingData(cfg, self._tokenizer, vocab_size=vocab_size, **masks)

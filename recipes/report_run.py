@@ -1,7 +1,7 @@
 """Plot a run's loss curve and singular values from the files in its folder.
 
-    tune run report_run --config /tmp/run/config.yaml                 # every run leaves its config beside its metrics
-    tune run report_run --config tiny_kasa output_dir=/tmp/run        # the same
+    tune run report_run --config report run=/tmp/run
+    tune run report_run --config /tmp/run/config.yaml                 # the same, by the config that the run left
 
 It takes the runs of every fine-tuning recipe. It writes loss_curve.png and singular_values.png into
 output_dir. If the layers' ranks differ, it writes ranks.png as well.
@@ -21,6 +21,7 @@ from kasa_tune import config
 from kasa_tune.components.adapters import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
+from kasa_tune.components.exchange.run_config import config_of_run
 from kasa_tune.components.models.agreement import base_architecture, check_base
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
@@ -159,11 +160,14 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
 @config.parse(None)
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``. It takes
-    the config of any fine-tuning recipe.
+    the config ``report``, or that of any fine-tuning recipe.
     """
-    if "optimizer" not in cfg:
+    if "run" in cfg:
+        told = config_of_run(find_checkpoint(Path(cfg.run)), cfg.checkpoint_dir)
+        cfg = DictConfig({**told, "output_dir": cfg.run})
+    elif "optimizer" not in cfg:
         raise ValueError(
-            "This config trains nothing: give the run's own, --config <its output_dir>/config.yaml."
+            "This config trains nothing: give the run's, --config report run=<its output_dir>."
         )
     run = Path(cfg.output_dir)
     loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)

@@ -87,7 +87,7 @@ def trained_run(
         output_dir: of the run.
         base: folder of the base's files.
         files: their names.
-        model_type: torchtune's.
+        model_type: torchtune's; None for a model that is built from its checkpoint's folder.
         builder: of the model, without the method before it.
         sizes: further arguments of the builder.
         method: one of METHODS.
@@ -108,15 +108,7 @@ def trained_run(
         "model": {"_component_": f"kasa_tune.components.models.{kind}_{builder}"}
         | {"rank": RANK, "alpha": ALPHA, **where, **options, **sizes},
         "adapter": adapter,
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(base),
-        }
-        | {
-            "checkpoint_files": list(files),
-            "model_type": model_type,
-            "output_dir": str(output_dir),
-        },
+        "checkpointer": _checkpointer(base, list(files), model_type, str(output_dir)),
         "dataset": {"_component_": "kasa_tune.components.data.instruct_dataset", "source": "json"},
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
         "dtype": dtype,
@@ -148,6 +140,15 @@ def trained_run(
     parts = {"adapter": adapter_state_dict(model), "run": state}
     save_checkpoint(Path(output_dir) / "checkpoints", STEP, parts)
     return Trained(Path(output_dir), model.eval())
+
+
+def _checkpointer(base, files, model_type, output_dir):
+    where = {"checkpoint_dir": str(base)}
+    if model_type is None:
+        return {"_component_": "kasa_tune.components.models.CheckpointFolder", **where}
+    kind = {"_component_": "torchtune.training.FullModelHFCheckpointer"}
+    options = {"checkpoint_files": files, "model_type": model_type, "output_dir": output_dir}
+    return kind | where | options
 
 
 def _component(weight, rank, adapter):

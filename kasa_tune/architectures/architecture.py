@@ -6,8 +6,10 @@ config.json. :mod:`kasa_tune.components.models.decoder` builds the model from it
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -135,6 +137,12 @@ class Architecture:
     def num_layers(self) -> int:
         """Number of layers."""
         return len(self.layers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all its values."""
+        values = json.dumps(asdict(self), sort_keys=True, default=sorted)
+        return hashlib.sha256(values.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

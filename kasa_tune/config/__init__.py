@@ -12,7 +12,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.loading import instantiate, load, parse, validate_file
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA
+from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, REPORT
 
 __all__ = [
     "CORDA",
@@ -21,6 +21,7 @@ __all__ = [
     "GENERATE",
     "IMPORT",
     "QCORDA",
+    "REPORT",
     "REQUIRED",
     "Check",
     "Component",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA
+from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, REPORT
 
 # Recipe to its schema, and to the schemas whose tables come first: a row that is equal there is not repeated.
 _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
@@ -23,6 +23,7 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "generate_text": (GENERATE, (FINETUNE,)),
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
+    "report_run": (REPORT, ()),
 }
 _PLACE = re.compile(
     r"(<!-- keys of (\w+), written by `make docs` -->\n).*?(<!-- end of keys -->)", re.DOTALL

@@ -5,7 +5,7 @@ from typing import Literal
 
 from kasa_tune.config.bounds import COUNT, NOT_EMPTY, SHARD_SIZE, TOLERANCE
 from kasa_tune.config.entries import FilePath, Key, Schema
-from kasa_tune.config.parts import CHECKPOINTER, DEVICE, DTYPE, MODEL
+from kasa_tune.config.parts import CHECKPOINT_DIR, CHECKPOINTER, DEVICE, DTYPE, MODEL
 
 EXPORT: Schema = {
     "format": Key(
@@ -68,6 +68,7 @@ OF_IMPORT: Schema = {
         help="the same adapter, saved before its training; for PiSSA, CorDA, OLoRA, LoRA-GA and LoftQ, "
         "which take their start out of the base weights",
     ),
+    "checkpoint_dir": CHECKPOINT_DIR,
     "output_dir": Key(FilePath, help="the folder to write, which must not exist yet"),
     "model": replace(
         MODEL,

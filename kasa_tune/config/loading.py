@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
-from kasa_tune.config import reading, rules, rules_of_files, sizes
+from kasa_tune.config import folders, reading, rules, rules_of_files, sizes
 from kasa_tune.config.checker import Checker
 from kasa_tune.config.entries import (
     REQUIRED,
@@ -37,7 +37,16 @@ from kasa_tune.config.entries import (
 )
 from kasa_tune.config.references import check_references
 from kasa_tune.config.rules_of_architecture import architecture_fits
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, schema_of
+from kasa_tune.config.schemas import (
+    CORDA,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    IMPORT,
+    QCORDA,
+    REPORT,
+    schema_of,
+)
 from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
@@ -47,6 +56,7 @@ __all__ = [
     "GENERATE",
     "IMPORT",
     "QCORDA",
+    "REPORT",
     "REQUIRED",
     "Check",
     "Component",
@@ -163,11 +173,14 @@ def load(
         raise ConfigError(str(file), [Problem("", str(error))]) from None
     schema = schema or schema_of(file.stem, given)
     problems: list[Problem] = []
+    folder = given.get("checkpoint_dir")
     for override in overrides:
         try:
             _override(given, override, schema)
         except ValueError as error:
             problems.append(Problem(override, str(error)))
+    if given.get("checkpoint_dir") != folder and "checkpoint_dir" in schema:
+        folders.put_folder(given)
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
     try:
@@ -176,7 +189,7 @@ def load(
         raise ConfigError(str(file), [*problems, Problem("", str(error))]) from None
     good = check.mapping(check.resolve(_create(file, filled)), schema)
     of_files = rules_of_files.FILES * check_files + rules_of_files.MACHINE * about_to_run
-    of_sizes = (sizes.rank_fits, sizes.heads_divide)
+    of_sizes = (sizes.rank_fits, sizes.heads_divide, sizes.output_is_free, sizes.rows_fit)
     for rule in rules.BETWEEN_KEYS + of_sizes + of_files:
         problems += rule(good)
     if check_files and not problems:

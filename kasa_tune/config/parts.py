@@ -32,6 +32,12 @@ from kasa_tune.config.entries import (
     at_least,
 )
 
+CHECKPOINT_DIR = Key(
+    FilePath | None,
+    None,
+    help="folder of the model's files, in Hugging Face's layout (docs/checkpoints.md). Set on the "
+    "command line, it takes the place of every `checkpoint_dir` below",
+)
 ROLE = Literal["system", "user", "assistant", "ipython", "tool"]
 _NOT_TRAINED = "an argument of torchtune's own LoRA builders, which these recipes do not train"
 TOKENIZER = Component(
@@ -46,7 +52,13 @@ TOKENIZER = Component(
         "tokenizer_config_path": Key(
             FilePath | None, help="`hf_tokenizer`: a file that names the special tokens"
         ),
-        "chat_template_path": Key(FilePath | None, help="`hf_tokenizer`: a chat template in Jinja"),
+        "checkpoint_dir": Key(
+            FilePath, help="`tokenizer_from_checkpoint`: the folder that the tokenizer lies in"
+        ),
+        "chat_template_path": Key(
+            FilePath | None,
+            help="`hf_tokenizer`, `tokenizer_from_checkpoint`: a chat template in Jinja",
+        ),
         "tokenizer_json_path": Key(FilePath, help="torchtune's own reader of `tokenizer.json`"),
         "tokenizer_config_json_path": Key(
             FilePath | None, help="the same reader: `tokenizer_config.json`"
@@ -94,6 +106,8 @@ SIZES = {
         _SIZE, help="Gemma 2: attention scores are divided by its root"
     ),
 }
+# Of the builders `*_from_checkpoint`.
+FOLDER = Key(FilePath, help="`*_from_checkpoint`: folder whose config.json says what the model is")
 # A default below is that of our model builders, for the reader's information: the builder itself applies it.
 MODEL = Component(
     values={
@@ -151,6 +165,7 @@ MODEL = Component(
         "lora_rank": Key(int, check=COUNT, help=_NOT_TRAINED),
         "lora_alpha": Key(float, check=SCALE, help=_NOT_TRAINED),
         "lora_dropout": Key(float, check=FRACTION, help=_NOT_TRAINED),
+        "checkpoint_dir": FOLDER,
         **SIZES,
     },
     help="a model builder of `kasa_tune.components.models`, torchtune's model with adapters: "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kasa_tune import registry
-from kasa_tune.config import signatures
+from kasa_tune.config import folders, signatures
 from kasa_tune.config.entries import Problem, show
 from kasa_tune.methods import METHODS, Method
 
@@ -253,6 +253,22 @@ def something_to_complete(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("prompts", "nothing to complete; give prompts or a dataset")
 
 
+def data_given(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Data that is read by its columns is the user's own, so it has no default."""
+    for place in ("dataset", "dataset_val"):
+        nodes = cfg.get(place) or []
+        for i, node in enumerate(nodes if isinstance(nodes, list) else [nodes]):
+            of_files = node.get("source") in (None, "json", "csv", "parquet", "text", "arrow")
+            by_columns = str(node.get("_component_")).endswith(".by_columns_dataset")
+            given = node.get("data_files") or node.get("data_dir")
+            if by_columns and of_files and not given and not cfg.get("dry_run"):
+                key = f"{place}.{i}" if isinstance(nodes, list) else place
+                yield Problem(
+                    f"{key}.data_files",
+                    f"missing; give your data, such as {key}.data_files=/data/mine.jsonl (docs/data.md)",
+                )
+
+
 def model_type(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The checkpoint's layout is one that torchtune converts."""
     given = (cfg.get("checkpointer") or {}).get("model_type")
@@ -283,5 +299,8 @@ BETWEEN_KEYS = (
     columns,
     validation,
     something_to_complete,
+    data_given,
+    folders.folder_given,
+    folders.told_by_run,
     model_type,
 )

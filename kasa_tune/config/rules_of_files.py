@@ -15,6 +15,7 @@ from typing import Any
 from kasa_tune import registry
 from kasa_tune.config.entries import Problem, shortened, show
 from kasa_tune.config.file_kinds import tokenizer_kind, weights_files
+from kasa_tune.config.folders import checkpoint_folder, reads_folder
 from kasa_tune.config.parts import TOKENIZER
 from kasa_tune.config.rules_of_architecture import numbers_of_heads
 
@@ -51,7 +52,7 @@ def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The base model's folder and files are there. A dry run reads no weights."""
     node = cfg.get("checkpointer") or {}
     key, folder = "checkpointer.checkpoint_dir", node.get("checkpoint_dir")
-    if cfg.get("dry_run") or not isinstance(folder, str):
+    if cfg.get("dry_run") or not isinstance(folder, str) or reads_folder(node):
         return
     if os.path.isfile(folder):
         yield Problem(key, f"got {show(folder)}, which is a file; give the folder it lies in")
@@ -281,6 +282,7 @@ FILES = (
     tokenizer_files,
     tokenizer_kind,
     checkpoint_files,
+    checkpoint_folder,
     data_files,
     results_to_load,
     output_folder,

@@ -1,6 +1,7 @@
 """The schemas of our recipes: every key of a config, what it takes, its default and what it is for."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from kasa_tune import registry
@@ -18,6 +19,7 @@ from kasa_tune.config.entries import (
 from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
+    CHECKPOINT_DIR,
     CHECKPOINTER,
     DATASET,
     DATASET_OR_NONE,
@@ -108,6 +110,7 @@ _QCORDA_ADAPTER = Section(
     help="the method, and how its adapters start; the regularizers belong to qkasa",
 )
 FINETUNE: Schema = {
+    "checkpoint_dir": CHECKPOINT_DIR,
     "output_dir": Key(
         FilePath, help="folder for checkpoints, metrics and results (docs/running.md)"
     ),
@@ -263,16 +266,18 @@ def _with_adapter(adapter: Section, **after: Section) -> Schema:
 CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=CALIBRATION)
 QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calibration=CALIBRATION)
 
+_OF_RUN = " Null: as the run of `adapter_checkpoint` says"
 GENERATE: Schema = {
+    "checkpoint_dir": CHECKPOINT_DIR,
     "output_dir": Key(
         FilePath | None,
         None,
         help="folder for `completions.jsonl`; null: completions are only printed",
     ),
-    "tokenizer": TOKENIZER,
-    "model": MODEL,
+    "tokenizer": replace(TOKENIZER, default=None, help=f"{TOKENIZER.help}.{_OF_RUN}"),
+    "model": replace(MODEL, default=None, help=f"a model builder, as in training.{_OF_RUN}"),
     "adapter": _ADAPTER,
-    "checkpointer": CHECKPOINTER,
+    "checkpointer": replace(CHECKPOINTER, default=None, help=f"{CHECKPOINTER.help}.{_OF_RUN}"),
     "adapter_checkpoint": Key(
         FilePath | None,
         None,
@@ -300,7 +305,17 @@ GENERATE: Schema = {
     "seed": SEED,
     "batch_size": Key(int, 8, COUNT, help="number of prompts completed together"),
     "device": DEVICE,
-    "dtype": DTYPE,
+    "dtype": replace(
+        DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
+    ),
+}
+REPORT: Schema = {
+    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
+    "checkpoint_dir": Key(
+        FilePath | None,
+        None,
+        help="folder of the base model's files; null: where the run read them",
+    ),
 }
 
 # Of a base that has a training config, that one will do.
@@ -316,6 +331,7 @@ _RECIPES: Mapping[str, Schema] = {
     "generate_text": GENERATE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
+    "report_run": REPORT,
 }
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
@@ -330,13 +346,17 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
         return _RECIPES[trains]
-    named = next((schema for ending, schema in SCHEMAS.items() if name.endswith(ending)), None)
+    named = next(
+        (schema for ending, schema in SCHEMAS.items() if f"_{name}".endswith(ending)), None
+    )
     if named is not None:
         return named
     if "format" in tree:
         return EXPORT
     if "peft_adapter" in tree:
         return IMPORT
+    if "run" in tree:
+        return REPORT
     if "quantization" in tree:
         return QCORDA
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kasa_tune.config import signatures
+from kasa_tune.config import folders, signatures
 from kasa_tune.config.entries import Problem
 
 _MLP = ("w1", "w2", "w3")
@@ -24,7 +24,7 @@ def sizes_of(node: dict[str, Any]) -> dict[str, int]:
 
 def _smaller_dimensions(node: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """The adapted linears whose shape is known, each with its smaller dimension, which bounds the rank."""
-    sizes = sizes_of(node)
+    sizes = _sizes_of_folder(node) or sizes_of(node)
     hidden, head = sizes.get("embed_dim"), sizes.get("head_dim")
     if hidden is None or head is None:
         return
@@ -37,6 +37,45 @@ def _smaller_dimensions(node: dict[str, Any]) -> Iterator[tuple[str, int]]:
     if mlp and "intermediate_dim" in sizes:
         for name in _MLP if mlp is True else mlp:
             yield name, min(hidden, sizes["intermediate_dim"])
+
+
+def _sizes_of_folder(node: dict[str, Any]) -> dict[str, int]:
+    """The same of a model that is what its folder says; none where it cannot be read."""
+    told = folders.architecture_of(node)
+    if told is None:
+        return {}
+    inner = told.experts.intermediate_dim if told.experts else told.intermediate_dim
+    return {
+        "num_heads": told.num_heads,
+        "num_kv_heads": told.num_kv_heads,
+        "head_dim": told.head_dim,
+        "embed_dim": told.embed_dim,
+        "intermediate_dim": min(inner, told.intermediate_dim),
+    }
+
+
+def output_is_free(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """An adapted output projection is none that is tied to the embedding."""
+    node = cfg.get("model") or {}
+    told = folders.architecture_of(node) if node.get("apply_to_output") else None
+    if told is not None and told.tied:
+        wrong = "got True, but this model's output projection is its embedding and takes no adapter"
+        yield Problem("model.apply_to_output", f"{wrong}; set it to False")
+
+
+def rows_fit(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Rows are no longer than the model takes. The tokenizer of its folder sees to that itself."""
+    told = folders.architecture_of(cfg.get("model") or {})
+    tokenizer = cfg.get("tokenizer") or {}
+    places = {"calibration.max_seq_len": (cfg.get("calibration") or {}).get("max_seq_len")}
+    if not folders.reads_folder(tokenizer):
+        places["tokenizer.max_seq_len"] = tokenizer.get("max_seq_len")
+    for key, given in places.items():
+        if told is not None and isinstance(given, int) and given > told.max_seq_len:
+            most = told.max_seq_len
+            yield Problem(
+                key, f"got {given}, and the model takes {most} tokens; set at most {most}"
+            )
 
 
 def rank_fits(cfg: dict[str, Any]) -> Iterator[Problem]:

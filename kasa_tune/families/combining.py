@@ -29,7 +29,7 @@ class TrainingConfig:
     @property
     def name(self) -> str:
         """Its name, as `tune run --config` takes it."""
-        return f"{self.prefix}{self.method.suffix}"
+        return f"{self.prefix}{self.method.suffix}".lstrip("_")
 
     @property
     def recipe(self) -> str:

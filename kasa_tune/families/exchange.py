@@ -51,6 +51,41 @@ def generation_texts() -> Iterator[tuple[str, str]]:
             row = MODELS[model]
             config = TrainingConfig(row, TASKS[row.tasks[0]], METHODS[method])
             yield f"{config.name}_generate", _generation_text(config, PROMPTS[model])
+    yield "generate", _OF_A_RUN
+    yield "report", _REPORT
+
+
+_OF_A_RUN = """\
+# What a model writes before and after its fine-tuning. The run says which model, tokenizer and base weights it had.
+#
+#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]'
+#   tune run generate_text --config generate adapter_checkpoint=/tmp/run 'prompts=["Hello."]' checkpoint_dir=/models/Qwen3-8B     # where the base is now
+#   tune run generate_text --config generate 'prompts=["Hello."]' checkpoint_dir=/models/Qwen3-8B     # a model alone
+
+checkpoint_dir: null
+adapter_checkpoint: null  # the run
+
+prompts: []
+dataset: null
+num_samples: 8
+max_new_tokens: 256
+temperature: 0.0
+top_k: null
+seed: 42
+batch_size: 8
+
+device: cuda
+dtype: null
+"""
+_REPORT = """\
+# A run's loss curve and singular values, as plots in its folder. The run says which model and base weights it had.
+#
+#   tune run report_run --config report run=/tmp/run
+#   tune run report_run --config report run=/tmp/run checkpoint_dir=/models/Qwen3-8B     # where the base is now
+
+run: null  # its output_dir
+checkpoint_dir: null
+"""
 
 
 def _generation_text(config: TrainingConfig, prompts: Prompts) -> str:

@@ -8,7 +8,7 @@ since Gemma 2 alternates between two kinds of attention.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kasa_tune.components.quantized import quantized_linears
 from kasa_tune.components.training import (
     build_training_model,
     dry_run_budget,
+    longest_rows,
     peaks,
     summed_loss,
 )
@@ -118,17 +119,10 @@ def _budget(cfg: DictConfig, model: TransformerDecoder) -> dict[str, int]:
         seq_len=cfg.tokenizer.max_seq_len,
         loss=summed_loss(configs.instantiate(cfg.loss), model.tok_embeddings.num_embeddings),
         quantized=quantized_linears(model, cfg.quantization.block_size) if quantized else None,
-        calibration=(shared_inputs(model), [_rows(cfg)]) if method.calibrated else None,
+        calibration=(shared_inputs(model), [longest_rows(cfg)]) if method.calibrated else None,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {**budget, _TRAINED: trained}
-
-
-def _rows(cfg: DictConfig) -> list[Mapping[str, torch.Tensor]]:
-    """The batches of one round of calibration, each row of the greatest length."""
-    size = cfg.calibration.batch_size
-    tokens = torch.empty(size, cfg.calibration.max_seq_len, dtype=torch.long, device="meta")
-    return [{"tokens": tokens}] * (cfg.calibration.num_samples // size)
 
 
 def figures_of_all(configs_to_count: Iterable[TrainingConfig]) -> dict[str, Figures]:
@@ -136,5 +130,5 @@ def figures_of_all(configs_to_count: Iterable[TrainingConfig]) -> dict[str, Figu
     return {
         config.name: figures_of(config)
         for config in configs_to_count
-        if config.task.device == "cuda"
+        if config.task.device == "cuda" and not config.model.is_any
     }

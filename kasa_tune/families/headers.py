@@ -18,6 +18,8 @@ _VARIANTS = {
     ),
     "lora_plus": ("Let B learn 4 times as fast as A:", "adapter.lr_ratio=4", "ratio4"),
 }
+_COUNT = "Count parameters and memory, which needs the tokenizer and the data but no weights"
+_COUNT_ANY = "Count parameters and memory, which needs no weights"
 _PLUS = "CorDA++ (arXiv 2506.13187), {draws}a rank of its own for each layer:"
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141, 192)  # GB of memory that GPUs are sold with
 
@@ -61,16 +63,17 @@ def header(config: TrainingConfig, figures: Figures | None) -> str:
         lines += [f"# Download the model{terms if model.family.gated else ''}:"]
         lines += [f"#   {_download(model)}"]
     lines += [f"# {line}" for line in task.preparation]
-    run = f"#   tune run {config.recipe} --config {config.name}"
+    run = f"#   tune run {config.recipe} --config {config.name}{' ' * model.is_any}"
+    if model.is_any:
+        lines += ["# Two values are yours: the folder of the model, and the data."]
+        run += "checkpoint_dir=/models/Qwen3-8B dataset.data_files=/data/mine.jsonl"
     lines += ["# Train:", run, "# Change any key on the command line:"]
     lines += [f"{run} {overrides}" for overrides in _overrides(config)]
     for purpose, overrides, ending in _variants(config):
         lines += [f"# {purpose}", f"{run} {overrides} output_dir={_run_folder(config, ending)}"]
     if not model.repository:
         lines += _afterwards(config)
-    lines += [
-        "# Count parameters and memory, which needs the tokenizer and the data but no weights:"
-    ]
+    lines += [f"# {_COUNT_ANY if model.is_any else _COUNT}:"]
     lines += [f"{run} dry_run=true"]
     if figures:
         lines.append(paragraph(_counted(config, figures), indent="#   -> "))
@@ -88,12 +91,17 @@ def _relation(config: TrainingConfig) -> str:
             trained if config.model.in_kasa_paper else "The setting is the paper's."
         )
     if not config.task.comes_from_papers or setting is config.task.kasa:
-        return f"All else is as in {config.prefix}_kasa."
+        return f"All else is as in {_beside(config, 'kasa')}."
     if method.setting == "corda":
         return "The hyper-parameters are the paper's."
     if method.name == "qcorda":
         return "The hyper-parameters are those of CorDA's paper (arXiv 2406.05223)."
-    return f"All else is as in {config.prefix}_{'qcorda' if method.quantized else 'corda'}."
+    return f"All else is as in {_beside(config, 'qcorda' if method.quantized else 'corda')}."
+
+
+def _beside(config: TrainingConfig, method: str) -> str:
+    """The name of the config of another method."""
+    return f"{config.prefix}_{method}".lstrip("_")
 
 
 def _download(model: Model) -> str:
@@ -131,6 +139,15 @@ def _run_folder(config: TrainingConfig, ending: str) -> str:
 
 def _afterwards(config: TrainingConfig) -> list[str]:
     """How to see what was learnt, where a config for that is shipped."""
+    if config.model.is_any:
+        folder = f"/tmp/kasa_tune/Qwen3-8B_{config.name}"
+        return [
+            "# Let it write, draw its curves, and export it:",
+            f"#   tune run generate_text --config generate adapter_checkpoint={folder} "
+            "'prompts=[\"Hello.\"]'",
+            f"#   tune run report_run --config report run={folder}",
+            f"#   tune run export_adapter --config peft_export adapter_checkpoint={folder}",
+        ]
     given = generation_of(config)
     if given is None:
         return []

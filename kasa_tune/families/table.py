@@ -50,7 +50,8 @@ class Model:
     """One row of the table: one size of a model.
 
     Args:
-        name: how the names of its configs begin.
+        name: how the names of its configs begin. Empty for configs of any model: their name is the
+            method's, and the model is what the folder of its checkpoint says.
         title: what the headers of its configs call it.
         family: what it shares with other sizes.
         repository: its name on huggingface.co; none for a model that needs no download.
@@ -80,6 +81,11 @@ class Model:
     methods: tuple[str, ...] = COMMON
     folder: str = ""
     sizes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_any(self) -> bool:
+        """Whether it stands for any model, described by the folder of its checkpoint."""
+        return not self.name
 
     @property
     def checkpoint_dir(self) -> str:
@@ -154,6 +160,13 @@ TINY = Family(
 STORIES = Family(
     "LLAMA2", f"{_TORCHTUNE}.llama2.llama2_tokenizer", prompt_template="null", samples=8
 )
+# Whatever the user's key checkpoint_dir names.
+ANY = Family(
+    "",
+    "kasa_tune.components.data.tokenizer_from_checkpoint",
+    {"checkpoint_dir": ""},
+    loss_chunk=512,
+)
 
 _SMALL: dict[str, Any] = {
     "checkpointing": False,
@@ -161,6 +174,11 @@ _SMALL: dict[str, Any] = {
 }  # fits on a card with everything kept
 _70B: dict[str, Any] = {"num_files": 30, "batch_size": 1}
 _ROWS = (
+    Model(
+        "", "Your own checkpoint", ANY, builder="from_checkpoint", batch_size=2, tasks=("own",),
+        methods=(*METHODS,), folder="${checkpoint_dir}",
+        sizes={"checkpoint_dir": "${checkpoint_dir}"},
+    ),
     Model(
         "llama2_7b", "Llama 2 7B", LLAMA2, "meta-llama/Llama-2-7b-hf", 2,
         tasks=("instruction", "commonsense"),

@@ -32,7 +32,7 @@ def _table(method: str, figures: Mapping[str, Figures]) -> str:
     rows = [
         _row(config, [figures[f"{config.prefix}_{name}"] for name in _METHODS[method]])
         for config in training_configs()
-        if config.method.name == method and config.task.device == "cuda"
+        if config.method.name == method and config.name in figures
     ]
     return "\n".join([_HEAD, *rows])
 

@@ -190,6 +190,15 @@ _COMMONSENSE_DATA = "https://github.com/AGI-Edgerunners/LLM-Adapters/raw/main/ft
 
 TASKS: Mapping[str, Task] = {
     "instruction": _INSTRUCTION,
+    "own": replace(
+        _INSTRUCTION,
+        words="on your own data",
+        dataset=f"""
+  _component_: {_DATASETS}.by_columns_dataset
+  data_files: null  # yours: JSON Lines with messages, or prompt and completion, or text ... (docs/data.md){_PACKED}""",
+        source="The setting is the paper's for instruction following.",
+        max_seq_len=2048,
+    ),
     "commonsense": replace(
         _INSTRUCTION,
         words="commonsense reasoning",

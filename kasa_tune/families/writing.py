@@ -39,7 +39,7 @@ def training_text(config: TrainingConfig, figures: Figures | None = None) -> str
     adapter, calibration = _adapter(config), config.calibration
     blocks = [
         header(config, figures),
-        f"output_dir: /tmp/kasa_tune/{config.name}",
+        _folders(config),
         tokenizer(config.model, config.task),
         model_section(config),
         f"adapter:\n{adapter}" if adapter else "",
@@ -56,12 +56,23 @@ def training_text(config: TrainingConfig, figures: Figures | None = None) -> str
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def _folders(config: TrainingConfig) -> str:
+    """Where the model is read from, if that is the user's to say, and where the run writes."""
+    if not config.model.is_any:
+        return f"output_dir: /tmp/kasa_tune/{config.name}"
+    return (
+        "checkpoint_dir: null  # yours: the folder of the model\n"
+        f"output_dir: /tmp/kasa_tune/${{name_of:${{checkpoint_dir}}}}_{config.name}"
+    )
+
+
 def tokenizer(model: Model, task: Task) -> str:
     """The section ``tokenizer``."""
     family = model.family
     lines = [f"_component_: {family.tokenizer}"]
     lines += [
-        f"{key}: {model.checkpoint_dir}/{file}" for key, file in family.tokenizer_files.items()
+        f"{key}: {model.checkpoint_dir}/{file}".removesuffix("/")
+        for key, file in family.tokenizer_files.items()
     ]
     lines.append(f"max_seq_len: {task.max_seq_len}")
     lines += [f"prompt_template: {family.prompt_template}"] if family.prompt_template else []
@@ -137,6 +148,11 @@ calibration:
 def checkpointer(model: Model, output_dir: str) -> str:
     """The section ``checkpointer``."""
     count = model.num_files
+    if model.is_any:
+        return f"""\
+checkpointer:
+  _component_: kasa_tune.components.models.CheckpointFolder
+  checkpoint_dir: {model.checkpoint_dir}"""
     if count == 1:
         files = " [model.safetensors]"
     elif count <= 4:

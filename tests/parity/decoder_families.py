@@ -56,16 +56,22 @@ CASES = {
         "num_experts": 6,
         "moe_intermediate_size": 48,
         "head_dim": 24,
-        "mlp_only_layers": [1],
         "norm_topk_prob": True,
+    }
+    | _EXPERTS,
+    "qwen3_moe, some dense": {
+        "num_experts": 6,
+        "moe_intermediate_size": 48,
+        "head_dim": 16,
+        "mlp_only_layers": [1],
     }
     | _EXPERTS,
     "gemma": {"head_dim": 24},
     "gemma2": {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
     }
     | _SLIDES,
     "gemma3_text": {

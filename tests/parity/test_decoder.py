@@ -1,14 +1,16 @@
 """Our decoder against transformers, for every family: whole rows, padded, packed, cached, beyond windows."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from kasa_tune.architectures import FAMILIES, parts_of, read_architecture
+from kasa_tune.architectures import FAMILIES, Rotary, parts_of, read_architecture
 from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.models.attention import attend, windowed
+from kasa_tune.components.models.decoder import Decoder
 from tests.parity.decoder_families import (
     CASES,
     LENGTH,
@@ -49,6 +51,7 @@ def test_logits_are_those_of_transformers(pair_of, case, length):
     torch.testing.assert_close(ours(tokens(length=length)), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_samples_packed_into_one_row_do_not_see_each_other(pair_of, case):
@@ -63,6 +66,7 @@ def test_samples_packed_into_one_row_do_not_see_each_other(pair_of, case):
     torch.testing.assert_close(packed, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_cached_greedy_completions_are_those_of_transformers(pair_of, case):
@@ -81,6 +85,62 @@ def test_cached_greedy_completions_are_those_of_transformers(pair_of, case):
     )[:, width:]
     found = complete(ours, prompts, max_new_tokens=10, stop_tokens=[])
     assert found == expected.tolist()
+
+
+def changed(architecture):
+    """By name, the architecture without one of the values that it has beyond Llama's."""
+    values = {
+        "norm_eps": 0.03,
+        "attention_scale": architecture.attention_scale * 2,
+        "embedding_scale": architecture.embedding_scale * 2,
+        "residual_scale": architecture.residual_scale * 2,
+        "logit_scale": architecture.logit_scale * 2,
+        "activation": "gelu_tanh" if architecture.activation == "silu" else "silu",
+        "norm_plus_one": not architecture.norm_plus_one,
+        "attention_cap": None,
+        "logit_cap": None,
+        "query_temperature": None,
+    }
+    if architecture.qk_norm == "head":
+        values["qk_norm_after_rotary"] = not architecture.qk_norm_after_rotary
+    if architecture.experts:
+        experts = architecture.experts
+        values["experts"] = replace(experts, normalized=not experts.normalized)
+    for name, value in values.items():
+        if getattr(architecture, name) != value:
+            yield name, replace(architecture, **{name: value})
+    of_layers = {
+        "window": lambda layer: replace(layer, window=None),
+        "rotary": lambda layer: replace(layer, rotary=layer.rotary or Rotary()),
+    }
+    of_rotary = {
+        "base": lambda rotary: replace(rotary, base=rotary.base * 2),
+        "interleaved": lambda rotary: replace(rotary, interleaved=not rotary.interleaved),
+        "scaling": lambda rotary: replace(rotary, scaling="none", options={}),
+    }
+    for name, change in of_rotary.items():
+        of_layers[name] = lambda layer, change=change: replace(
+            layer, rotary=layer.rotary and change(layer.rotary)
+        )
+    for name, change in of_layers.items():
+        layers = tuple(map(change, architecture.layers))
+        if layers != architecture.layers:
+            yield name, replace(architecture, layers=layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_without_any_one_of_its_values_the_logits_are_others(pair_of, case):
+    """The comparison above would be worth nothing if a value did not show in these models."""
+    _, _, ours = pair_of(case)
+    expected, weights, tried = ours(tokens()), ours.state_dict(), []
+    for name, other in changed(ours.architecture):
+        model = Decoder(other)
+        model.load_state_dict(weights)
+        assert (model(tokens()) - expected).abs().max() > 10 * TOLERANCE, name
+        tried.append(name)
+    assert len(tried) >= 6
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -34,9 +34,10 @@ _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
     "tokenizer": (
         re.compile(
             r"torchtune\.models\.[a-z0-9_]+\.[a-z0-9_]+_tokenizer"
-            r"|kasa_tune\.components\.data\.hf_tokenizer"
+            r"|kasa_tune\.components\.data\.(hf_tokenizer|tokenizer_from_checkpoint)"
         ),
-        "a tokenizer of torchtune.models, or kasa_tune.components.data.hf_tokenizer",
+        "a tokenizer of torchtune.models, or hf_tokenizer or tokenizer_from_checkpoint of "
+        "kasa_tune.components.data",
     ),
 }
 _MOST_LAYERS = 1000  # each layer takes milliseconds to build

@@ -28,6 +28,7 @@ from kasa_tune.components.checkpoints.serialization import decode
 
 log = logging.getLogger(__name__)
 
+_MAY_DIFFER = ("dropout", "checkpoint_dir")  # of a model section, for the same model
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 FORMAT_VERSION = 1
@@ -147,7 +148,7 @@ class Checkpoint:
             base_fingerprint: fingerprint of the present base weights, see ``weights_fingerprint``
                 of the models room.
             model: the resolved ``model`` section of the present config. Only ``dropout`` may
-                differ.
+                differ, and ``checkpoint_dir``, which says where the base lies.
             architecture: that the config.json of the present base describes, if it is known.
 
         Raises:
@@ -174,7 +175,7 @@ class Checkpoint:
         wrong = [
             f"model.{key}: checkpoint {saved.get(key, unset)!r}, config {model.get(key, unset)!r}"
             for key in sorted(saved.keys() | model.keys())
-            if key != "dropout" and saved.get(key) != model.get(key)
+            if key not in _MAY_DIFFER and saved.get(key) != model.get(key)
         ]
         if wrong:
             raise CheckpointError(f"{self} belongs to another model: {'; '.join(wrong)}.")

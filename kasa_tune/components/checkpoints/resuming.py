@@ -36,7 +36,7 @@ RESUMABLE_KEYS = {
     "max_steps", "batch_size", "gradient_accumulation_steps", "world_size", "timeout",
     "data_parallel_shard_dim", "fsdp_cpu_offload", "verify_base", "checkpointer", "tokenizer", "dataset",
     "dry_run", "adapter_checkpoint", "calibration.dataset", "calibration.batch_size",
-    "calibration.offload", "calibration.cache_dir",
+    "calibration.offload", "calibration.cache_dir", "checkpoint_dir", "model.checkpoint_dir",
 }  # fmt: skip
 
 

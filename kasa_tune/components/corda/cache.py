@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kasa_tune.architectures import read_architecture
 from kasa_tune.components.checkpoints.files import sync_folder, write_synced
 from kasa_tune.components.corda.allocation import LayerSpectrum
 from kasa_tune.components.linalg.decomposition import Component
@@ -70,7 +71,9 @@ def decomposition_key(
     counting = OPTIONS if data is not None else ("method", "dtype")
     key = {"base weights": base, "calibration data": data, "adapted layers": names}
     key["model"] = {
-        name: value for name, value in options["model"].items() if name not in ADAPTER_ALONE
+        name: read_architecture(value).digest if name == "checkpoint_dir" else value
+        for name, value in options["model"].items()
+        if name not in ADAPTER_ALONE
     }
     return key | {name: options[name] for name in counting}
 

@@ -9,6 +9,7 @@ from kasa_tune.components.data.building import (
     check_token_ids,
     count_truncated,
 )
+from kasa_tune.components.data.by_columns import by_columns_dataset
 from kasa_tune.components.data.datasets import (
     LLMAdaptersToMessages,
     PromptResponseToMessages,
@@ -23,6 +24,7 @@ from kasa_tune.components.data.datasets import (
     prompt_tokens,
 )
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
+from kasa_tune.components.data.folder_tokenizer import tokenizer_from_checkpoint
 from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
 from kasa_tune.components.data.training_data import Batch, TrainingData
 
@@ -39,6 +41,7 @@ __all__ = [
     "build_dataloader",
     "build_dataset",
     "build_tokenizer",
+    "by_columns_dataset",
     "chat_dataset",
     "check_batches",
     "check_token_ids",
@@ -54,5 +57,6 @@ __all__ = [
     "instruct_dataset",
     "prompt_tokens",
     "tensors_digest",
+    "tokenizer_from_checkpoint",
     "versions",
 ]

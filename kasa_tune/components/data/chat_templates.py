@@ -13,6 +13,7 @@ from typing import Any
 
 from kasa_tune.components.data import template_process
 from kasa_tune.components.data.template_process import CPU_SECONDS
+from kasa_tune.components.data.tokenizer_files import load_json
 
 _LONGEST_SOURCE = 1 << 20  # characters; published templates have up to 20,000
 _START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -32,7 +33,8 @@ def load_chat_template(folder: Path, path: str | None, settings: Mapping[str, An
     Args:
         folder: where ``tokenizer.json`` is.
         path: the template's file, in place of ``chat_template.jinja`` in the folder.
-        settings: the tokenizer's config, whose ``chat_template`` is used when there is no file.
+        settings: the tokenizer's config, whose ``chat_template`` is used when there is no file,
+            before that of ``chat_template.json``.
 
     Raises:
         FileNotFoundError: there is no file at ``path``.
@@ -49,7 +51,11 @@ def load_chat_template(folder: Path, path: str | None, settings: Mapping[str, An
             raise ValueError(f"The chat template {file} is not UTF-8 text: {error}") from error
     else:
         where = f"the tokenizer's config in {folder}"
-        source = _default_template(settings.get("chat_template"), where)
+        given = settings.get("chat_template")
+        if given is None and (folder / "chat_template.json").is_file():
+            where = str(folder / "chat_template.json")
+            given = load_json(folder / "chat_template.json").get("chat_template")
+        source = _default_template(given, where)
     if source is None:
         return None
     if len(source) > _LONGEST_SOURCE:

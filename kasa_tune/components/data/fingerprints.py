@@ -26,7 +26,7 @@ _LOCATIONS = {
     "merges_file",
     "special_tokens_path",
 }
-_LOCATIONS |= {"tokenizer_config_path", "chat_template_path"}
+_LOCATIONS |= {"tokenizer_config_path", "chat_template_path", "checkpoint_dir"}
 
 
 def fingerprint(

@@ -192,9 +192,15 @@ def named_tokens(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
 
 
 def generation_stops(folder: Path, vocab_size: int) -> list[int]:
-    """The ids of ``eos_token_id`` in ``generation_config.json``; none where there is no such file."""
-    file = folder / "generation_config.json"
-    given = load_json(file).get("eos_token_id") if file.is_file() else None
+    """The ids of ``eos_token_id`` in ``generation_config.json``, or without such a file in ``config.json``; none where
+    neither has the key.
+    """
+    files = (folder / "generation_config.json", folder / "config.json")
+    file = next((file for file in files if file.is_file()), None)
+    content = {} if file is None else load_json(file)
+    given = content.get("eos_token_id")
+    if given is None and isinstance(content.get("text_config"), Mapping):
+        given = content["text_config"].get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for id_ in ids:
         if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocab_size:

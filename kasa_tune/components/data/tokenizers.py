@@ -73,7 +73,8 @@ def _instantiate(node: DictConfig) -> Any:
     except (
         Exception
     ) as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
-        if isinstance(error, OSError) or node["_component_"].endswith(".hf_tokenizer"):
+        ours = (".hf_tokenizer", ".tokenizer_from_checkpoint")
+        if isinstance(error, OSError) or node["_component_"].endswith(ours):
             raise
         reason = f"{node['_component_']} cannot be built: {error}."
         if "path" in files:
@@ -155,6 +156,8 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
         self.eos_id = self._named_id("eos_token")
+        if self.eos_id is None:
+            self.eos_id = next(iter(generation_stops(folder, self.vocab_size)), None)
         if self.eos_id is None:
             raise ValueError(
                 f"No end-of-sequence token: set eos_token in {settings_file}, or tokenizer_config_path."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ def write_peft(
         By how much each weight then differs from what was trained.
 
     Raises:
-        ValueError: a layer needs more than ``rank``.
+        ValueError: a layer needs more than ``rank``, or experts are adapted in a way that PEFT does not load.
     """
+    _check_experts(run.linears, rank_pattern=rank_pattern)
     updates, norms = _updates(run, tolerance or 0.0)
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
     largest, random = max(ranks.values()), torch.Generator().manual_seed(0)
@@ -85,6 +86,29 @@ def write_peft(
     text = json.dumps(_config(run, ranks, base_model), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
+
+
+def _check_experts(names: Iterable[str], *, rank_pattern: bool) -> None:
+    """See that PEFT can put the adapters of all experts of a layer into one, as it does on loading: it stacks them,
+    and joins gate and up.
+
+    Raises:
+        ValueError: it cannot. It would load some of them and leave out the others, without an error in some cases.
+    """
+    leaves = {name.rpartition(".")[2] for name in names if ".experts." in name}
+    dense = {name for name in names if ".mlp." in name and ".experts." not in name}
+    wrong = None
+    if leaves and rank_pattern:
+        wrong = "one rank for all of them: leave out rank_pattern"
+    elif leaves and dense:
+        wrong = "experts in every layer, but some layers of this model have an MLP that is none"
+    elif len(leaves & {"w1", "w3"}) == 1:
+        wrong = "adapters of both w1 and w3, or of neither"
+    if wrong:
+        raise ValueError(
+            f"PEFT stacks the adapters of experts when it loads them. For that it needs {wrong}. Export the model with "
+            "format=merged, or the adapter with format=native."
+        )
 
 
 def _updates(run: TrainedRun, tolerance: float) -> tuple[dict[str, LowRank], dict[str, float]]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torchtune.data import AlpacaToMessages, Message, QuestionAnswerTemplate
 
 from kasa_tune.components.checkpoints import build_allowed, check_allowed
+from kasa_tune.components.data.by_columns import builder_of_file
 from kasa_tune.components.data.chat_templates import (
     TemplateRefusalError,
     load_chat_template,
@@ -81,13 +82,14 @@ def prompting_of(config: Mapping[str, Any], folder: Path, source: Any) -> Prompt
     node = config.get("tokenizer")
     if not isinstance(node, Mapping):
         raise NoPromptError("the run names no tokenizer")
+    dataset = _first(config.get("dataset"))
     try:
-        moved = _moved(node, folder)
+        moved = moved_files(node, folder)
         check_allowed(moved, "tokenizer", source)
         moved |= local_files(moved)
         with read_in_place():
             tokenizer = build_allowed(moved, "tokenizer", source, max_seq_len=None)
-        return _prompting(tokenizer, _first(config.get("dataset")), folder)
+        return _prompting(tokenizer, dataset, folder)
     except Exception as error:  # files of any content: an export does not fail for its card's sake
         raise NoPromptError(f"its tokenizer could not be read: {error}") from error
 
@@ -115,9 +117,16 @@ def put_chat_template(folder: Path, prompting: Prompting) -> None:
         settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _moved(node: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The section with the files that are gone looked for beside the base's weights."""
+def moved_files(node: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A section ``tokenizer`` with the files that are gone looked for beside the base's weights.
+
+    Args:
+        node: the section.
+        folder: of the base's files.
+    """
     found = dict(node)
+    if isinstance(node.get("checkpoint_dir"), str) and not Path(node["checkpoint_dir"]).is_dir():
+        found["checkpoint_dir"] = str(folder)
     for key, value in node.items():
         if key != "_component_" and isinstance(value, str) and "/" in value and "\0" not in value:
             beside = folder / Path(value).name
@@ -129,7 +138,15 @@ def _moved(node: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _first(dataset: Any) -> Mapping[str, Any]:
     """The section of the data set, or of the first in a mixture."""
     first = dataset[0] if isinstance(dataset, list | tuple) and dataset else dataset
-    return first if isinstance(first, Mapping) else {}
+    first = first if isinstance(first, Mapping) else {}
+    if _name(first) != "by_columns_dataset":
+        return first
+    try:
+        return {**first, "_component_": builder_of_file(first)}
+    except (ValueError, OSError) as error:
+        raise NoPromptError(
+            f"its data could not be looked at again, to see how prompts were made of it: {error}"
+        ) from error
 
 
 def _prompting(tokenizer: Any, dataset: Mapping[str, Any], folder: Path) -> Prompting:

@@ -115,7 +115,8 @@ class TrainedRun:
         digest = weights_digest(self.base)
         trained_on = self.state.get("base_digest")
         # Of a base in another format, the run's digest is over other names.
-        files = listed_files(self.config["checkpointer"].get("checkpoint_files"))
+        node = self.config["checkpointer"]
+        files = [] if _reads_folder(node) else listed_files(node.get("checkpoint_files"))
         comparable = all(name.endswith(".safetensors") for name in files)
         if trained_on and comparable and trained_on != digest:
             raise CheckpointError(
@@ -225,6 +226,8 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     check_state(checkpoint)
     model_config = checkpoint.config["model"]
     base, folder = _open_base(checkpoint, checkpoint.config["checkpointer"], checkpoint_dir)
+    if "checkpoint_dir" in model_config:
+        model_config = {**model_config, "checkpoint_dir": str(folder)}
     checkpoint.check_belongs(
         base_fingerprint=weights_fingerprint(base),
         model=model_config,
@@ -290,6 +293,9 @@ def _open_base(
         raise ValueError(
             f"{folder} has no config.json, so it is no Hugging Face checkpoint; see checkpoint_dir."
         )
+    if _reads_folder(node):
+        options = {**node, "checkpoint_dir": str(folder)}
+        return build_allowed(options, "checkpointer", checkpoint).open(), folder
     checked_config(folder)
     files, component = listed_files(node.get("checkpoint_files")), node["_component_"]
     present = all((folder / name).is_file() for name in files)
@@ -312,6 +318,11 @@ def _open_base(
             "in that form with checkpoint_dir=<folder>."
         )
     return base, folder
+
+
+def _reads_folder(node: Mapping[str, Any]) -> bool:
+    """Whether a section's checkpointer finds the files with weights by itself."""
+    return node["_component_"].endswith(".CheckpointFolder")
 
 
 def _safetensors_in(folder: Path) -> list[str]:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtune.training import FormattedCheckpointFiles
 
-_POINTER = b"version https://git-lfs"
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
+from kasa_tune.architectures.files import INDEX, read_object, shards_of, weight_files, whole_set
 
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON, or JSON that is no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing.") from None
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them
-        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object.")
-    return content
+__all__ = [
+    "INDEX",
+    "check_base_files",
+    "checked_config",
+    "listed_files",
+    "read_object",
+    "shards_of",
+    "weight_files",
+]
 
 
 def listed_files(given: Any) -> list[str]:
@@ -79,79 +68,12 @@ def check_base_files(folder: Path, given: Any) -> None:
                 if shards
                 else f"checkpoint_files names {name}, which holds no weights: list the .safetensors."
             )
-    needed = _whole_set(folder, names)
+    needed = whole_set(folder, names)
     if missing := sorted(set(needed) - set(names)):
         raise ValueError(
             f"checkpoint_files names {len(names)} of the {len(needed)} files of {folder}; "
             f"{missing[0]} is left out. Set checkpointer.checkpoint_files={json.dumps(needed)}."
         )
-
-
-def shards_of(folder: Path) -> list[str]:
-    """The files that the index of a Hugging Face checkpoint names; none without an index.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    if not (folder / INDEX).is_file():
-        return []
-    weight_map = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
-    return sorted(set(weight_map.values()))
-
-
-def weight_files(folder: Path) -> list[str]:
-    """The names of a checkpoint's safetensors files, all of them there and none a stand-in.
-
-    Raises:
-        FileNotFoundError: the folder is missing, or holds no weights, or not all of them.
-        ValueError: what it holds is in another format, or the pointer of a git-lfs file.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder. Give the folder of a checkpoint.")
-    names = shards_of(folder)
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file in the folder.")
-    if not names:
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
-        others = ("adapter_", "consolidated", "optimizer")
-        names = [name for name in found if not name.startswith(others)]
-        names = _whole_set(folder, names) if names else []
-    if not names:
-        raise _no_weights(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {len(missing)} of {len(names)} files with weights, {missing[0]} among "
-            "them. Fetch the rest; `tune download` goes on where it was."
-        )
-    for name in names:
-        with open(folder / name, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise ValueError(
-                    f"{folder / name} is the pointer of a git-lfs file, not the weights. Fetch "
-                    "them with `git lfs pull` or `tune download`."
-                )
-    return names
-
-
-def _no_weights(folder: Path) -> Exception:
-    """What to say of a folder without safetensors."""
-    if any(folder.glob("*.gguf")):
-        return ValueError(
-            f"{folder} holds a GGUF file, whose weights are in llama.cpp's layout. Give the "
-            "checkpoint in safetensors that it was made from."
-        )
-    if any((*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))):
-        return ValueError(
-            f"{folder} holds weights as PyTorch pickles alone. Give them in safetensors: most "
-            "repositories have both, and transformers' save_pretrained writes them."
-        )
-    return FileNotFoundError(f"{folder} holds no weights: no .safetensors file is in it.")
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
@@ -178,18 +100,3 @@ def checked_config(folder: Path) -> dict[str, Any]:
                 f"{folder / 'config.json'}: {key} is {str(value)[:60]!r}; it is a whole number above 0."
             )
     return config
-
-
-def _whole_set(folder: Path, names: list[str]) -> list[str]:
-    """All files of the checkpoint that a list of names is a part of."""
-    found = [_SHARD.fullmatch(name) for name in names]
-    kinds = {(m["name"], m["count"], m["suffix"]) for m in found if m}
-    if not all(found) or len(kinds) != 1:
-        return shards if set(names) < set(shards := shards_of(folder)) else names
-    ((stem, count, suffix),) = kinds
-    if int(count) > 10_000:
-        return names
-    width = len(count)
-    first = 0 if f"{stem}-{0:0{width}d}-of-{count}{suffix}" in names else 1
-    numbers = range(first, first + int(count))
-    return [f"{stem}-{number:0{width}d}-of-{count}{suffix}" for number in numbers]

@@ -40,20 +40,19 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 class Scaled(nn.Module):
-    """Multiply by a constant, after an optional norm.
+    """Multiply by a constant.
 
     Args:
         scale: the constant.
-        norm: applied first.
     """
 
-    def __init__(self, scale: float, norm: nn.Module | None = None) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
-        self.scale, self.norm = scale, norm
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to ``x [b, s, d]``."""
-        return (x if self.norm is None else self.norm(x)) * self.scale
+        """Apply it to a tensor of any shape."""
+        return x * self.scale
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -163,8 +162,9 @@ def _rotary(
 
 def _after(a: Architecture) -> nn.Module | None:
     """What happens to the output of attention or MLP before it is added."""
-    norm = Norm(a, a.embed_dim) if a.norm_after else None
-    return norm if a.residual_scale == 1.0 else Scaled(a.residual_scale, norm)
+    if a.norm_after:
+        return Norm(a, a.embed_dim, scale=a.residual_scale)
+    return None if a.residual_scale == 1.0 else Scaled(a.residual_scale)
 
 
 def feed_forward(a: Architecture, width: int) -> FeedForward:

@@ -2,7 +2,13 @@
 schedules, loggers, and the memory budget.
 """
 
-from kasa_tune.components.training.dry_run import dry_run_budget, dry_run_report
+from kasa_tune.components.training.dry_run import (
+    dry_run_budget,
+    dry_run_report,
+    longest_rows,
+    report_without_rows,
+    rows_at_hand,
+)
 from kasa_tune.components.training.loggers import (
     JSONLLogger,
     SilentLogger,
@@ -45,10 +51,13 @@ __all__ = [
     "dry_run_budget",
     "dry_run_report",
     "linear_schedule",
+    "longest_rows",
     "memory_budget",
     "peaks",
     "per_process",
     "read_metrics",
+    "report_without_rows",
     "return_hidden_states",
+    "rows_at_hand",
     "summed_loss",
 ]

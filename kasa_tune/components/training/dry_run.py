@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune import training
 from torchtune.config import instantiate
 from torchtune.modules import TransformerDecoder
 
-from kasa_tune.architectures.comparing import FOLDER
-from kasa_tune.components.corda import calibration_bytes
-from kasa_tune.components.models.base_files import listed_files, weight_files
-from kasa_tune.components.models.base_weights import read_base
-from kasa_tune.components.models.loading import check_shapes
+from kasa_tune.components.corda import calibration_bytes, shared_inputs
 from kasa_tune.components.quantized import base_bytes
+from kasa_tune.components.training.base_line import base_line
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
 from kasa_tune.methods import method_of
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def dry_run_report(
@@ -52,44 +51,58 @@ def dry_run_report(
         cfg, model, seq_len=seq_len, loss=loss, quantized=quantized, calibration=calibration
     )
     report = budget_report(model, per_process(budget, model, shards))
-    return [*report, base_line(cfg, model)]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return [*report, f"Parameters of the base: {frozen:,}", base_line(cfg, model)]
 
 
-def base_line(cfg: DictConfig, model: nn.Module) -> str:
-    """Compare the shapes of a model with the headers of its base's files, if they are there.
+def rows_at_hand(cfg: DictConfig) -> bool:
+    """Whether a config names its data, and its tokenizer is there, so that a dry run can look at
+    the rows.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
-        model: on the meta device.
-
-    Returns:
-        A line that says what was compared. A dry run goes on without the files.
-
-    Raises:
-        ValueError: names or shapes differ, or the files are no weights or not all of them.
     """
-    node = cfg.checkpointer
-    folder = Path(node.checkpoint_dir)
-    if not folder.is_dir():
-        return f"Base: {folder} is not there, so the model was not compared with it."
-    if node._component_ == FOLDER:
-        try:
-            names = weight_files(folder)
-        except FileNotFoundError as error:
-            return f"Base: {error} Shapes were not compared."
-    elif str(node._component_).endswith("FullModelHFCheckpointer"):
-        names = listed_files(node.checkpoint_files)
-    else:
-        return f"Base: {folder} is no checkpoint of Hugging Face's kind: shapes were not compared."
-    missing = [name for name in ("config.json", *names) if not (folder / name).is_file()]
-    if missing:
-        return f"Base: {folder} lacks {missing[0]}, so shapes were not compared."
-    if not all(name.endswith(".safetensors") for name in names):
-        return f"Base: shapes in {names[0]} were not compared, because that would read it whole."
-    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        more = {} if node._component_ == FOLDER else {"output_dir": unused}
-        count = check_shapes(model, read_base(node, **more))
-    return f"Base: config.json and {count} shapes in {folder} are those of the model."
+    folder = cfg.tokenizer.get("checkpoint_dir")
+    if folder and not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+        return False
+    nodes = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+    return all(
+        node.get("data_files") or not node._component_.endswith(".by_columns_dataset")
+        for node in nodes
+    )
+
+
+def report_without_rows(
+    cfg: DictConfig,
+    model: TransformerDecoder,
+    *,
+    loss: Any,
+    quantized: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """Lines to print of a dry run whose tokenizer or data are not there: every row is counted as
+    long as it may be. Arguments as of :func:`dry_run_report`.
+    """
+    given = cfg.tokenizer.get("max_seq_len")
+    seq_len = min(given or model.max_seq_len, model.max_seq_len)
+    calibration = None
+    if method_of(cfg.adapter).calibrated and not cfg.adapter_checkpoint:
+        calibration = (shared_inputs(model), [longest_rows(cfg)] * cfg.calibration.rounds)
+    report = dry_run_report(
+        cfg,
+        model,
+        tokenizer=SimpleNamespace(max_seq_len=seq_len),
+        loss=loss,
+        quantized=quantized,
+        calibration=calibration,
+    )
+    return [*report, f"Without a tokenizer and data, each row was counted as {seq_len:,} tokens."]
+
+
+def longest_rows(cfg: DictConfig) -> list[Mapping[str, torch.Tensor]]:
+    """The batches of one round of calibration on meta, each row of the greatest length."""
+    size = cfg.calibration.batch_size
+    tokens = torch.empty(size, cfg.calibration.max_seq_len, dtype=torch.long, device="meta")
+    return [{"tokens": tokens}] * -(-cfg.calibration.num_samples // size)
 
 
 def dry_run_budget(
