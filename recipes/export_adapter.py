@@ -40,6 +40,7 @@ from kasa_tune.components.exchange.prompting import (
     put_chat_template,
 )
 from kasa_tune.components.exchange.trained_run import TrainedRun, open_run
+from kasa_tune.components.models.agreement import kept_architecture
 from kasa_tune.components.models.base_files import read_object
 
 # Formats that each of these keys belongs to. All other keys belong to every format.
@@ -135,7 +136,8 @@ def recipe_main(cfg: DictConfig) -> int:
     with new_folder(output_dir) as folder:
         errors = write(cfg, run, folder, base_model)
         if cfg.format == "peft":
-            write_checksums(folder, PEFT_FILES, base_digest=digest)
+            kept = kept_architecture(run.checkpoint_dir)
+            write_checksums(folder, PEFT_FILES, base_digest=digest, **kept)
         if cfg.format != "native" and isinstance(prompting, Prompting):
             put_chat_template(folder, prompting)
         settings = folder / "adapter_config.json"

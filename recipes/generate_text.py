@@ -33,6 +33,7 @@ from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
 from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.exchange.run_config import complete_config
+from kasa_tune.components.models.agreement import base_architecture, check_base
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights, require_adapters
 from kasa_tune.components.quantized.base import linears_in_nf4, load_quantized
@@ -66,11 +67,17 @@ class GenerateTextRecipe:
             self._prompts += self._prompts_of(dataset, cfg.num_samples)
         self._model = build_on_meta(partial(config.instantiate, cfg.model), dtype=self._dtype)
         require_adapters(self._model, cfg.model._component_)
+        longest = cfg.max_new_tokens + max((len(row["tokens"]) for row in self._prompts), default=0)
+        check_base(self._model, cfg, longest=longest)
         base = read_base(cfg.checkpointer)
         quantized = {}
         if self._adapter:
             model = OmegaConf.to_container(cfg.model, resolve=True)
-            self._adapter.check_belongs(base_fingerprint=weights_fingerprint(base), model=model)
+            self._adapter.check_belongs(
+                base_fingerprint=weights_fingerprint(base),
+                model=model,
+                architecture=base_architecture(cfg.checkpointer.checkpoint_dir),
+            )
             quantized = linears_in_nf4(self._model, self._adapter)
         load_base_weights(
             self._model,

@@ -35,6 +35,7 @@ from kasa_tune import config
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.exchange.new_folder import check_new, check_outside, new_folder
 from kasa_tune.components.exchange.peft_import import PeftImport, open_peft
+from kasa_tune.components.models.agreement import kept_architecture
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 
 
@@ -83,6 +84,7 @@ def run_state(cfg: DictConfig, imported: PeftImport) -> dict[str, Any]:
         "base_digest": imported.check_base(),
         "data": None,
         "config": of_run,
+        **kept_architecture(imported.base.folder),
     }
 
 

@@ -22,6 +22,7 @@ from kasa_tune.components.adapters import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.checkpoints import Checkpoint, find_checkpoint
 from kasa_tune.components.exchange.run_config import config_of_run
+from kasa_tune.components.models.agreement import base_architecture, check_base
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.reports.plots import (
@@ -48,13 +49,14 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
     checkpoint.check_belongs(
         base_fingerprint=weights_fingerprint(base),
         model=OmegaConf.to_container(cfg.model, resolve=True),
+        architecture=base_architecture(cfg.checkpointer.checkpoint_dir),
     )
     drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
     del base  # the weights of a large model would stay in memory during the decompositions
-    linears = dict(
-        adapter_linears(build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32))
-    )
+    model = build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)
+    check_base(model, cfg)
+    linears = dict(adapter_linears(model))
     spectra = {}
     for name, weight in tqdm(
         weights.items(), desc="Singular values", unit="layer", dynamic_ncols=True

@@ -1,5 +1,6 @@
 """Complete configs in a folder that holds the files they name, and the problems of a changed one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,18 @@ import yaml
 
 from kasa_tune import config
 
+LLAMA3_8B = {  # config.json of the model
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+}
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
@@ -16,7 +29,7 @@ def complete(folder: Path) -> dict:
     model.mkdir(exist_ok=True)
     for name in SHARDS:
         (model / name).touch()
-    (model / "config.json").write_text('{"num_attention_heads": 32, "hidden_size": 4096}')
+    (model / "config.json").write_text(json.dumps(LLAMA3_8B))
     (model / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     (folder / "rows.jsonl").touch()
     return {

@@ -37,6 +37,7 @@ from kasa_tune.config import describe, parts, reading
 from kasa_tune.config.schemas import SCHEMAS
 from kasa_tune.families import MODELS, training_configs
 from kasa_tune.methods import METHODS, method_of
+from tests.toy_checkpoints import config_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -579,14 +580,7 @@ def _write_checkpoint(family, folder):
         options["tie_word_embeddings"] = family.tied
     tensors = {name: value.contiguous() for name, value in family.to_hf(weights, **options).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    described = {
-        "num_attention_heads": SIZES["num_heads"],
-        "num_key_value_heads": SIZES["num_kv_heads"],
-        "hidden_size": SIZES["embed_dim"],
-        "head_dim": family.head_dim,
-        "tie_word_embeddings": family.tied,
-        "vocab_size": SIZES["vocab_size"],
-    }
+    described = config_of(family.builder, family.model)
     (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
     return folder
 

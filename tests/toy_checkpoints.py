@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's files, of the toy models and of any weights under torchtune's names."""
 
+import inspect
 import json
 from typing import NamedTuple
 
@@ -13,6 +14,24 @@ from torchtune.training import FullModelHFCheckpointer
 
 from tests.toy_models import FAMILIES, randomized
 
+# config.json's keys of what every builder takes.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "intermediate_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_base",
+}
+_LLAMA31 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _CONVERT = {"GEMMA2": gemma2_tune_to_hf, "QWEN2": qwen2_tune_to_hf}
 
 
@@ -63,6 +82,35 @@ def toy(name, dtype=torch.float32):
     return sizes, {key: value.to(dtype) for key, value in state.items()}
 
 
+def config_of(family, sizes):
+    """config.json of a toy, under the keys of transformers 4.
+
+    Args:
+        family: of :data:`~tests.toy_models.FAMILIES`.
+        sizes: arguments of its builder; of others it has the defaults.
+    """
+    parameters = inspect.signature(FAMILIES[family].base).parameters.values()
+    values = {one.name: one.default for one in parameters if one.default is not one.empty} | sizes
+    config = {key: values[ours] for key, ours in _KEYS.items()}
+    config["model_type"] = "llama" if family.startswith("llama") else family
+    config["hidden_act"] = "gelu_pytorch_tanh" if family.startswith("gemma") else "silu"
+    config["tie_word_embeddings"] = values.get("tie_word_embeddings", FAMILIES[family].tied)
+    if "scale_factor" in values:
+        config["rope_scaling"] = _LLAMA31 | {"factor": values["scale_factor"]}
+    if "head_dim" in values:
+        config["head_dim"] = values["head_dim"]
+    if family == "mistral":
+        config["sliding_window"] = None
+    if family == "gemma2":
+        config |= {
+            "sliding_window": values["sliding_window_size"],
+            "query_pre_attn_scalar": values["query_pre_attn_scalar"] or values["head_dim"],
+            "attn_logit_softcapping": values["hidden_capping_value"],
+            "final_logit_softcapping": values["final_capping_value"],
+        }
+    return config
+
+
 def write_checkpoint(
     folder, name, *, dtype=torch.float32, shards=1, change=lambda state: None, save=save_file
 ):
@@ -70,17 +118,8 @@ def write_checkpoint(
     sizes, weights = toy(name, dtype)
     state = to_hf(weights, MODELS[name].model_type, sizes)
     change(state)
-    config = {
-        "num_attention_heads": sizes["num_heads"],
-        "num_key_value_heads": sizes["num_kv_heads"],
-    }
-    config |= {
-        "hidden_size": sizes["embed_dim"],
-        "tie_word_embeddings": sizes.get("tie_word_embeddings", False),
-    }
-    config |= {key: sizes[key] for key in ("head_dim",) if key in sizes}
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config_of(MODELS[name].family, sizes)))
     suffix = "safetensors" if save is save_file else "bin"
     names = [f"model-{index + 1:05d}-of-{shards:05d}.{suffix}" for index in range(shards)]
     keys = sorted(state)

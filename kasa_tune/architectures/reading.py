@@ -98,7 +98,7 @@ def read_architecture(folder: Path | str) -> Architecture:
         ValueError: config.json is no JSON object, or a value is missing, of a wrong type or not
             supported; the message names file and key.
     """
-    return _reading(folder)[0]
+    return read_with_settings(folder)[0]
 
 
 def unknown_keys(folder: Path | str) -> list[str]:
@@ -107,7 +107,7 @@ def unknown_keys(folder: Path | str) -> list[str]:
     Raises:
         ValueError: as :func:`read_architecture`.
     """
-    settings = _reading(folder)[1]
+    settings = read_with_settings(folder)[1]
     return sorted(
         key
         for key, value in settings.values.items()
@@ -125,7 +125,8 @@ def architecture_of(config: Mapping[str, Any], name: str = "config.json") -> Arc
     return _read(config, name)[0]
 
 
-def _reading(folder: Path | str) -> tuple[Architecture, Settings]:
+def read_with_settings(folder: Path | str) -> tuple[Architecture, Settings]:
+    """As :func:`read_architecture`, with the values that the architecture was read from."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -36,6 +36,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.references import check_references
+from kasa_tune.config.rules_of_architecture import architecture_fits
 from kasa_tune.config.schemas import (
     CORDA,
     EXPORT,
@@ -191,6 +192,8 @@ def load(
     of_sizes = (sizes.rank_fits, sizes.heads_divide, sizes.output_is_free, sizes.rows_fit)
     for rule in rules.BETWEEN_KEYS + of_sizes + of_files:
         problems += rule(good)
+    if check_files and not problems:
+        problems += architecture_fits(good)
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
     return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))

@@ -14,9 +14,10 @@ from typing import Any
 
 from kasa_tune import registry
 from kasa_tune.config.entries import Problem, shortened, show
-from kasa_tune.config.file_kinds import settings_of, tokenizer_kind, weights_files
+from kasa_tune.config.file_kinds import tokenizer_kind, weights_files
 from kasa_tune.config.folders import checkpoint_folder, reads_folder
 from kasa_tune.config.parts import TOKENIZER
+from kasa_tune.config.rules_of_architecture import numbers_of_heads
 
 _TOKENIZER_FILES = tuple(name for name in TOKENIZER.values if name.endswith(("path", "_file")))
 _TRACKERS = {  # metric loggers to the packages they import
@@ -66,28 +67,11 @@ def checkpoint_files(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _model_settings(key: str, path: str) -> Iterator[Problem]:
-    """What torchtune reads from config.json is there. Without `num_key_value_heads` there are as many as heads."""
-    if not os.path.exists(path):
+    """config.json is there, with what torchtune reads from it."""
+    if os.path.exists(path):
+        yield from numbers_of_heads(key, path)
+    else:
         yield from _missing(key, path, ", and belongs beside the weights")
-        return
-    try:
-        settings = settings_of(path)
-    except ValueError as error:
-        yield Problem(key, f"{show(path)} {shortened(str(error), 120)}")
-        return
-    for name, required in (
-        ("num_attention_heads", True),
-        ("hidden_size", True),
-        ("num_key_value_heads", False),
-        ("head_dim", False),
-    ):
-        value = settings.get(name)
-        if value is None and not required:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            given = f"{name} {show(value)}" if name in settings else f"no {name}"
-            yield Problem(key, f"{show(path)} has {given}; expected an integer, at least 1")
-            return
 
 
 def _listed_files(folder: str, given: Any) -> Iterator[Problem]:

@@ -101,6 +101,48 @@ def _constants(module: Module, node: Any) -> dict[str, Any]:
     }
 
 
+def built_from(path: str) -> tuple[str, dict[str, Any]]:
+    """The name of the function that the builder at dotted `path` hands its work to in the end, such as `llama3`, and
+    the numbers that it gets: its defaults, and what the builders before pass on by keyword. Raises as `static`.
+    """
+    return _built_from(*find(path))
+
+
+def _built_from(module: Module, node: Any) -> tuple[str, dict[str, Any]]:
+    while isinstance(node, Call) and node.call.args:
+        module, node = expression(module, node.call.args[0])
+    if not isinstance(node, ast.FunctionDef):
+        raise UnreadableError(f"{module.name} does not say what is built")
+    own, last = _defaults(node.args), node.body[-1]
+    if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Call):
+        return node.name, own
+    outer = last.value
+    inner = outer.args[0] if outer.args else outer
+    if not isinstance(inner, ast.Call):  # it goes on with what it has built
+        return node.name, own
+    module, target = expression(module, inner.func)
+    if isinstance(target, ast.ClassDef):
+        return node.name, own
+    name, values = _built_from(module, target)
+    for call in dict.fromkeys((inner, outer)):
+        values |= {
+            keyword.arg: keyword.value.value
+            if isinstance(keyword.value, ast.Constant)
+            else own.get(ast.unparse(keyword.value))
+            for keyword in call.keywords
+            if keyword.arg
+        }
+    return name, values
+
+
+def _defaults(args: ast.arguments) -> dict[str, Any]:
+    """The constants that parameters have as defaults."""
+    positional = [*args.posonlyargs, *args.args]
+    pairs = [*zip(reversed(positional), reversed(args.defaults))]
+    pairs += zip(args.kwonlyargs, (default or ast.Constant(None) for default in args.kw_defaults))
+    return {arg.arg: value.value for arg, value in pairs if isinstance(value, ast.Constant)}
+
+
 def members(path: str) -> list[str]:
     """The names that the enumeration at dotted `path` assigns; raises as `static`."""
     _, node = find(path)

@@ -1,12 +1,22 @@
 """Values that no run can use: each is refused while the config is read, in a short sentence that names its key."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 from kasa_tune import config
-from tests.config_trees import SHARDS, complete, folder_of, load, only_problem, problems, write
+from tests.config_trees import (
+    LLAMA3_8B,
+    SHARDS,
+    complete,
+    folder_of,
+    load,
+    only_problem,
+    problems,
+    write,
+)
 
 TINY = "tiny_kasa"
 
@@ -273,7 +283,16 @@ def test_a_config_of_the_base_that_tells_no_sizes_is_refused(tree, text, words):
 
 
 def test_without_heads_of_keys_and_values_there_are_as_many_as_heads(tree):
-    load(tree)  # its config.json has no num_key_value_heads
+    """Llama 2 7B has as many, Llama 3 8B fewer."""
+    llama2 = LLAMA3_8B | {"vocab_size": 32_000, "intermediate_size": 11_008, "rope_theta": 1e4}
+    del llama2["num_key_value_heads"]
+    path = Path(tree["checkpointer"]["checkpoint_dir"], "config.json")
+    path.write_text(json.dumps(llama2))
+    load(tree, "model=kasa_tune.components.models.kasa_llama2_7b")
+    path.write_text(json.dumps(LLAMA3_8B | {"num_key_value_heads": None}))
+    key, text = only_problem(tree)
+    assert key == "model._component_"
+    assert "num_key_value_heads is 32 by default, and kasa_llama3_8b has 8" in text
 
 
 def test_every_part_of_the_weights_is_listed(tree):

@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kasa_tune.architectures import Architecture
+from kasa_tune.architectures.comparing import told_apart
+from kasa_tune.architectures.saving import from_json
 from kasa_tune.components.checkpoints.files import is_endless, size_and_digest
 from kasa_tune.components.checkpoints.serialization import decode
 
@@ -112,7 +115,32 @@ class Checkpoint:
                 "output_dir."
             )
 
-    def check_belongs(self, *, base_fingerprint: str, model: Mapping[str, Any]) -> None:
+    @property
+    def architecture(self) -> Architecture | None:
+        """What the config.json of the base said when the run was trained. None of a run that did
+        not keep it.
+
+        Raises:
+            ValueError: run.json holds something else there.
+        """
+        kept = self.run.get("architecture")
+        return None if kept is None else from_json(kept, f"{self}: run.json")
+
+    def longest(self, otherwise: int) -> int:
+        """Tokens of the longest sequence that the run was trained on, as far as its config says;
+        else ``otherwise``.
+        """
+        tokenizer = self.config.get("tokenizer")
+        given = tokenizer.get("max_seq_len") if isinstance(tokenizer, Mapping) else None
+        return given if type(given) is int and given > 0 else otherwise
+
+    def check_belongs(
+        self,
+        *,
+        base_fingerprint: str,
+        model: Mapping[str, Any],
+        architecture: Architecture | None = None,
+    ) -> None:
         """Raise an error if the checkpoint was trained on another base or with another ``model``
         section.
 
@@ -121,6 +149,7 @@ class Checkpoint:
                 of the models room.
             model: the resolved ``model`` section of the present config. Only ``dropout`` may
                 differ, and ``checkpoint_dir``, which says where the base lies.
+            architecture: that the config.json of the present base describes, if it is known.
 
         Raises:
             CheckpointError: they differ. The message names the key, the saved value and the given
@@ -132,6 +161,14 @@ class Checkpoint:
                 "checkpointer.checkpoint_dir (checkpoint_dir for an export) to the base that it "
                 "was trained on."
             )
+        trained = self.architecture
+        if trained and architecture:
+            longest = self.longest(trained.max_seq_len)
+            if told := told_apart(trained, architecture, longest=longest):
+                raise CheckpointError(
+                    f"{self} was trained on these weights with another config.json: {told}. Give "
+                    "the config.json that it was trained with."
+                )
         saved, unset = self.config.get("model"), "unset"
         if not isinstance(saved, Mapping):
             raise CheckpointError(f"{self}: the config in its run.json has no section model.")

@@ -20,6 +20,7 @@ from kasa_tune.components.checkpoints import (
     build_allowed,
     find_checkpoint,
 )
+from kasa_tune.components.exchange.same_model import check_same_model
 from kasa_tune.components.exchange.trained_run import check_state
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized, to_parts
@@ -118,8 +119,8 @@ class AdapterSet:
             path: a run's output_dir, one of its checkpoints, or an exported native adapter.
 
         Raises:
-            CheckpointError: there is no whole checkpoint, or it was trained on other base weights, or it is of a kind
-                that cannot be switched on a shared base.
+            CheckpointError: there is no whole checkpoint, or it was trained on other base weights or in a model that
+                computes otherwise, or it is of a kind that cannot be switched on a shared base.
             ValueError: the name is taken, the model lacks a linear that the adapter is for, or the adapter is damaged.
         """
         if name in self._changed:
@@ -127,8 +128,10 @@ class AdapterSet:
                 f"An adapter named {name!r} is loaded already: remove it, or choose another name."
             )
         checkpoint = find_checkpoint(Path(path))
-        trained = _trained_linears(checkpoint, self._folder)
+        trained_model = _trained_model(checkpoint, self._folder)
+        trained = dict(adapter_linears(trained_model))
         self._check_fits(checkpoint, trained)
+        check_same_model(checkpoint, trained_model, self._base.model)
         self._base.check(checkpoint)
         updates: dict[str, LowRank] = {}
         for linear_name, linear in trained.items():
@@ -278,9 +281,9 @@ def _added(y: Tensor, x: Tensor, update: LowRank) -> Tensor:
     return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, update.rank), out.T).view_as(y)
 
 
-def _trained_linears(checkpoint: Checkpoint, folder: str | None) -> dict[str, AdapterLinear]:
-    """The adapter linears of the run's model, on meta, once it is clear that their state is whole and that what it does
-    to a model can be added to it.
+def _trained_model(checkpoint: Checkpoint, folder: str | None) -> nn.Module:
+    """The run's model, on meta, once it is clear that the state of its adapters is whole and that what it does to a
+    model can be added to it.
     """
     check_state(checkpoint, with_base=False)
     state = checkpoint.adapter
@@ -295,8 +298,7 @@ def _trained_linears(checkpoint: Checkpoint, folder: str | None) -> dict[str, Ad
             f"{checkpoint} is a DoRA adapter. It scales the rows of the base's weights, which cannot be added to "
             "them: merge it (tune run export_adapter --config merged_export) and load the result as a model."
         )
-    linears = dict(adapter_linears(model))
-    for name, linear in linears.items():
+    for name, linear in adapter_linears(model):
         if (
             checkpoint.has_quantized_base
             and linear.edit_storage == "folded"
@@ -307,7 +309,7 @@ def _trained_linears(checkpoint: Checkpoint, folder: str | None) -> dict[str, Ad
                 "(QCorDA, QPiSSA, LoftQ), so its base is no other adapter's. Load it on that base by itself, as "
                 "generate_text does, or merge it (tune run export_adapter --config merged_export)."
             )
-    return linears
+    return model
 
 
 class _Base:
@@ -322,14 +324,14 @@ class _Base:
     def __init__(
         self, model: nn.Module, linears: Mapping[str, nn.Linear], fingerprint: str | None
     ) -> None:
-        self._model, self._linears = model, linears
+        self.model, self._linears = model, linears
         self._searched = fingerprint is not None
         self._known = {fingerprint}
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return next(self._model.parameters()).device
+        return next(self.model.parameters()).device
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless the run was trained on these weights."""
@@ -348,7 +350,7 @@ class _Base:
             self._check_quantized(checkpoint, run["quantized_base"], in_nf4)
             return
         if run["base"] not in self._known and not self._searched:
-            weights = self._model.state_dict()
+            weights = self.model.state_dict()
             self._known |= {weights_fingerprint(_InDtype(weights, dtype)) for dtype in FILE_DTYPES}
             self._searched = True
         if run["base"] not in self._known:

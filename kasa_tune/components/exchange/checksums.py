@@ -1,4 +1,4 @@
-"""checksums.json beside an exported adapter: sizes and SHA-256 sums of its files, and the digest of its base.
+"""checksums.json beside an exported adapter: sizes and SHA-256 sums of its files, digest and architecture of its base.
 
 PEFT, vLLM and llama.cpp do not look at it; the recipe ``import_adapter`` does.
 """
@@ -6,36 +6,53 @@ PEFT, vLLM and llama.cpp do not look at it; the recipe ``import_adapter`` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from kasa_tune.architectures import Architecture
+from kasa_tune.architectures.saving import from_json
 from kasa_tune.components.checkpoints.files import size_and_digest
 from kasa_tune.components.models.base_files import read_object
 
 CHECKSUMS = "checksums.json"
 
 
-def write_checksums(folder: Path, names: Iterable[str], *, base_digest: str) -> None:
+class ExportedFor(NamedTuple):
+    """The base that an adapter was exported for, as far as its folder tells."""
+
+    base_digest: str | None = None
+    architecture: Architecture | None = None
+
+
+def write_checksums(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    base_digest: str,
+    architecture: Mapping[str, Any] | None = None,
+) -> None:
     """Write the file.
 
     Args:
         folder: of the adapter.
         names: of its files.
         base_digest: :func:`~kasa_tune.components.models.base_weights.weights_digest` of the base.
+        architecture: of the base, in plain containers.
     """
     content = {
         "files": {name: size_and_digest(folder / name) for name in names},
         "base_digest": base_digest,
+        **({"architecture": architecture} if architecture else {}),
     }
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def check_checksums(folder: Path) -> str | None:
+def check_checksums(folder: Path) -> ExportedFor:
     """Compare an adapter's files with the sums beside them, where there are such.
 
     Returns:
-        The digest of the base that the adapter was exported for; None without checksums.json.
+        The base that the adapter was exported for, as far as checksums.json tells.
 
     Raises:
         FileNotFoundError: a file that is listed is missing.
@@ -43,7 +60,7 @@ def check_checksums(folder: Path) -> str | None:
     """
     path = folder / CHECKSUMS
     if not path.is_file():
-        return None
+        return ExportedFor()
     content = read_object(path)
     files: Any = content.get("files")
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
@@ -56,5 +73,8 @@ def check_checksums(folder: Path) -> str | None:
                 f"{folder / name} is not the file that was exported: its SHA-256 sum differs from {CHECKSUMS}. Copy "
                 f"the adapter again; if you changed the file yourself, remove {CHECKSUMS}."
             )
-    digest = content.get("base_digest")
-    return digest if isinstance(digest, str) else None
+    digest, kept = content.get("base_digest"), content.get("architecture")
+    return ExportedFor(
+        digest if isinstance(digest, str) else None,
+        None if kept is None else from_json(kept, path),
+    )

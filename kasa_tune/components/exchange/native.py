@@ -12,9 +12,18 @@ from torch import Tensor
 from kasa_tune.components.checkpoints import read_manifest, save_checkpoint
 from kasa_tune.components.checkpoints.checkpoint import MANIFEST
 from kasa_tune.components.exchange.trained_run import TrainedRun
+from kasa_tune.components.models.agreement import kept_architecture
 from kasa_tune.components.quantized.base import FOLDER
 
-_KEPT = ("step", "base", "base_digest", "data", "config", "quantized_base")  # of the part `run`
+_KEPT = (  # of the part `run`
+    "step",
+    "base",
+    "base_digest",
+    "architecture",
+    "data",
+    "config",
+    "quantized_base",
+)
 
 
 def write_native(run: TrainedRun, folder: Path) -> None:
@@ -24,7 +33,8 @@ def write_native(run: TrainedRun, folder: Path) -> None:
         run: what to export.
         folder: exists; it becomes what ``adapter_checkpoint`` takes.
     """
-    write_adapter(folder, run.adapter, {key: run.state[key] for key in _KEPT if key in run.state})
+    state = {key: run.state[key] for key in _KEPT if key in run.state}
+    write_adapter(folder, run.adapter, kept_architecture(run.checkpoint_dir) | state)
     if run.quantized:
         _copy_checkpoint(run.quantized.folder, folder / FOLDER / run.quantized.folder.name)
 

@@ -56,7 +56,7 @@ class PeftAdapter:
 
     Attributes:
         config: what adapter_config.json says.
-        base_digest: of the base it was exported for, if checksums.json says so.
+        base_digest, architecture: of the base it was exported for, if checksums.json says so.
         layers: the adapted modules by their names in the base model.
         copies: modules of which the file also holds the base's weight, as PEFT does with an adapted output projection.
 
@@ -67,7 +67,7 @@ class PeftAdapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base_digest = check_checksums(folder)
+        self.base_digest, self.architecture = check_checksums(folder)
         self.config = read_config(folder)
         self.copies: list[str] = []
         self._biases: dict[str, str] = {}  # keys of the base's biases that the file holds besides

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasa_tune.architectures.comparing import told_apart
 from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
 from kasa_tune.components.checkpoints import build_allowed
@@ -29,6 +30,7 @@ from kasa_tune.components.linalg.decomposition import (
     smallest_triplets,
 )
 from kasa_tune.components.linalg.low_rank import LowRank
+from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_weights import StreamedWeights, weights_digest
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.methods import LINEARS, METHODS, methods_of
@@ -91,6 +93,7 @@ class PeftImport:
             adapter.check_fits(base.stored)
             adapter.check_copies(base.read, base.stored)
         _check_start(peft, initial)
+        self._check_architecture()
         self._places = self._find_places(model)
         self._adapted = [
             name for name, place in self._places.items() if place.module in peft.layers
@@ -167,10 +170,25 @@ class PeftImport:
         trained = known and METHODS[start] in methods_of("corda_finetune")
         return {"method": start if trained else "lora", "dtype": "fp32"}
 
+    def _check_architecture(self) -> None:
+        """Raise ValueError if the adapter was exported for a base with another config.json."""
+        given = base_architecture(self.base.folder) if self.base.folder else None
+        for adapter in filter(None, (self.peft, self.initial)):
+            if given and adapter.architecture:
+                longest = adapter.architecture.max_seq_len
+                if told := told_apart(adapter.architecture, given, longest=longest):
+                    raise ValueError(
+                        f"{adapter.folder} was exported for a base with another config.json than "
+                        f"that in {self.base.folder}: {told}."
+                    )
+
     def _find_places(self, model: Mapping[str, Any]) -> dict[str, Location]:
         """Of every linear that could be adapted, in the model's order."""
         everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
         built = _build(_section(model, "lora", everything))
+        if self.base.folder:  # no sequence is run here, so a window makes no difference
+            builder, kind = model["_component_"], self.base.model_type
+            check_architecture(built, self.base.folder, longest=0, builder=builder, model_type=kind)
         names = [
             *block_linears(built),
             *(["output"] if isinstance(getattr(built, "output", None), nn.Linear) else []),

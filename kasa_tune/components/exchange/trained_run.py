@@ -30,6 +30,7 @@ from kasa_tune.components.checkpoints import (
 )
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize
+from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
     StreamedWeights,
@@ -218,7 +219,8 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
         CheckpointError: the checkpoint is unfinished or damaged, belongs to other base weights, or lacks its quantized
             base.
         ValueError: the checkpoint names something to call that a data file may not name; the base is no Hugging Face
-            checkpoint in safetensors, or not of the model that was trained; the adapter holds NaN or infinity.
+            checkpoint in safetensors, or not of the model that was trained, or its config.json describes another one;
+            the adapter holds NaN or infinity.
     """
     checkpoint = find_checkpoint(path)
     check_state(checkpoint)
@@ -226,10 +228,21 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     base, folder = _open_base(checkpoint, checkpoint.config["checkpointer"], checkpoint_dir)
     if "checkpoint_dir" in model_config:
         model_config = {**model_config, "checkpoint_dir": str(folder)}
-    checkpoint.check_belongs(base_fingerprint=weights_fingerprint(base), model=model_config)
+    checkpoint.check_belongs(
+        base_fingerprint=weights_fingerprint(base),
+        model=model_config,
+        architecture=base_architecture(folder),
+    )
     build = partial(build_allowed, model_config, "model", checkpoint)
-    model = build_on_meta(build, dtype=torch.float32)
+    model: Any = build_on_meta(build, dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
+    check_architecture(
+        model,
+        folder,
+        longest=checkpoint.longest(model.max_seq_len),
+        builder=model_config["_component_"],
+        model_type=base.model_type,
+    )
     check_adapter_fits(model, checkpoint.adapter)
     quantized = linears_in_nf4(model, checkpoint)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}

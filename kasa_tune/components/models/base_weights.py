@@ -22,7 +22,9 @@ from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from kasa_tune.architectures import read_architecture
+from kasa_tune.architectures.comparing import AS_STORED
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError
+from kasa_tune.components.models.agreement import base_architecture, kept_architecture
 from kasa_tune.components.models.base_files import (
     check_base_files,
     checked_config,
@@ -65,7 +67,8 @@ class CheckpointFolder:
         architecture = read_architecture(self.folder)
         paths = [self.folder / name for name in weight_files(self.folder)]
         try:
-            return StreamedWeights(paths, partial(to_native, architecture))
+            convert = partial(to_native, architecture)
+            return StreamedWeights(paths, convert, self.folder, AS_STORED)
         except SafetensorError as error:
             raise ValueError(
                 f"A file with weights in {self.folder} is damaged or was not fetched whole: "
@@ -96,7 +99,8 @@ def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
         if type(checkpointer) is FullModelHFCheckpointer:
             paths = [Path(path) for path in checkpointer._checkpoint_paths]
             if all(path.suffix == ".safetensors" for path in paths):
-                return StreamedWeights(paths, _conversion(checkpointer))
+                kind = checkpointer._model_type.name
+                return StreamedWeights(paths, _conversion(checkpointer), folder, kind)
         return _checked(checkpointer.load_checkpoint()["model"])
     except Exception as error:  # a converter's own errors (KeyError, a shape that cannot be viewed, ...) name no file
         raise ValueError(
@@ -128,7 +132,7 @@ def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
 
 def open_base(
     cfg: DictConfig, checkpoint: Checkpoint | None = None, *, is_rank_zero: bool = True
-) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Open the base weights of a config, and compare them with those that a checkpoint was trained on.
 
     Args:
@@ -138,8 +142,8 @@ def open_base(
         is_rank_zero: whether this process is the one that reads every byte.
 
     Returns:
-        The weights, and what a checkpoint keeps of them: their fingerprint ``base``, and ``base_digest`` where every
-        byte was read.
+        The weights, and what a checkpoint keeps of them: their fingerprint ``base``, the ``architecture`` that
+        config.json describes, and ``base_digest`` where every byte was read.
 
     Raises:
         ValueError: as :func:`read_base_weights`.
@@ -149,9 +153,14 @@ def open_base(
     fingerprint = weights_fingerprint(base)
     if checkpoint:
         model: Any = OmegaConf.to_container(cfg.model, resolve=True)
-        checkpoint.check_belongs(base_fingerprint=fingerprint, model=model)
+        checkpoint.check_belongs(
+            base_fingerprint=fingerprint,
+            model=model,
+            architecture=base_architecture(cfg.checkpointer.checkpoint_dir),
+        )
+    kept = {"base": fingerprint, **kept_architecture(cfg.checkpointer.checkpoint_dir)}
     if cfg.get("verify_base") != "full" or not is_rank_zero:
-        return base, {"base": fingerprint}
+        return base, kept
     digest = weights_digest(base)
     trained_on = checkpoint.run.get("base_digest", digest) if checkpoint else digest
     if trained_on != digest:
@@ -160,7 +169,7 @@ def open_base(
             f"given have {digest}: some value differs. Set checkpointer.checkpoint_dir to the base "
             "that it was trained on."
         )
-    return base, {"base": fingerprint, "base_digest": digest}
+    return base, kept | {"base_digest": digest}
 
 
 class Location(NamedTuple):
@@ -178,6 +187,9 @@ class StreamedWeights(Mapping[str, Tensor]):
     Args:
         paths: the files; of a name in several of them the last counts.
         convert: a dict of the files' names and tensors to one of this mapping's, tensor by tensor.
+        folder: of the checkpoint, with its config.json. None if there is none.
+        model_type: of the checkpointer that converts, or
+            :data:`~kasa_tune.architectures.comparing.AS_STORED`.
 
     Attributes:
         meta: this mapping on the meta device: shapes and dtypes without reading any tensor.
@@ -187,8 +199,14 @@ class StreamedWeights(Mapping[str, Tensor]):
         ValueError: a tensor is of no unquantized floating dtype.
     """
 
-    def __init__(self, paths: list[Path], convert: Convert) -> None:
-        self._convert = convert
+    def __init__(
+        self,
+        paths: list[Path],
+        convert: Convert,
+        folder: Path | None = None,
+        model_type: str | None = None,
+    ) -> None:
+        self._convert, self.folder, self.model_type = convert, folder, model_type
         self._keys: dict[str, str] = {}
         self.meta: dict[str, Tensor] = {}
         self.stored: dict[str, Tensor] = {}

@@ -73,11 +73,8 @@ def load_base_weights(
         ValueError: names or shapes differ from the model's (the first differences are listed), or a weight holds NaN or
             infinity.
     """
-    expected = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
-    _check_same_shapes(
-        {name: tuple(value.shape) for name, value in expected.items()}, shapes_of(weights)
-    )
-    for name, value in expected.items():
+    check_shapes(model, weights)
+    for name, value in _base_state(model).items():
         if name not in without:
             set_tensor(model, name, read_tensor(weights, name, device=device, dtype=value.dtype))
     for module in model.modules():
@@ -86,6 +83,26 @@ def load_base_weights(
                 module.rope_init()
     for _, linear in adapter_linears(model):
         linear.materialize(device, adapter_dtype)
+
+
+def check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """See that base weights have the names and shapes of the model's, without reading a tensor
+    where the mapping knows them.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: they differ; the message lists the first differences.
+    """
+    expected = {name: tuple(value.shape) for name, value in _base_state(model).items()}
+    _check_same_shapes(expected, shapes_of(weights))
+    return len(expected)
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without that of its adapters."""
+    return {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
 
 
 def read_tensor(

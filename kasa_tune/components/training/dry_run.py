@@ -15,9 +15,9 @@ from torchtune import training
 from torchtune.config import instantiate
 from torchtune.modules import TransformerDecoder
 
-from kasa_tune.architectures.files import weight_files
 from kasa_tune.components.corda import calibration_bytes, shared_inputs
 from kasa_tune.components.quantized import base_bytes
+from kasa_tune.components.training.base_line import base_line
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
 from kasa_tune.methods import method_of
 
@@ -34,7 +34,8 @@ def dry_run_report(
     calibration: tuple[Any, Any] | None = None,
     shards: int = 1,
 ) -> list[str]:
-    """Lines to print: trained parameters, and bytes by purpose.
+    """Lines to print: trained parameters, bytes by purpose, and what was compared with the base's
+    files.
 
     Args:
         cfg: the checked config of a fine-tuning recipe.
@@ -51,18 +52,7 @@ def dry_run_report(
     )
     report = budget_report(model, per_process(budget, model, shards))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return [*report, f"Parameters of the base: {frozen:,}", *_absent_weights(cfg)]
-
-
-def _absent_weights(cfg: DictConfig) -> list[str]:
-    """A line on weights that are not there yet, of a model that is what its folder says."""
-    if not cfg.checkpointer._component_.endswith(".CheckpointFolder"):
-        return []
-    try:
-        weight_files(Path(cfg.checkpointer.checkpoint_dir))
-    except (ValueError, OSError) as error:
-        return [f"The weights are not there: {error}"]
-    return []
+    return [*report, f"Parameters of the base: {frozen:,}", base_line(cfg, model)]
 
 
 def rows_at_hand(cfg: DictConfig) -> bool:

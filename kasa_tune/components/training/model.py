@@ -10,12 +10,14 @@ from torch import nn
 from torchtune import modules, training
 from torchtune.config import instantiate
 
+from kasa_tune.components.models.agreement import check_base
 from kasa_tune.components.models.loading import build_on_meta, require_adapters
 from kasa_tune.components.training.loss import return_hidden_states
 
 
 def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
-    """Build the config's model with its adapters on the meta device.
+    """Build the config's model with its adapters on the meta device, and compare it with the
+    config.json of its checkpoint, if that is there.
 
     Its forward pass returns the last hidden states ``[b, s, d]``, because the loss does the output
     projection. With ``cfg.enable_activation_checkpointing`` each block stores only its input and
@@ -26,10 +28,12 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
         dtype: dtype of the base weights.
 
     Raises:
-        ValueError: the model has no adapters of this package.
+        ValueError: the model has no adapters of this package, or config.json describes another
+            model.
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
+    check_base(model, cfg)
     return_hidden_states(model)
     if cfg.enable_activation_checkpointing:
         blocks = {modules.TransformerSelfAttentionLayer}

@@ -75,7 +75,8 @@ class Steps:
         optimizer: the optimizer of the trained parameters.
         lr_scheduler: the learning rate schedule, advanced once a step. None for a constant rate.
         checkpoint: the checkpoint that the run started from, if there is one.
-        fingerprints: fingerprints of data and base weights, stored in every checkpoint.
+        fingerprints: fingerprints of data and base weights and the base's architecture, stored in
+            every checkpoint.
         device: device of the model.
         ignore_index: label of tokens that nothing is learned from.
         processes: the processes that train together. None for a single process.
@@ -100,7 +101,7 @@ class Steps:
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
         checkpoint: Checkpoint | None,
-        fingerprints: Mapping[str, str],
+        fingerprints: Mapping[str, Any],
         device: torch.device,
         ignore_index: int = -100,
         processes: World | SingleProcess | None = None,
