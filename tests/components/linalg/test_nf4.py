@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchao.dtypes.nf4tensor import to_nf4
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
@@ -27,6 +26,7 @@ from kasa_tune.components.linalg.nf4 import (
     quantize,
     quantize_workspace,
     quantized_bytes,
+    to_nf4,
     to_parts,
 )
 from tests.tolerances import assert_rounding_only, assert_same_bits
