@@ -210,7 +210,9 @@ def _run(argv: list[str]) -> int:
     if options:
         from torch.distributed import run as torchrun
 
-        torchrun.main([*_standalone(options), *options, str(path), *recipe_args])
+        # Each process begins with this package, which torchtune needs beside a new torchao.
+        ours = ["--module", "kasa_tune", "run"]
+        torchrun.main([*_standalone(options), *options, *ours, str(path), *recipe_args])
         return 0
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a config may name components of the working directory
