@@ -12,6 +12,7 @@ torchtune. Other packages never see the stand-ins, because torchao's modules hol
 torchtune imports them. This module imports none of the three packages by itself.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,18 @@ def _stand_in(name: str) -> Callable[..., NoReturn]:
         )
 
     return gone
+
+
+def quiet() -> None:
+    """Hide what torchao and torch log while torchao is imported: which kernels it cannot load, none
+    of which is used here, and how it registers one of its classes.
+    """
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").addFilter(_is_not_of_torchao)
+
+
+def _is_not_of_torchao(record: logging.LogRecord) -> bool:
+    return "KernelPreference" not in record.getMessage()
 
 
 def install() -> None:

@@ -1,5 +1,5 @@
-"""However the two packages come to be installed, the stock `tune` sees our recipes and configs, beside the torchao of the
-environment and beside the last one that torchtune can be imported with by itself.
+"""However the two packages come to be installed, the stock `tune` sees our recipes and configs, beside the torchao of
+the environment and beside the last one that torchtune can be imported with by itself.
 
 Each case is an environment of its own. Everything heavy (torch and the rest) is borrowed from the environment that runs
 the tests, through a folder of links that leaves out torchtune and kasa_tune; those two are then really installed.
