@@ -2,6 +2,8 @@
 bit.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -374,6 +376,28 @@ def test_optimizer_states_come_back_bit_for_bit(make, tmp_path):
     assert torch.equal(again.dequantize(), state.dequantize())
     state.copy_(torch.zeros(state.shape))
     assert again.dequantize().any()  # a copy
+
+
+@pytest.mark.parametrize("stored", [[], ["torch.float32"], ["torch.bfloat16"]], ids=str)
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES)
+def test_optimizer_states_of_either_torchao_are_read(make, stored):
+    """They have a dtype since torchao 0.16, before the optimizer casts them to that of the parameters."""
+    state = make()
+    state.copy_(normal(*state.shape).abs())
+    kind, parts, numbers = to_parts(state)
+    numbers = [number for number in numbers if not isinstance(number, str)]
+    again = from_parts(kind, parts, numbers + stored)
+    assert torch.equal(again.dequantize(), state.dequantize())
+    takes_dtype = "dtype" in inspect.signature(type(state).zeros).parameters
+    bf16 = takes_dtype and stored == ["torch.bfloat16"]
+    assert again.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert again.shape == state.shape
+
+
+def test_a_dtype_is_nothing_else_of_torch():
+    kind, parts, (*sizes, _) = to_parts(quantize(normal(128, 128)))
+    with pytest.raises(ValueError, match=r"Unknown dtype of a quantized tensor: 'torch\.load'"):
+        from_parts(kind, parts, [*sizes, "torch.load"])
 
 
 def goes_on_bit_for_bit(optimizer_class, folder):
