@@ -1,5 +1,5 @@
 """Weights in 4-bit NormalFloat (NF4, arXiv 2305.14314), and optimizer states in 8 bits or less. No
-other file reads torchao's internals.
+other file reads torchao's internals; :mod:`kasa_tune.torchao_bridge` shows torchtune where they are.
 
 What is stored names no module of torchao: a checkpoint that was written beside one version of it is
 read beside another.

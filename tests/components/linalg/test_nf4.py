@@ -381,7 +381,7 @@ def test_optimizer_states_come_back_bit_for_bit(make, tmp_path):
 @pytest.mark.parametrize("stored", [[], ["torch.float32"], ["torch.bfloat16"]], ids=str)
 @pytest.mark.parametrize("make", STATES.values(), ids=STATES)
 def test_optimizer_states_of_either_torchao_are_read(make, stored):
-    """They have a dtype since torchao 0.16, before the optimizer casts them to that of the parameters."""
+    """Since torchao 0.16 they have a dtype; an optimizer that loads them casts them to that of its parameters."""
     state = make()
     state.copy_(normal(*state.shape).abs())
     kind, parts, numbers = to_parts(state)
@@ -400,13 +400,13 @@ def test_a_dtype_is_nothing_else_of_torch():
         from_parts(kind, parts, [*sizes, "torch.load"])
 
 
-def goes_on_bit_for_bit(optimizer_class, folder):
+def goes_on_bit_for_bit(optimizer_class, folder, dtype=torch.float32):
     """A run of four steps, and one stopped after two of them and continued from a checkpoint, end in the same bits."""
 
     def parameters():
         return [
-            nn.Parameter(normal(32, 128)),
-            nn.Parameter(normal(5, seed=1)),
+            nn.Parameter(normal(32, 128, dtype=dtype)),
+            nn.Parameter(normal(5, seed=1, dtype=dtype)),
         ]  # the second is too small to quantize
 
     def train(trained, optimizer, steps):
@@ -432,12 +432,13 @@ def goes_on_bit_for_bit(optimizer_class, folder):
     assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer_class", [AdamW8bit, AdamW4bit, AdamWFp8])
-def test_low_bit_optimizers_go_on_bit_for_bit(optimizer_class, tmp_path, monkeypatch):
+def test_low_bit_optimizers_go_on_bit_for_bit(optimizer_class, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: function
     )  # minutes of compiling for one step
-    goes_on_bit_for_bit(optimizer_class, tmp_path)
+    goes_on_bit_for_bit(optimizer_class, tmp_path, dtype)
 
 
 @pytest.mark.slow
