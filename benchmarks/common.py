@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of the machine, a Markdown table, PEFT made to run beside this torchao."""
+"""What the benchmarks share: a description of the machine, a Markdown table."""
 
 from __future__ import annotations
 
@@ -41,10 +41,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         print("| " + " | ".join(row) + " |")
     print(flush=True)
-
-
-def allow_old_torchao() -> None:
-    """PEFT refuses the torchao that torchtune needs as soon as it adds an adapter, although KaSA uses none of it."""
-    import peft.tuners.lora.torchao
-
-    peft.tuners.lora.torchao.is_torchao_available = lambda: False

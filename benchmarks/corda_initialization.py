@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import allow_old_torchao, machine, print_table
+from common import machine, print_table
 from kasa_initialization import make_weight
 from kasa_step import resident
 from torch import Tensor, nn
@@ -273,7 +273,6 @@ def peft(args: argparse.Namespace) -> dict[str, Any]:
     from peft.tuners.lora import corda
     from peft.tuners.lora.config import CordaConfig
 
-    allow_old_torchao()
     model, tokens, clock = peft_base(args), make_tokens(args, args.samples), Clock(args.device)
     blocks = [
         (f"layers.{i}.{ours}", f"model.layers.{i}.{n}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import allow_old_torchao, machine, print_table
+from common import machine, print_table
 from kasa_step import ATTENTION
 from qcorda_memory import PRESETS, Meter, files_of, write_checkpoint
 from torchtune.training import FullModelHFCheckpointer
@@ -117,7 +117,6 @@ def ours(write: Callable, args: argparse.Namespace) -> dict[str, Any]:
 
 def peft_merge(args: argparse.Namespace) -> dict[str, Any]:
     """PEFT's way: the whole model, the adapter into it, all of it out again."""
-    allow_old_torchao()
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

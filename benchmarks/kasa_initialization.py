@@ -17,7 +17,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from common import allow_old_torchao, machine, print_table
+from common import machine, print_table
 from torch import Tensor, nn
 
 from kasa_tune.components.adapters import KaSALinear
@@ -190,7 +190,6 @@ def main() -> None:
     )
     parser.add_argument("--skip-accuracy", action="store_true", help="leave out the float64 SVDs")
     args = parser.parse_args()
-    allow_old_torchao()
     print(machine(args.device) + "\n", flush=True)
     torch.linalg.eigh(torch.eye(32, device=args.device))  # loads LAPACK, on a GPU also its handles
     for spectrum in ("gaussian", "trained") if args.spectrum == "both" else (args.spectrum,):

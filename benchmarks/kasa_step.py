@@ -33,7 +33,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from common import allow_old_torchao, machine, print_table
+from common import machine, print_table
 from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
 from torch import Tensor, nn
@@ -157,7 +157,6 @@ def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, S
     import transformers
     from peft.tuners.lora.variants import KasaLinearVariant
 
-    allow_old_torchao()
     KasaLinearVariant._truncate_base_weight = staticmethod(lambda module, r: None)
     config = transformers.LlamaConfig(
         vocab_size=sizes["vocab_size"],

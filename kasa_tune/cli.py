@@ -5,7 +5,6 @@ commands except `run` work without importing torch.
 """
 
 import argparse
-import logging
 import os
 import runpy
 import shutil
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kasa_tune import __version__, registry
+from kasa_tune import __version__, registry, torchao_bridge
 from kasa_tune.errors import is_expected, sentence
 
 _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
@@ -210,13 +209,14 @@ def _run(argv: list[str]) -> int:
     if options:
         from torch.distributed import run as torchrun
 
-        torchrun.main([*_standalone(options), *options, str(path), *recipe_args])
+        # Each process begins with this package, which torchtune needs beside a new torchao.
+        ours = ["--module", "kasa_tune", "run"]
+        torchrun.main([*_standalone(options), *options, *ours, str(path), *recipe_args])
         return 0
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a config may name components of the working directory
     sys.argv = [str(path), *recipe_args]
-    # Without this, torchao warns at every start about extensions that are not used here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    torchao_bridge.quiet()
     runpy.run_path(str(path), run_name="__main__")
     return 0
 

@@ -1,6 +1,5 @@
 """The parts recipes are made of. They take tensors, modules and plain values; they never read YAML and never print."""
 
-import logging
+from kasa_tune import torchao_bridge
 
-# torchao 0.15 announces on import that its C++ extensions are skipped; nothing here uses them.
-logging.getLogger("torchao").setLevel(logging.ERROR)
+torchao_bridge.quiet()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import math
 import random
 import re
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kasa_tune import torchao_bridge
 from kasa_tune.tiny_world import world
 
 VOCAB_SIZE = 1024
@@ -130,8 +130,7 @@ def build_model() -> nn.Module:
     """Build the untrained Llama 3 model with small normal weights. The weights of residual outputs
     are scaled down by the depth.
     """
-    # torchao 0.15 warns about its kernels, which are not used here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    torchao_bridge.quiet()
     from torchtune.models.llama3 import llama3
 
     model = llama3(**MODEL)

@@ -1,4 +1,5 @@
-"""However the two packages come to be installed, the stock `tune` sees our recipes and configs.
+"""However the two packages come to be installed, the stock `tune` sees our recipes and configs, beside the torchao of
+the environment and beside the last one that torchtune can be imported with by itself.
 
 Each case is an environment of its own. Everything heavy (torch and the rest) is borrowed from the environment that runs
 the tests, through a folder of links that leaves out torchtune and kasa_tune; those two are then really installed.
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIG = "kasa_finetune_single_device", "tiny_kasa"
+DISTRIBUTED = "kasa_finetune_distributed"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 UV = shutil.which(
     "uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -48,12 +50,16 @@ def run(*command, cwd=None, code=0, **environment):
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory):
-    """Our wheel, built from the sources, and torchtune's, from the package index."""
+    """Our wheel, built from the sources; torchtune's and that of an old torchao, from the package index."""
     folder = tmp_path_factory.mktemp("wheels")
     run(*PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
-    run(*PIP, "download", "--no-deps", "--dest", folder, "torchtune==0.6.1")
+    run(*PIP, "download", "--no-deps", "--dest", folder, "torchtune==0.6.1", "torchao==0.15.0")
     found = {path.name.split("-")[0]: str(path) for path in folder.glob("*.whl")}
-    return {"ours": found["kasa_tune"], "torchtune": found["torchtune"]}
+    return {
+        "ours": found["kasa_tune"],
+        "torchtune": found["torchtune"],
+        "old_torchao": found["torchao"],
+    }
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +163,7 @@ def environment(tmp_path, borrowed, wheels):
         "uv torchtune ours",
         "uv torchtune, uv -e ours",
         "uv ours, pip torchtune, uv again torchtune",
+        "pip torchtune ours old_torchao",
     ],
 )
 def test_tune_sees_us(environment, steps):
@@ -190,21 +197,26 @@ def test_tune_runs_ours_by_name_and_answers_a_misspelt_one(environment):
 
 
 def test_tune_without_the_hook_is_torchtunes_own_and_ours_needs_none(environment):
+    """Beside a new torchao, torchtune's own cannot start at all."""
     environment.install("pip torchtune ours")
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    shown = environment.tune("ls", **off, code=1)
+    assert "No module named 'torchao.dtypes.nf4tensor'" in shown
+    assert {RECIPE, CONFIG} <= set(environment.kasa_tune("ls", **off).split())
+    for processes, recipe in ([], RECIPE), (["--nproc_per_node", "2"], DISTRIBUTED):
+        shown = environment.kasa_tune(
+            "run", *processes, recipe, "--config", CONFIG, "dry_run=True", "output_dir=out", **off
+        )
+        assert "trainable" in shown.lower()
+    environment.install("pip old_torchao")
     listed = environment.tune("ls", **off)
     assert "lora_finetune_single_device" in listed
     assert RECIPE not in listed
-    assert {RECIPE, CONFIG} <= set(environment.kasa_tune("ls", **off).split())
-    shown = environment.kasa_tune(
-        "run", RECIPE, "--config", CONFIG, "dry_run=True", "output_dir=out", **off
-    )
-    assert "trainable" in shown.lower()
 
 
 @pytest.mark.parametrize("installer", ["pip", "uv"])
 def test_uninstalling_ours_leaves_tune(environment, installer):
-    environment.install("pip torchtune ours")
+    environment.install("pip torchtune ours old_torchao")
     if installer == "pip":
         run(*PIP, "--python", environment.python, "uninstall", "--yes", "kasa_tune")
     elif UV is None:

@@ -44,14 +44,6 @@ VLLM_MAX_RANK = 512
 FILES = ["model.safetensors"]
 
 
-@pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although nothing here is a torchao tensor."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of a family's base model, written once."""

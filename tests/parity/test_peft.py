@@ -37,11 +37,7 @@ class Layers(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although KaSA uses none of it."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
+def _seed():
     torch.manual_seed(0)
 
 

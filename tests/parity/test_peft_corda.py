@@ -57,14 +57,6 @@ EPS = torch.finfo(torch.float32).eps
 norm = torch.linalg.vector_norm
 
 
-@pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although CorDA uses none of it."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def llama():
     """A random Llama some of whose channels are much larger than the others, as in trained ones."""

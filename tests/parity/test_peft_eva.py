@@ -18,14 +18,6 @@ WIDTH, RANK, ALPHA, RHO, TOKENS = 12, 3, 6.0, 2, 60
 FLOAT32 = 2e-4  # of vectors of length one: PEFT's SVD and its sums are float32
 
 
-@pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although EVA uses none of it."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
-
-
 def chain():
     """Linears without biases: what has mean zero at the first has it at all. What they pass on has fewer directions."""
     torch.manual_seed(0)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
@@ -26,6 +25,7 @@ from kasa_tune.components.checkpoints import (
     run_lock,
     verify_checkpoint,
 )
+from kasa_tune.components.linalg.nf4 import NF4Tensor
 from kasa_tune.components.models import digests
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.methods import methods_of

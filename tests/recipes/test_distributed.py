@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from torchao.dtypes.nf4tensor import NF4Tensor
 
 from kasa_tune.components.checkpoints import latest_checkpoint
+from kasa_tune.components.linalg.nf4 import NF4Tensor
 from kasa_tune.components.quantized.base import FOLDER
 
 from .conftest import BOTH_WAYS, STEP_OF_ONE, Run, assert_same_tree, copy_run, run_alone

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 
 import pytest
 import torch
@@ -347,6 +348,24 @@ def test_the_card_says_what_it_is(trained, export):
     assert (
         "merged" in (export(trained("dora"), "peft") / "README.md").read_text().split("## Load")[1]
     )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", ["kasa", "corda++", "dora"])
+def test_the_cards_snippet_gives_the_trained_model(trained, export, method):
+    """Beside torchtune and its torchao, in one process."""
+    pytest.importorskip("peft", reason="needs peft (extra `parity`)")
+    run = trained(method)
+    folder = export(run, "peft", "base_model=me/base")
+    card = (folder / "README.md").read_text().split("## Load\n")[1]
+    snippet = textwrap.dedent(card[: card.index("\n", card.index("PeftModel.from_pretrained"))])
+    snippet = snippet.replace("me/base", str(BASE)).replace("<this folder>", str(folder))
+    names = {}
+    exec(snippet, names)
+    tokens = torch.randint(1024, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got = names["model"].eval()(tokens).logits
+    assert_same_logits(got, logits(run.recipe._model))
 
 
 def test_the_card_of_a_run_that_went_on_says_from_what(trained, export, corda):

@@ -277,13 +277,9 @@ def test_a_dry_run_counts_no_calibration(corda_recipe, corda, tmp_path, capsys):
 
 
 @pytest.fixture
-def peft(monkeypatch):
-    """PEFT, which refuses the torchao that torchtune needs, although none of it is used here."""
+def peft():
     module = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
     pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
     torch.manual_seed(0)
     return module
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
 from torchtune.models.llama3 import llama3
@@ -19,6 +18,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from kasa_tune import config
 from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.corda import calibration
+from kasa_tune.components.linalg.nf4 import NF4Tensor, to_nf4
 from kasa_tune.registry import PACKAGE_ROOT
 from tests.toy_models import FAMILIES, randomized
 

@@ -1,5 +1,8 @@
 """Weights in 4-bit NormalFloat (NF4, arXiv 2305.14314), and optimizer states in 8 bits or less. No
-other file reads torchao's internals.
+other file reads torchao's internals; :mod:`kasa_tune.torchao_bridge` shows torchtune where they are.
+
+What is stored names no module of torchao: a checkpoint that was written beside one version of it is
+read beside another.
 
 An NF4 weight holds 4-bit codes, one int8 scale for every block of weights, and one float scale for
 every block of those scales. Dequantizing a weight and quantizing it again can give other codes. A
@@ -14,11 +17,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
+
+try:
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import (
+        NF4Tensor,
+        SubclassTensorArgs,
+        to_nf4,
+    )
+except ModuleNotFoundError:  # torchao before 0.18
+    from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
 
 BLOCK_SIZE, SCALER_BLOCK_SIZE = 64, 256
 
@@ -195,7 +207,7 @@ def to_parts(tensor: Tensor) -> tuple[str, dict[str, Tensor], list[Any]] | None:
         ]
     elif _OPTIMIZER_STATES.get(kind) == type(tensor).__module__:
         names, numbers = inner.__tensor_flatten__()
-        numbers = [list(number) if isinstance(number, torch.Size) else number for number in numbers]
+        numbers = [_plain(number) for number in numbers]
     else:
         raise TypeError(f"{type(tensor).__module__}.{type(tensor).__qualname__} is not known")
     return kind, {name: getattr(tensor, name) for name in names}, numbers
@@ -216,9 +228,7 @@ def from_parts(kind: str, parts: Mapping[str, Tensor], numbers: Sequence[Any]) -
     if kind == NF4Tensor.__name__:
         block_size, scaler_block_size, shape, dtype = numbers
         size, like = torch.Size(shape), parts["quantized_data"]
-        meta = SubclassTensorArgs(
-            size, (size[1], 1), 0, getattr(torch, dtype.partition(".")[2]), like.device, False
-        )
+        meta = SubclassTensorArgs(size, (size[1], 1), 0, _dtype(dtype), like.device, False)
         context = {
             "block_size": block_size,
             "scaler_block_size": scaler_block_size,
@@ -228,8 +238,25 @@ def from_parts(kind: str, parts: Mapping[str, Tensor], numbers: Sequence[Any]) -
     if kind not in _OPTIMIZER_STATES:
         raise ValueError(f"Unknown kind of quantized tensor: {kind!r}.")
     made = getattr(import_module(_OPTIMIZER_STATES[kind]), kind)
-    shapes = [torch.Size(number) if isinstance(number, list) else number for number in numbers]
-    return made.__tensor_unflatten__(dict(parts), shapes)
+    given = [torch.Size(n) if isinstance(n, list) else n for n in numbers if not isinstance(n, str)]
+    if "dtype" in signature(made.__init__).parameters:
+        given += [_dtype(number) for number in numbers if isinstance(number, str)]
+    return made.__tensor_unflatten__(dict(parts), given)
+
+
+def _plain(number: Any) -> Any:
+    """A number that belongs to a tensor, a size or a dtype, as JSON can hold it."""
+    if isinstance(number, torch.Size):
+        return list(number)
+    return str(number) if isinstance(number, torch.dtype) else number
+
+
+def _dtype(text: str) -> torch.dtype:
+    """The dtype of a text such as ``torch.float32``."""
+    dtype = getattr(torch, text.partition(".")[2], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"Unknown dtype of a quantized tensor: {text!r}.")
+    return dtype
 
 
 def _assembled(parts: Mapping[str, Tensor], context: Mapping[str, Any]) -> Tensor:

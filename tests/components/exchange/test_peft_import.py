@@ -50,11 +50,7 @@ norm = torch.linalg.vector_norm
 
 
 @pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although none of it is used here."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
+def _seed():
     torch.manual_seed(0)
 
 

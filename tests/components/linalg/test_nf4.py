@@ -2,6 +2,8 @@
 bit.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchao.dtypes.nf4tensor import to_nf4
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
@@ -27,6 +28,7 @@ from kasa_tune.components.linalg.nf4 import (
     quantize,
     quantize_workspace,
     quantized_bytes,
+    to_nf4,
     to_parts,
 )
 from tests.tolerances import assert_rounding_only, assert_same_bits
@@ -376,13 +378,35 @@ def test_optimizer_states_come_back_bit_for_bit(make, tmp_path):
     assert again.dequantize().any()  # a copy
 
 
-def goes_on_bit_for_bit(optimizer_class, folder):
+@pytest.mark.parametrize("stored", [[], ["torch.float32"], ["torch.bfloat16"]], ids=str)
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES)
+def test_optimizer_states_of_either_torchao_are_read(make, stored):
+    """Since torchao 0.16 they have a dtype; an optimizer that loads them casts them to that of its parameters."""
+    state = make()
+    state.copy_(normal(*state.shape).abs())
+    kind, parts, numbers = to_parts(state)
+    numbers = [number for number in numbers if not isinstance(number, str)]
+    again = from_parts(kind, parts, numbers + stored)
+    assert torch.equal(again.dequantize(), state.dequantize())
+    takes_dtype = "dtype" in inspect.signature(type(state).zeros).parameters
+    bf16 = takes_dtype and stored == ["torch.bfloat16"]
+    assert again.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert again.shape == state.shape
+
+
+def test_a_dtype_is_nothing_else_of_torch():
+    kind, parts, (*sizes, _) = to_parts(quantize(normal(128, 128)))
+    with pytest.raises(ValueError, match=r"Unknown dtype of a quantized tensor: 'torch\.load'"):
+        from_parts(kind, parts, [*sizes, "torch.load"])
+
+
+def goes_on_bit_for_bit(optimizer_class, folder, dtype=torch.float32):
     """A run of four steps, and one stopped after two of them and continued from a checkpoint, end in the same bits."""
 
     def parameters():
         return [
-            nn.Parameter(normal(32, 128)),
-            nn.Parameter(normal(5, seed=1)),
+            nn.Parameter(normal(32, 128, dtype=dtype)),
+            nn.Parameter(normal(5, seed=1, dtype=dtype)),
         ]  # the second is too small to quantize
 
     def train(trained, optimizer, steps):
@@ -408,12 +432,13 @@ def goes_on_bit_for_bit(optimizer_class, folder):
     assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer_class", [AdamW8bit, AdamW4bit, AdamWFp8])
-def test_low_bit_optimizers_go_on_bit_for_bit(optimizer_class, tmp_path, monkeypatch):
+def test_low_bit_optimizers_go_on_bit_for_bit(optimizer_class, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: function
     )  # minutes of compiling for one step
-    goes_on_bit_for_bit(optimizer_class, tmp_path)
+    goes_on_bit_for_bit(optimizer_class, tmp_path, dtype)
 
 
 @pytest.mark.slow
