@@ -10,6 +10,8 @@ from typing import Any
 
 from torchtune.training import FormattedCheckpointFiles
 
+from kasa_tune.components.checkpoints.files import parse_json
+
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
@@ -22,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: it holds no JSON, or JSON that is no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them
@@ -99,7 +101,14 @@ def shards_of(folder: Path) -> list[str]:
         isinstance(name, str) for name in weight_map.values()
     ):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
-    return sorted(set(weight_map.values()))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
+            raise ValueError(
+                f"{folder / INDEX} is damaged: its weight_map names {name!r:.80}, which is no file "
+                "of this folder."
+            )
+    return names
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
