@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kasa_tune.json_text import parse_json
+
 INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
@@ -21,7 +23,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: it holds no JSON, or JSON that is no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them
@@ -44,7 +46,14 @@ def shards_of(folder: Path) -> list[str]:
         isinstance(name, str) for name in weight_map.values()
     ):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
-    return sorted(set(weight_map.values()))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
+            raise ValueError(
+                f"{folder / INDEX} is damaged: its weight_map names {name!r:.80}, which is no file "
+                "of this folder."
+            )
+    return names
 
 
 def check_folder(folder: Path) -> None:
@@ -81,9 +90,6 @@ def weight_files(folder: Path) -> list[str]:
     """
     check_folder(folder)
     names = shards_of(folder)
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file in the folder.")
     if not names:
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         others = ("adapter_", "consolidated", "optimizer")

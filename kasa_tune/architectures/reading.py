@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from kasa_tune.architectures import families
 from kasa_tune.architectures.architecture import Architecture
 from kasa_tune.architectures.settings import Settings, shown
+from kasa_tune.json_text import parse_json
 
 
 class Family(NamedTuple):
@@ -129,7 +129,7 @@ def read_with_settings(folder: Path | str) -> tuple[Architecture, Settings]:
     """As :func:`read_architecture`, with the values that the architecture was read from."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is missing. It says what the model is, and belongs beside the weights."

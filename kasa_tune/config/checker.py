@@ -31,6 +31,7 @@ _READERS = {  # the names by which datasets knows its readers of files, and what
         "text": "TextConfig",
     }.items()
 }
+_OURS = "kasa_tune.components."
 _BAD: Any = object()  # in place of a value whose problem is reported
 
 
@@ -144,6 +145,8 @@ class Checker:
                 for name in registry.nearest(error.name, error.names)
             ]
             hint = f". Did you mean {', '.join(near)}?" if near else ""
+            if new := _moved(path):
+                hint = f". It is now {new}"
             return self.report(f"{key}._component_", f"got {show(path)}, but {error}{hint}")
         except Exception as error:  # whatever a module may raise while it is imported
             return self.report(
@@ -260,3 +263,19 @@ def _passed_on(
     except (signatures.UnreadableError, signatures.NoSuchNameError):
         return {}, False
     return {name: Key(parameter.kind) for name, parameter in takes.items()}, reader is not None
+
+
+def _moved(path: str) -> str | None:
+    """Where a component of ours is that an older config looks for in another module."""
+    if not path.startswith(_OURS):
+        return None
+    name = path.rpartition(".")[2]
+    rooms = registry.PACKAGE_ROOT / "components"
+    for room in sorted(folder.name for folder in rooms.iterdir() if folder.is_dir()):
+        new = f"{_OURS}{room}.{name}"
+        try:
+            signatures.static(new)
+        except (signatures.NoSuchNameError, signatures.UnreadableError):
+            continue
+        return new
+    return None

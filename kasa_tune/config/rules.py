@@ -238,6 +238,17 @@ def columns(cfg: dict[str, Any]) -> Iterator[Problem]:
                 yield Problem(f"{place}.column_map", wrong)
 
 
+def closure(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The optimizer needs no closure."""
+    path = (cfg.get("optimizer") or {}).get("_component_")
+    if path in ("torch.optim.LBFGS", "torch.optim.lbfgs.LBFGS"):
+        yield Problem(
+            "optimizer._component_",
+            f"got {path}, which needs a closure that computes the loss several times a step; the recipes give none. "
+            "Use another optimizer, such as torch.optim.AdamW",
+        )
+
+
 def validation(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Whoever wants validation has something to validate on."""
     key = "run_val_every_n_steps"
@@ -297,6 +308,7 @@ BETWEEN_KEYS = (
     warmup,
     prompt_template,
     columns,
+    closure,
     validation,
     something_to_complete,
     folders.folder_given,

@@ -200,7 +200,8 @@ def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
             "resume_from_checkpoint",
             "restart",
         ):
-            yield from _missing(key, cfg[key])
+            choices = "; it may be True, False, restart or the folder of a run or a checkpoint"
+            yield from _missing(key, cfg[key], choices if key == "resume_from_checkpoint" else "")
 
 
 def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:

@@ -912,6 +912,29 @@ def test_missing_files_are_named_with_the_nearest_in_the_folder(tree):
     load(tree, f"dataset.data_files={folder}/row.jsonl", check_files=False)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("datasets.alpaca_dataset", "data"), ("losses.ChunkedCrossEntropy", "training")],
+)
+def test_a_component_that_has_moved_is_told_with_its_new_path(tree, old, new):
+    key = "dataset" if new == "data" else "loss"
+    name = old.rpartition(".")[2]
+    told = only_problem(tree, f"{key}={{_component_: kasa_tune.components.{old}}}")
+    assert told[0] == f"{key}._component_"
+    assert f"It is now kasa_tune.components.{new}.{name}" in told[1]
+
+
+def test_what_may_be_resumed_from_is_told(tree):
+    key, text = only_problem(tree, "resume_from_checkpoint=restrat")
+    assert key == "resume_from_checkpoint"
+    assert "may be True, False, restart or the folder of a run" in text
+
+
+def test_an_optimizer_that_needs_a_closure_is_told_with_all_other_problems(tree):
+    _, text = only_problem(tree, "optimizer={_component_: torch.optim.LBFGS, lr: 0.1}")
+    assert "needs a closure" in text
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_each_checkpoint_file_must_be_there(tree, as_list):
     if not as_list:

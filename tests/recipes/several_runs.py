@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
 import torch.distributed as dist
 import yaml
 from torchtune.recipe_interfaces import FTRecipeInterface
@@ -33,11 +34,29 @@ def rows_by_rank(tokenizer, *, split_of_rank_1: str, split: str, **options):
 
 
 def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
-    """On rank 1, in the step of that number: a signal, a loss that is no number, or, the first time, a sudden end."""
-    real_loss = recipe._loss_sum
+    """On rank 1, in the step of that number: a signal, a loss that is no number, an error in the forward
+    pass, the backward pass, the optimizer or a validation, or, the first time, a sudden end.
+    """
+    real_loss, real_step = recipe._loss_sum, recipe._optimizer.step
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError(f"out of memory {kind}")
+
+    def fail_in_backward(module, args, hidden):
+        if hidden.requires_grad:
+            hidden.register_hook(full)
+
+    def optimizer_step(*args, **options):
+        return full() if recipe.steps.step + 1 == step else real_step(*args, **options)
 
     def loss_sum(batch):
-        now = recipe.steps.step + 1 == step
+        now = recipe.steps.step + 1 == step and recipe._model.training
+        if kind == "validating" and not recipe._model.training and recipe.steps.step == step:
+            full()
+        if now and kind == "in forward":
+            recipe._model.layers[1].mlp.register_forward_hook(full)
+        if now and kind == "in backward":
+            recipe._model.layers[1].mlp.register_forward_hook(fail_in_backward)
         if now and kind == "SIGTERM":
             signal.raise_signal(signal.SIGTERM)
         if now and kind == "SIGKILL" and not Path(mark).exists():
@@ -46,7 +65,9 @@ def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
         return real_loss(batch) * (float("nan") if now and kind == "nan" else 1.0)
 
     if RANK == 1:
-        recipe._loss_sum = loss_sum
+        recipe._loss_sum = recipe.steps._loss_sum = loss_sum
+        if kind == "in optimizer":
+            recipe._optimizer.step = optimizer_step
 
 
 def load(method: str) -> ModuleType:

@@ -125,6 +125,7 @@ def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
     overrides += [
         "batch_size=16",
         "run_val_every_n_steps=null",
+        "max_steps=3",  # a run over all rows would not begin
     ]  # of steps of 32, rank 1 takes 80 to 95 in the third
     process = start(torchrun(RECIPE, CONFIG, *overrides))
     output = finish(process)
@@ -134,6 +135,54 @@ def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
     run = Run(process.returncode, folder, None)
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert [path.name for path in run.checkpoints] == ["step_00000002"]
+
+
+def failed_run(start, folder: Path, kind: str, *overrides: str) -> tuple[list[dict], str]:
+    """A run in which rank 1 fails in its fifth step, or when it validates after it."""
+    trouble = {"kind": kind, "step": 5}
+    overrides = [f"output_dir={folder / 'run'}", *ROUGH, "save_every_n_steps=1000", *overrides]
+    entry = {"name": "run", "recipe": "kasa", "config": CONFIG}
+    plan = write_plan(folder / "plan", [entry | {"overrides": overrides, "trouble": trouble}])
+    started = time.monotonic()
+    output = finish(start(torchrun(SEVERAL, plan)))
+    assert time.monotonic() - started < 120, "the other rank waited for its time-out"
+    ends = [json.loads((plan.parent / f"run.rank{rank}.json").read_text()) for rank in (0, 1)]
+    return ends, output
+
+
+def check_saved(folder: Path, ends: list[dict], output: str, done: int) -> Run:
+    assert [end["error"] for end in ends] == ["OtherRankError", "OutOfMemoryError"], output
+    assert ends[0]["message"] == "Training failed on rank 1; its message says why."
+    assert f"The {done} finished steps are saved in {folder}" in output
+    run = Run(1, folder, None)
+    assert [path.name for path in run.checkpoints] == [f"step_{done:08d}"]
+    assert run.metrics[-1]["step"] == done
+    return run
+
+
+def test_an_error_on_one_rank_costs_no_finished_step(runs, start, tmp_path):
+    """The other waits in a collective of the backward pass. The run goes on bit for bit."""
+    ends, output = failed_run(start, tmp_path, "in backward")
+    run = check_saved(tmp_path / "run", ends, output, done=4)
+    overrides = [f"output_dir={run.folder}", *ROUGH, "resume_from_checkpoint=True"]
+    process = start(torchrun(RECIPE, CONFIG, *overrides))
+    assert "Resuming from" in finish(process)
+    whole = runs[1]["rough"]
+    assert run.curve == whole.curve
+    for part in ("adapter", "optimizer", "rng"):
+        assert_same_tree(run.part(part), whole.part(part), part)
+
+
+@pytest.mark.parametrize(("kind", "done"), [("in forward", 4), ("validating", 5)])
+def test_an_error_on_one_rank_in_other_places(start, tmp_path, kind, done):
+    ends, output = failed_run(start, tmp_path, kind, f"run_val_every_n_steps={done}")
+    check_saved(tmp_path / "run", ends, output, done)
+
+
+def test_an_error_while_weights_change_on_one_rank_ends_both(start, tmp_path):
+    ends, output = failed_run(start, tmp_path, "in optimizer")
+    assert [end["error"] for end in ends] == ["OtherRankError", "OutOfMemoryError"], output
+    assert not Run(1, tmp_path / "run", None).checkpoints  # half a step is not saved
 
 
 # ------------------------------------------------------------------------------------------------------ two machines

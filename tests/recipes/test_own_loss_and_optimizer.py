@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kasa_tune.components.training import NonFiniteError, Step, Steps
+from kasa_tune.components.training.memory import stepped_optimizer
 from tests.recipes.conftest import recipe_class, run_recipe
 
 CROSS_ENTROPY = "loss={_component_: torch.nn.CrossEntropyLoss, reduction: sum}"
@@ -69,8 +70,15 @@ def test_a_loss_that_is_no_sum_is_refused_before_weights_are_read(
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused(finetune):
-    with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"LBFGS, which needs a closure.*torch\.optim\.AdamW"):
         finetune("optimizer={_component_: torch.optim.LBFGS}")
+
+
+def test_an_optimizer_of_ones_own_that_needs_a_closure_is_refused():
+    """The config cannot know it without an import."""
+    linear = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torch\.optim\.AdamW"):
+        stepped_optimizer(torch.optim.LBFGS, linear.weight)
 
 
 def test_a_loop_that_forgets_the_step_is_told_so(finetune, monkeypatch):

@@ -11,6 +11,7 @@ from kasa_tune.components.adapters.regularization import kasa_regularization
 from kasa_tune.components.adapters.state import (
     adapter_linears,
     adapter_state_dict,
+    adapter_tensors,
     adapter_update,
     check_adapter_fits,
     load_adapter,
@@ -25,6 +26,7 @@ __all__ = [
     "LoRALinear",
     "adapter_linears",
     "adapter_state_dict",
+    "adapter_tensors",
     "adapter_update",
     "attach",
     "builders",

@@ -32,10 +32,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
     the model. Factors of which every process holds a part are gathered: all processes must call.
     """
+    return {name: full_tensor(value.detach()) for name, value in adapter_tensors(model).items()}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors behind :func:`adapter_state_dict`, not gathered and not copied."""
     return {
-        f"{name}.{key}": full_tensor(value)
+        f"{name}.{key}": value
         for name, linear in adapter_linears(model)
-        for key, value in linear.state_dict().items()
+        for key, value in linear.state_dict(keep_vars=True).items()
         if key.startswith("lora_")
     }
 

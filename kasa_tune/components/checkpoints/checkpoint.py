@@ -8,7 +8,6 @@ then renamed. A checkpoint that does not match its manifest is never read.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from kasa_tune.architectures.comparing import told_apart
 from kasa_tune.architectures.saving import from_json
 from kasa_tune.components.checkpoints.files import is_endless, size_and_digest
 from kasa_tune.components.checkpoints.serialization import decode
+from kasa_tune.json_text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +185,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint at a path, or the newest undamaged checkpoint of the run whose
     ``output_dir`` it is.
 
+    Nothing is written in the folder, which may belong to somebody else.
+
     Raises:
         CheckpointError: there is none. The message says which checkpoints were skipped and why.
     """
@@ -199,7 +201,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
                 "output_dir (it has no folder checkpoints)."
             )
         return Checkpoint(path)
-    newest, skipped = latest_checkpoint(path / "checkpoints")
+    newest, skipped = latest_checkpoint(path / "checkpoints", repair=False)
     if newest is None:
         raise CheckpointError(" ".join([f"{path} holds no finished checkpoint.", *skipped]))
     if skipped:
@@ -211,11 +213,19 @@ def put_back(folder: Path) -> None:
     """Restore checkpoints that a killed writer had moved aside to replace them and did
     not replace.
     """
-    for aside in folder.glob(f".{PREFIX}*.replaced.tmp"):
-        final = folder / aside.name[1:].split(".")[0]
-        if not final.exists():
-            with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
-                aside.rename(final)
+    for aside, final in _moved_aside(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            aside.rename(final)
+
+
+def _moved_aside(folder: Path) -> list[tuple[Path, Path]]:
+    """Checkpoints that were moved aside and not replaced, each with the name that it should have."""
+    aside = {path: path.name[1:].split(".")[0] for path in folder.glob(f".{PREFIX}*.replaced.tmp")}
+    return [
+        (path, folder / name)
+        for path, name in aside.items()
+        if name[len(PREFIX) :].isdecimal() and not (folder / name).exists()
+    ]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -235,14 +245,23 @@ def step_of(path: Path) -> int:
     return int(path.name[len(PREFIX) :])
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest_checkpoint(folder: Path, *, repair: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """Open the newest checkpoint that matches its manifest. The second value says why newer ones
     were skipped.
+
+    Args:
+        folder: folder of the checkpoints.
+        repair: whether what a killed writer left is put right first. Otherwise nothing is written,
+            and a checkpoint that was moved aside is read where it is.
     """
-    with contextlib.suppress(OSError):  # the folder may be read-only
-        put_back(folder)
+    if repair:
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            put_back(folder)
+    found = {path: path for path in list_checkpoints(folder)}
+    if not repair:
+        found |= {final: aside for aside, final in _moved_aside(folder)}
     skipped: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in (found[name] for name in sorted(found, key=step_of, reverse=True)):
         try:
             return Checkpoint(path), skipped
         except CheckpointError as error:
@@ -292,7 +311,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if is_endless(path / MANIFEST):
             raise ValueError("it is not a regular file")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         _check_form(manifest)
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
@@ -330,7 +349,8 @@ def load_part(path: Path, name: str) -> Any:
         raise CheckpointError(f"{path} has no part {name!r}.")
     try:
         tensors = load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in files else {}
-        return decode(json.loads((path / f"{name}.json").read_text(encoding="utf-8")), tensors)
+        text = (path / f"{name}.json").read_text(encoding="utf-8")
+        return decode(parse_json(text), tensors)
     except _MALFORMED as error:
         raise CheckpointError(
             f"{path} is damaged: its part {name} is not of the form that a run writes "

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,8 @@ class DecompositionCache:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
         if read := self._read("spectra"):
-            tensors, about = read
-            return {
-                name: LayerSpectrum(
-                    tensors[name], layer["log_compactness"], layer["round"], tuple(layer["scores"])
-                )
-                for name, layer in about.items()
-            }
+            with self._well_formed("spectra"):
+                return _spectra(*read)
         spectra = otherwise()
         about = {
             name: {"log_compactness": s.log_compactness, "round": s.round, "scores": s.scores}
@@ -168,11 +163,8 @@ class DecompositionCache:
         """
         stored: dict[str, Component] = {}
         if read := self._read(mode):
-            tensors, about = read
-            stored = {
-                name: Component(*(tensors[f"{name}.{part}"] for part in PARTS), layer["solver"])
-                for name, layer in about.items()
-            }
+            with self._well_formed(mode):
+                stored = _components(*read)
         if not all(name in stored and stored[name].rank >= rank for name, rank in ranks.items()):
             found = {name: component.to("cpu") for name, component in otherwise().items()}
             # Under one key a shorter component is the start of a longer one: of both the longer is worth keeping.
@@ -252,6 +244,17 @@ class DecompositionCache:
         self._check_key(path, metadata)
         return metadata
 
+    @contextlib.contextmanager
+    def _well_formed(self, name: str) -> Iterator[None]:
+        """Reading what a file holds, which may have the right digest and another form."""
+        try:
+            yield
+        except KeyError as error:
+            lacking = ValueError(f"it lacks {error}")
+            raise self._unreadable(self._path(name), lacking) from error
+        except UNREADABLE as error:
+            raise self._unreadable(self._path(name), error) from error
+
     def _unreadable(self, path: Path, error: Exception) -> CacheError:
         return CacheError(
             f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
@@ -269,6 +272,28 @@ class DecompositionCache:
                 f"{path} was found under other conditions and is not used. Different: {'; '.join(wrong)}. Set "
                 "another calibration.cache_dir, or delete it."
             )
+
+
+def _spectra(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, LayerSpectrum]:
+    spectra = {}
+    for name, layer in about.items():
+        values, scores = tensors[name], tuple(layer["scores"])
+        numbers = (layer["log_compactness"], layer["round"], *scores)
+        if values.ndim != 1 or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{name} is no spectrum")
+        spectra[name] = LayerSpectrum(values, layer["log_compactness"], layer["round"], scores)
+    return spectra
+
+
+def _components(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Component]:
+    components = {}
+    for name, layer in about.items():
+        vectors, values, projection = (tensors[f"{name}.{part}"] for part in PARTS)
+        ranks = {vectors.shape[1:], values.shape, projection.shape[:1]}
+        if len(ranks) > 1 or projection.ndim != 2:
+            raise ValueError(f"the shapes of {name} do not fit each other")
+        components[name] = Component(vectors, values, projection, layer["solver"])
+    return components
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:

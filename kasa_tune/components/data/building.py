@@ -18,7 +18,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 from torchtune.datasets import TextCompletionDataset
 
-from kasa_tune.components.data import packing, sources
+from kasa_tune.components.data import csv_files, packing, sources
 from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
 from kasa_tune.components.data.file_faults import file_fault
 from kasa_tune.components.data.fingerprints import fingerprint
@@ -124,6 +124,7 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
     component = node.get("_component_")
     kwargs = {key: value for key, value in node.items() if key not in _OUR_KEYS}
     kwargs = sources.prepared(kwargs, name)
+    _check_files(kwargs, name)
     try:
         dataset = config.instantiate(
             OmegaConf.create(kwargs, flags={"allow_objects": True}), tokenizer
@@ -156,6 +157,14 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
             f"{name}: no samples. Check data_files, split ({node.get('split', 'train')!r}) and filters."
         )
     return dataset
+
+
+def _check_files(node: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if local files hold two columns of one name, or if files of a folder would be left out."""
+    if node.get("source") == "csv":
+        for path in sources.files_read(node):
+            csv_files.check_names(path, node, name)
+    sources.check_folder(node, name)
 
 
 def _packed(

@@ -16,6 +16,9 @@ from kasa_tune.components.data.template_process import CPU_SECONDS
 from kasa_tune.components.data.tokenizer_files import load_json
 
 _LONGEST_SOURCE = 1 << 20  # characters; published templates have up to 20,000
+# A template that has taken so much CPU time in all may not take more than so much for a conversation on average.
+# Published ones take less than a thousandth of a second.
+_FREE_SECONDS, _MEAN_SECONDS = 60.0, 0.1
 _START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
@@ -112,6 +115,8 @@ class _TemplateProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: subprocess.Popen | None = None
+        self._seconds: dict[int, float] = {}  # of CPU time, by the hash of the template
+        self._rendered: dict[int, int] = {}
 
     def ask(self, source: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
         request = json.dumps({"source": source, "variables": variables}) + "\n"
@@ -124,10 +129,21 @@ class _TemplateProcess:
                 self.stop()
                 raise
         if "texts" in reply:
+            self._count(hash(source), reply["seconds"], len(variables))
             return reply["texts"]
         if "limit" in reply:
             raise TemplateLimitError(reply["limit"])
         raise TemplateRefusalError(reply["error"])
+
+    def _count(self, template: int, seconds: float, rendered: int) -> None:
+        """Add up what a template costs. One that stays under the limit for each conversation may still take days."""
+        total = self._seconds[template] = self._seconds.get(template, 0.0) + seconds
+        number = self._rendered[template] = self._rendered.get(template, 0) + rendered
+        if total > _FREE_SECONDS and total > number * _MEAN_SECONDS:
+            raise TemplateLimitError(
+                f"it has taken {total:.0f} s for {number:,} conversations; the limit is {_MEAN_SECONDS} s for each "
+                "on average"
+            )
 
     def _exchange(self, request: str) -> Mapping[str, Any]:
         if self._running is None or self._running.poll() is not None:

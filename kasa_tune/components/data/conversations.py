@@ -127,6 +127,22 @@ class ConversationToMessages(Transform):
             messages.append(ChatMessage(role, content, masked=masked, fields=turn))
         return {"messages": messages, "tools": _tools(sample.get(self.tools_column))}
 
+    def says_nothing(self, conversation: Any) -> bool:
+        """Whether the assistant says nothing in a message that is learned. A conversation that cannot be learned at
+        all does not count.
+        """
+        try:
+            turns = checked_turns(conversation, self.layout)
+        except (ValueError, KeyError):
+            return False
+        return any(
+            turn["role"] == "assistant"
+            and turn["weight"]
+            and not (turn["content"] or "").strip()
+            and "tool_calls" not in turn
+            for turn in turns
+        )
+
 
 class ChatDataset(SFTDataset):
     """torchtune's dataset of conversations, with this file's checks of their order in place of torchtune's.

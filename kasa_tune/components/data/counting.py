@@ -93,22 +93,28 @@ def _kept(samples: TokenizedSamples, path: Path | None, key: str | None) -> Kept
     return KeptSamples(packing.map_file(path)[0], frozenset(), path)
 
 
-def check_all_samples(dataset: Dataset, *, name: str, log: logging.Logger | None = None) -> None:
+def check_all_samples(
+    dataset: Dataset, *, name: str, log: logging.Logger | None = None, all_are_used: bool = False
+) -> None:
     """Tokenize every sample once and say how many are cut and how many have nothing to learn.
 
     Args:
         dataset: from ``build_dataset``, plain, mixed or packed.
         name: the config key, used in what is said.
         log: gets one line for each data set; None for processes that say nothing.
+        all_are_used: whether the run comes to every row, so that it cannot end if one is broken.
 
     Raises:
-        ValueError: more than half of the samples of a data set have nothing to learn, or all
-            responses are empty.
+        ValueError: a row that is used cannot be tokenized, more than half of the samples of a data set have nothing to
+            learn, or all responses are empty.
     """
     if isinstance(dataset, MixedDataset):
         for i, part in enumerate(dataset.parts):
             check_all_samples(
-                part, name=name if len(dataset.parts) == 1 else f"{name}[{i}]", log=log
+                part,
+                name=name if len(dataset.parts) == 1 else f"{name}[{i}]",
+                log=log,
+                all_are_used=all_are_used and dataset.weights[i] >= 1,
             )
         return
     source = dataset.source if isinstance(dataset, packing.PackedRows) else dataset
@@ -122,6 +128,11 @@ def check_all_samples(dataset: Dataset, *, name: str, log: logging.Logger | None
         f"{name}: {counts.samples} samples, {counts.cut} of them cut to tokenizer.max_seq_len ({limit}), "
         f"{counts.unlearned} with nothing to learn."
     )
+    if counts.broken and all_are_used:
+        raise ValueError(
+            f"{name}: {counts.broken} of {counts.samples} rows cannot be used. Mend them or take them out. "
+            f"The first: {first_broken(source)}"
+        )
     if counts.unlearned > _LARGEST_SHARE * counts.samples:
         raise ValueError(
             f"{said} More than half have nothing to learn: the prompt fills tokenizer.max_seq_len, or the response is "

@@ -15,6 +15,7 @@ from kasa_tune.components.data.sources import files_read
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_ROWS = "no samples"  # which the reader takes beside files that have some
+_LARGEST_ARRAY = 1 << 27  # bytes of an array that is looked into; it takes some ten times as much
 _GZIP = b"\x1f\x8b"
 _COMPRESSED = (b"BZh", b"\xfd7zX", b"PK\x03\x04", b"(\xb5/\xfd")  # the reader takes them too
 
@@ -42,7 +43,7 @@ def file_fault(node: Mapping[str, Any], error: Exception) -> str | None:
 
 
 def _fault(path: Path, source: str) -> str | None:
-    with _opened(path) as file:
+    with opened(path) as file:
         head = file.read(4)
     if head == b"PAR1" and source != "parquet":
         return f"{path} is a Parquet file. Set source: parquet."
@@ -55,14 +56,15 @@ def _fault(path: Path, source: str) -> str | None:
     return _json_fault(path) if source == "json" else _encoding_fault(path, source)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
+    """Open a file, unpacked if it is packed with gzip."""
     with open(path, "rb") as file:
         compressed = file.read(2) == _GZIP
     return cast(IO[bytes], gzip.open(path)) if compressed else open(path, "rb")
 
 
 def _encoding_fault(path: Path, source: str) -> str | None:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
@@ -77,6 +79,11 @@ def _encoding_fault(path: Path, source: str) -> str | None:
 
 def _json_fault(path: Path) -> str | None:
     rows = 0
+    with opened(path) as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        file.seek(0)
+        if begins == b"[" and len(file.read(_LARGEST_ARRAY + 1)) > _LARGEST_ARRAY:
+            return None
     for number, line in _json_lines(path):
         if not rows and line.strip().startswith(b"{") and b"}" not in line:
             return None  # an object over several lines
@@ -89,14 +96,14 @@ def _json_fault(path: Path) -> str | None:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank and their numbers from 1; a whole array has number 0."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             if line.lstrip().startswith(b"["):
-                text = b"\n" * (number - 1) + line + file.read()
+                text = b"\n" * (number - 1) + line + file.read(_LARGEST_ARRAY)
                 if text.split() not in ([b"[]"], [b"[", b"]"]):
                     yield 0, text
                 return

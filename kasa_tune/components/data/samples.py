@@ -4,7 +4,7 @@ Shapes: n tokens of one sample.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from kasa_tune.components.data.conversations import (
     Layout,
     check_for_torchtune,
 )
+from kasa_tune.components.data.row_places import place_of
 
 # How the transforms and tokenizers of torchtune and ours fail at a row; KeyError is told apart.
 _UNTOKENIZABLE = (
@@ -106,11 +107,15 @@ class ShiftedDataset(Dataset):
         self.kept = samples
 
     def count_empty_responses(self) -> int:
-        """Rows whose response is empty or blank, which teach the model to say nothing."""
-        column = _response_column(getattr(self.inner, "_message_transform", None))
+        """Rows with a response that is empty or blank, which teach the model to say nothing."""
+        transform = getattr(self.inner, "_message_transform", None)
+        is_empty: Callable[[Any], bool] = _is_blank
+        column = _response_column(transform)
+        if isinstance(transform, ConversationToMessages):
+            column, is_empty = transform.column, transform.says_nothing
         if self._rows is None or column not in (getattr(self._rows, "column_names", None) or ()):
             return 0
-        return sum(isinstance(text, str) and not text.strip() for text in self._rows[column])
+        return sum(map(is_empty, self._rows[column]))
 
     def is_truncated(self, index: int) -> bool:
         """Whether the tokenizer cuts this sample to its ``max_seq_len``."""
@@ -119,6 +124,13 @@ class ShiftedDataset(Dataset):
         return full > len(self._prepare(index)["tokens"])
 
     def _prepare(self, index: int) -> Mapping[str, Any]:
+        try:
+            return self._prepared(index)
+        except ValueError as error:
+            place = place_of(self.node, index)
+            raise ValueError(f"{str(error).removesuffix('.')}. {place}") from error
+
+    def _prepared(self, index: int) -> Mapping[str, Any]:
         where = f"{self.name}: row {index}"
         try:
             if self._rows is None:
@@ -223,6 +235,10 @@ def _torchtunes_layout(transform: Any) -> Layout | None:
     if isinstance(transform, ShareGPTToMessages):
         return LAYOUTS["sharegpt"]
     return LAYOUTS["openai"] if isinstance(transform, OpenAIToMessages) else None
+
+
+def _is_blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
 
 
 def _present(row: Mapping[str, Any]) -> str:

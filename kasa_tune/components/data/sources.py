@@ -15,6 +15,14 @@ from typing import Any
 from kasa_tune.components.data.paths import local_path
 
 READERS = ("arrow", "csv", "json", "pandas", "parquet", "text")  # a `source` that reads local files
+_DATA_KINDS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+_NO_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+    "requirements.txt",
+    "LICENSE.txt",
+)
 _NULL_ROW = re.compile(rb"null[ \t\r]*(\n|$)")
 
 
@@ -77,6 +85,30 @@ def prepared(node: Mapping[str, Any], name: str) -> dict[str, Any]:
         # Only an empty cell is null; NA, None and nan are words.
         node = {"keep_default_na": False, "na_values": [""], **node}
     return node
+
+
+def check_folder(node: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if the reader would leave out files of a folder.
+
+    Of a folder it reads the files of one kind, which is the most frequent one.
+    """
+    source = node.get("source")
+    if not is_folder(source) or node.get("data_files") is not None:
+        return
+    base = Path(os.path.join(str(source), str(node.get("data_dir") or "")))
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(base.rglob("*")):
+        inside = path.relative_to(base)
+        kind = path.suffix.removesuffix("l")  # .json and .jsonl are read together
+        hidden = any(part.startswith((".", "_")) for part in inside.parts)
+        if kind in _DATA_KINDS and path.is_file() and not hidden and path.name not in _NO_DATA:
+            kinds.setdefault(kind, []).append(inside)
+    if len(kinds) > 1:
+        found = ", ".join(f"{len(paths)} like {paths[0]}" for paths in kinds.values())
+        raise ValueError(
+            f"{name}.source: {base} holds data files of several kinds ({found}), and only those of one kind would be "
+            f"read. Set source: json (or csv, parquet, text) and data_files, such as {base / '*.jsonl'}."
+        )
 
 
 def check_header(dataset: Any, node: Mapping[str, Any], name: str) -> None:

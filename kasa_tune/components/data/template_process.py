@@ -6,7 +6,8 @@ that has begun. So templates are rendered here, in a process of their own, which
 as a script by :mod:`kasa_tune.components.data.chat_templates` and imports nothing of this package.
 
 A request is a line of JSON, ``{"source": template, "variables": [{...}, ...]}``, and a reply is ``{"texts": [...]}`` or
-``{"error": why}`` or ``{"limit": which}``. The end of the input ends the process.
+``{"error": why}`` or ``{"limit": which}``, with the CPU time of the answer as ``seconds``. The end of the input ends
+the process.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import functools
 import json
 import signal
 import sys
+import time
 from typing import Any, TextIO
 
 import jinja2
@@ -92,7 +94,10 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         if resource is not None:
             used = resource.getrusage(resource.RUSAGE_SELF)
             _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + CPU_SECONDS)
-        replies.write(json.dumps(answer(json.loads(line))) + "\n")
+        started = time.process_time()
+        reply = answer(json.loads(line))
+        reply["seconds"] = time.process_time() - started
+        replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 

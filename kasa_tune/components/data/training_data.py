@@ -70,8 +70,6 @@ class TrainingData:
         self.dataset = dataset = build_dataset(cfg.dataset, tokenizer, name="dataset")
         check_token_ids(dataset, vocab_size)
         log = get_logger("INFO") if rank == 0 else None
-        check_all_samples(dataset, name="dataset", log=log)
-        self.fingerprint = data_fingerprint(dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
         self._batches = loader(dataset, batch_size=cfg.batch_size, shuffle=cfg.shuffle)
         self._validation = self.dataset_val = None
         if cfg.dataset_val:
@@ -79,7 +77,8 @@ class TrainingData:
                 cfg.dataset_val, tokenizer, name="dataset_val"
             )
             check_token_ids(dataset_val, vocab_size)
-            check_all_samples(dataset_val, name="dataset_val", log=log)
+            is_used = bool(cfg.run_val_every_n_steps)
+            check_all_samples(dataset_val, name="dataset_val", log=log, all_are_used=is_used)
             self._validation = loader(dataset_val, batch_size=cfg.batch_size_val, shuffle=False)
         self.num_batches = len(self._batches.batch_sampler)
         self.batches_per_step = cfg.gradient_accumulation_steps
@@ -87,6 +86,9 @@ class TrainingData:
         if cfg.max_steps_per_epoch:
             self.steps_per_epoch = min(self.steps_per_epoch, cfg.max_steps_per_epoch)
         self.total_steps = min(self.steps_per_epoch * cfg.epochs, cfg.max_steps or sys.maxsize)
+        is_whole = self.total_steps * self.batches_per_step >= self.num_batches
+        check_all_samples(dataset, name="dataset", log=log, all_are_used=is_whole)
+        self.fingerprint = data_fingerprint(dataset, nodes=cfg.dataset, tokenizer=cfg.tokenizer)
 
     def steps(self, epoch: int, batches_done: int) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of an epoch, fewer in its last step.

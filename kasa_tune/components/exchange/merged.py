@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def write_merged(
         By how much each merged weight differs from the trained one, because of ``dtype``.
 
     Raises:
-        ValueError: ``max_shard_size`` is no size.
+        ValueError: ``max_shard_size`` is no size, or a file to be copied is a link out of its folder.
     """
+    side_files = _side_files(run)
     modules = run.modules(run.changed)
     weights = {key for key in run.base.stored if _ROTARY not in key}
     stored = {
@@ -81,7 +82,9 @@ def write_merged(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_side_files(run, folder)
+    for source in side_files:
+        if not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
     _set_dtype(
         folder / "config.json", {value.dtype for key, value in stored.items() if key in weights}
     )
@@ -105,22 +108,37 @@ def _tensor(
     return merged.contiguous()
 
 
-def _copy_side_files(run: TrainedRun, folder: Path) -> None:
-    """All of the base's folder that is not weights, and the run's tokenizer if that lies elsewhere."""
-    for source in [*_side_files(run.checkpoint_dir), *_paths_in(run.config.get("tokenizer") or {})]:
-        if not (folder / source.name).exists():
-            shutil.copyfile(source, folder / source.name)
+def _side_files(run: TrainedRun) -> list[Path]:
+    """All of the base's folder that is not weights, and the run's tokenizer if that lies elsewhere.
+
+    Raises:
+        ValueError: one is a link to a file that is none of its folder's. The folder may come from somebody else, and
+            the link may lead to what its owner does not mean to publish.
+    """
+    of_base = [path for pattern in _SIDE_FILES for path in run.checkpoint_dir.glob(pattern)]
+    of_base = [
+        path
+        for path in of_base
+        if path.is_file() and path.name not in _NOT_OF_IT and not path.name.endswith(".index.json")
+    ]
+    found = [*of_base, *_paths_in(run.config.get("tokenizer") or {})]
+    for path in found:
+        _check_own_file(path)
+    return found
 
 
-def _side_files(folder: Path) -> Iterator[Path]:
-    for pattern in _SIDE_FILES:
-        for path in folder.glob(pattern):
-            if (
-                path.is_file()
-                and path.name not in _NOT_OF_IT
-                and not path.name.endswith(".index.json")
-            ):
-                yield path
+def _check_own_file(path: Path) -> None:
+    """Refuse a link out of the folder, except to the blobs of Hugging Face's cache, which its snapshots consist of."""
+    folder, target = path.parent.resolve(), path.resolve()
+    allowed = [folder]
+    for above in folder.parents:
+        if above.name == "snapshots":
+            allowed.append(above.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"{path} is a link to {target}, outside its folder, and is not copied. If it belongs to the model, put "
+            "the file itself there."
+        )
 
 
 def _paths_in(tokenizer: Mapping[str, Any]) -> list[Path]:

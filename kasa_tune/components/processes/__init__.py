@@ -1,5 +1,6 @@
 """The processes that torchrun starts: how they agree, and how they share out work and weights."""
 
+from kasa_tune.components.processes.rescue import Finished, watch_steps
 from kasa_tune.components.processes.sharding import (
     distribute_like,
     distribute_optimizer_state,
@@ -16,6 +17,7 @@ from kasa_tune.components.processes.world import (
 )
 
 __all__ = [
+    "Finished",
     "Job",
     "OtherRankError",
     "SingleProcess",
@@ -26,4 +28,5 @@ __all__ = [
     "full_tensor",
     "full_tensors",
     "shard",
+    "watch_steps",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -63,6 +64,25 @@ def full_tensors(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(full_tensors(value) for value in tree)
     return full_tensor(tree).cpu() if isinstance(tree, DTensor) else tree
+
+
+@torch.no_grad()
+def on_host(tree: Any, host_mesh: DeviceMesh) -> Any:
+    """A tree like that of :func:`full_tensors` with this process's parts of cut tensors copied to the host. They can be
+    put together over ``host_mesh``, see :class:`~kasa_tune.components.processes.World`. No process is asked.
+    """
+    if isinstance(tree, Mapping):
+        return {key: on_host(value, host_mesh) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(on_host(value, host_mesh) for value in tree)
+    if not isinstance(tree, Tensor):
+        return tree
+    if not isinstance(tree, DTensor):
+        return tree.detach().to("cpu", copy=True)
+    local = tree.to_local().detach().to("cpu", copy=True)
+    cut = tree.placements[-1:]  # whatever comes before are replicas
+    shape, stride = tree.shape, tree.stride()
+    return DTensor.from_local(local, host_mesh, cut, run_check=False, shape=shape, stride=stride)
 
 
 def distribute_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class World:
         device: of this process.
         mesh: of all processes: one dimension, or with hybrid sharding replicas by shards.
         patient: a gloo group of all processes, in which one waits for the others' work however long it takes.
+        store: where processes leave each other word without waiting for an answer.
+        host_mesh: one dimension, of the processes that share a copy of the model; its gloo group is used by nothing
+            else, so that it works while others are stuck.
+        timeout: seconds that a process waits for another in vain.
     """
 
     rank: int
@@ -52,6 +56,9 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     patient: dist.ProcessGroup
+    store: dist.Store
+    host_mesh: DeviceMesh
+    timeout: float
 
     @staticmethod
     def join(device: str, *, timeout: float, shards: int | None = None) -> World:
@@ -93,7 +100,8 @@ class World:
         shape = (size // shards, shards) if shards and shards < size else (size,)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return World(rank, size, here, mesh, patient)
+        host_mesh = _host_mesh(rank, size, shards or size, wait)
+        return World(rank, size, here, mesh, patient, attempt, host_mesh, timeout)
 
     def leave(self) -> None:
         """Part from the others, when all have come to this point.
@@ -187,6 +195,15 @@ class World:
                     f"Rank {differing[0]} has another {name} than rank 0. All processes need the same config, files "
                     "and versions."
                 )
+
+
+def _host_mesh(rank: int, size: int, shards: int, wait: timedelta) -> DeviceMesh:
+    """The processes that hold one copy of the model together, over gloo; every process takes part in making all."""
+    groups = [
+        dist.new_group(list(range(first, first + shards)), backend="gloo", timeout=wait)
+        for first in range(0, size, shards)
+    ]
+    return DeviceMesh.from_group(groups[rank // shards], "cpu", mesh_dim_names=("shard",))
 
 
 class SingleProcess:

@@ -155,7 +155,7 @@ def find_quantized(checkpoint: Checkpoint) -> Checkpoint:
     path = checkpoint.path.absolute()
     of_a_run = path.parent.name == "checkpoints" and not (path / FOLDER).is_dir()
     folder = (path.parent.parent if of_a_run else path) / FOLDER
-    stored, skipped = latest_checkpoint(folder)
+    stored, skipped = latest_checkpoint(folder, repair=False)
     if not stored:
         # An earlier checkpoint is no remedy here, because all of them need this one base.
         found = " ".join(skipped).replace(" Use an earlier checkpoint.", "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
-from kasa_tune.components.checkpoints import rng_state
 from kasa_tune.components.data import Batch
 from kasa_tune.components.processes import full_tensor
 
@@ -39,15 +38,12 @@ class Step:
         metrics: values to log.
         applying: whether :meth:`apply` has begun to change weights.
         applied: whether :meth:`apply` has finished.
-        num_batches: number of batches of this process.
-        rng: state of the random generators before the step.
     """
 
     def __init__(self, steps: Steps, batches: list[Batch]) -> None:
         self._steps, self._batches = steps, batches
         self.num_tokens = max(1, steps.num_labelled)
         self.is_last_batch = self.applying = self.applied = False
-        self.num_batches, self.rng = len(batches), rng_state()
         self.metrics: dict[str, Any] = {}
         self._loss = torch.zeros((), device=steps.device)
         self._logged: dict[str, Tensor] = {}
@@ -112,14 +108,10 @@ class Step:
                 "batches of the step."
             )
         steps = self._steps
-        loss, num_signals = steps.processes.sum(self._loss, steps.signals.received is not None)
-        steps.stopping |= num_signals > 0
         max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
-        checked = {"loss": torch.as_tensor(loss), **self._logged, "grad_norm": grad_norm}
-        values = torch.stack([value.to(steps.device) for value in checked.values()]).tolist()
-        self._check_finite(dict(zip(checked, values, strict=True)))
-        self.applying = True
+        values = self._agree({**self._logged, "grad_norm": grad_norm})
+        self.applying, steps.saver.position = True, None
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
         lr = float(optimizer.param_groups[0]["lr"])
         if steps.num_labelled:
@@ -131,16 +123,41 @@ class Step:
             lr_scheduler.step()
         steps.step += 1
         self.applied = True
-        self.metrics |= dict(zip(checked, values, strict=True))
+        self.metrics |= values
         if not steps.num_labelled:
             del self.metrics["loss"]  # there was no token to take a mean over
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
         seconds = time.perf_counter() - self._started
         self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
+        steps.saver.mark_position()
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if all(map(math.isfinite, values.values())):
-            return
+    def _agree(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Exchange the loss. It is the last exchange of a step: a process that has failed does not
+        come here, so that the weights change on all processes or on none.
+
+        Args:
+            scalars: values to check and to log.
+
+        Returns:
+            The loss of all processes and the scalars, all finite.
+        """
+        steps = self._steps
+        numbers = torch.stack([value.to(steps.device) for value in scalars.values()]).tolist()
+        local = dict(zip(scalars, numbers, strict=True))
+        num_bad = sum(not math.isfinite(number) for number in numbers)
+        stop = steps.signals.received is not None
+        loss, num_signals, num_bad_in_all = map(
+            float, steps.processes.sum(self._loss, stop, num_bad)
+        )
+        steps.check_no_failure()
+        steps.stopping |= num_signals > 0
+        values = {"loss": loss, **local}
+        if num_bad_in_all or not math.isfinite(loss):
+            steps.all_fail = True
+            self._raise_not_finite(values)
+        return values
+
+    def _raise_not_finite(self, values: dict[str, float]) -> NoReturn:
         found = ", ".join(
             f"{name} {value}"
             for name, value in values.items()

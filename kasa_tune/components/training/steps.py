@@ -19,13 +19,12 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -34,14 +33,11 @@ from torchtune.config import instantiate
 from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
-from kasa_tune.components.adapters.state import adapter_state_dict
 from kasa_tune.components.checkpoints import (
     Checkpoint,
     clean_up,
     resume_position,
-    rng_state,
     run_lock,
-    save_checkpoint,
 )
 from kasa_tune.components.data.training_data import Batch, TrainingData
 from kasa_tune.components.processes import (
@@ -49,10 +45,11 @@ from kasa_tune.components.processes import (
     SingleProcess,
     World,
     distribute_optimizer_state,
-    full_tensors,
+    watch_steps,
 )
 from kasa_tune.components.training.loggers import SilentLogger
-from kasa_tune.components.training.step import NonFiniteError, Step
+from kasa_tune.components.training.saving import Saver
+from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
 
 log = utils.get_logger("INFO")  # prints on rank 0
@@ -113,11 +110,11 @@ class Steps:
         self._loss_sum = loss_sum
         self.folder = Path(cfg.output_dir) / "checkpoints"
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.step = self.epoch = self.batches_done = self._first_step = 0
+        self.step = self.epoch = self.batches_done = 0
         self._current: Step | None = None
         self.stopping = False  # all processes agree on it
-        self._saved_step = -1
-        self._saved: Path | None = None  # the newest checkpoint of this run
+        self.all_fail = False  # all processes raise in the same place
+        self.saver = Saver(self)
         self._resumed = checkpoint is not None and checkpoint.resumes
         if checkpoint is not None and checkpoint.resumes:
             self._restore(checkpoint)
@@ -140,6 +137,8 @@ class Steps:
             profiler = instantiate(cfg.profiler)[0] if enabled else training.DummyProfiler()
             self._profiler = resources.enter_context(profiler)
             options = {"unit": "step", "dynamic_ncols": True, "disable": not is_rank_zero}
+            rescue = watch_steps(self.processes, self.saver.unsaved, self.saver.write_if_unsaved)
+            self._rescue = resources.enter_context(rescue)
             self._bar = tqdm(total=self.data.total_steps, initial=self.step, **options)
             resources.callback(self._bar.close)
             self._resources = resources.pop_all()
@@ -156,7 +155,7 @@ class Steps:
             if left_step:
                 self._save_after_break(left_step)
             elif isinstance(error, Exception):
-                self._save_finished_steps(error)
+                self._save_after_failure(error)
         if error is not None:
             return
         if self.step < self.data.total_steps and (self.stopping or left_step):
@@ -165,12 +164,8 @@ class Steps:
                 f"{who} stopped the run after step {self.step}. Set resume_from_checkpoint=True "
                 "to continue from here."
             )
-        elif self._saved:
-            log.info(f"Finished. Adapter: {self._saved / 'adapter.safetensors'}")
-
-    @property
-    def _unsaved(self) -> bool:
-        return self.step > max(self._saved_step, self._first_step)
+        elif self.saver.path:
+            log.info(f"Finished. Adapter: {self.saver.path / 'adapter.safetensors'}")
 
     def _save_after_break(self, step: Step) -> None:
         """Log and save after a ``break`` out of the loop, which all processes must do in the same
@@ -178,37 +173,34 @@ class Steps:
         """
         if step.applied:
             self._finish_step(step)
-        else:
-            self.batches_done -= step.num_batches
-        if self._unsaved:
-            self.save(rng=None if step.applied else step.rng)
+        if self.saver.is_needed:
+            self.save()
 
-    def _save_finished_steps(self, error: Exception) -> None:
-        """After an error inside a step, save the steps before it, with the random state from before
-        it.
+    def check_no_failure(self) -> None:
+        """Check that what the processes have just exchanged came about.
 
-        Saving needs all processes. It is done only if the error occurred on all of them. If it
-        occurred on one process, the others are still inside the step.
+        Raises:
+            OtherRankError: another process failed, and so the exchange was aborted.
         """
-        step = self._current
-        failed_everywhere = self.processes.size == 1 or isinstance(error, NonFiniteError)
-        if step is None or step.applying or not failed_everywhere:
-            return
-        self.batches_done -= step.num_batches
-        self._save_despite_error(rng=step.rng)
+        if self._rescue.failed_on is not None:
+            raise OtherRankError("Another process failed.")
 
-    def _save_despite_error(self, *, rng: dict[str, Any] | None = None) -> None:
-        """Save if a step is unsaved. If that fails as well, the first error is still the one that
-        is raised.
+    def _save_after_failure(self, error: Exception) -> None:
+        """After an error, save the finished steps, with the random state from before the step that
+        failed.
+
+        Raises:
+            OtherRankError: the error is only what comes of another process's.
         """
-        if not self._unsaved:
-            return
-        try:
-            self.save(rng=rng)
-        except OSError as unwritable:
-            log.warning(f"The finished steps could not be saved: {unwritable}")
-        else:
-            log.warning(f"The {self.step} finished steps are saved in {self._saved}.")
+        failed_on = self._rescue.after_failure()
+        if self._rescue.saved:
+            log.warning(f"The {self.step} finished steps are saved in {self.saver.path}.")
+        elif self.step > self.saver.last_step:
+            log.warning(f"The steps after step {self.saver.last_step} are lost.")
+        if failed_on is not None and not self.all_fail:
+            raise OtherRankError(
+                f"Training failed on rank {failed_on}; its message says why."
+            ) from error
 
     @property
     def exit_status(self) -> int:
@@ -225,17 +217,20 @@ class Steps:
             torch.cuda.reset_peak_memory_stats(self.device)  # do not count loading
         self._open_log()
         save_every = self.cfg.save_every_n_steps
+        self.saver.mark_position()
         while not self._done:
             for batches in self._batches_of_steps():
                 self._current = step = Step(self, batches)
                 yield step
                 self._finish_step(step)
+                self.saver.mark_position()
                 self._current = None
                 if self._done or (save_every and self.step % save_every == 0):
                     self.save()
                 if self._done:
                     return
             self.epoch, self.batches_done = self.epoch + 1, 0
+            self.saver.mark_position()
             if not save_every:
                 self.save()
 
@@ -246,8 +241,7 @@ class Steps:
         return self.stopping or self.step >= self.data.total_steps
 
     def _batches_of_steps(self) -> Iterator[list[Batch]]:
-        """Yield the batches of each step of the current epoch. If a row cannot be read, the
-        finished steps are saved first.
+        """Yield the batches of each step of the current epoch.
 
         Here the processes exchange how many labelled tokens they have, and whether one of them
         failed or received a signal.
@@ -265,7 +259,7 @@ class Steps:
                 int, self.processes.sum(labelled, failure is not None, signal_received)
             )
             if failed:
-                self._save_despite_error()
+                self.all_fail = True
                 raise failure or OtherRankError(
                     "A batch could not be read on another rank; its message says why."
                 )
@@ -290,12 +284,17 @@ class Steps:
         if cfg.log_peak_memory_stats and self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         last, every = self.step == self.data.total_steps, cfg.run_val_every_n_steps
-        if every and (last or self.step % every == 0) and not self.stopping:
-            metrics["val_loss"] = self.validate()
+        try:
+            if every and (last or self.step % every == 0) and not self.stopping:
+                metrics["val_loss"] = self.validate()
+        finally:  # the step itself is done
+            self._log(metrics, last=last)
+
+    def _log(self, metrics: dict[str, Any], *, last: bool) -> None:
         shown = {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        if self.step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or last:
+        if self.step % self.cfg.log_every_n_steps == 0 or "val_loss" in metrics or last:
             self._logger.log_dict(metrics, step=self.step)
 
     def _open_log(self) -> None:
@@ -326,35 +325,11 @@ class Steps:
 
     # --- checkpoints
 
-    def save(self, *, rng: dict[str, Any] | None = None) -> None:
+    def save(self) -> None:
         """Write a checkpoint that holds the adapter and everything that resuming bit for bit needs.
-        All processes must call this.
-
-        Args:
-            rng: state of the random generators to store. None for the present state.
+        All processes must call this, after a finished step.
         """
-        scheduler = self.lr_scheduler
-        run = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "total_steps": self.data.total_steps,
-            **self.fingerprints,
-            "lr_scheduler": scheduler.state_dict() if scheduler else None,
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
-            "world_size": self.processes.size,
-        }
-        first, *others = self.processes.gather(rng or rng_state())
-        parts = {
-            "adapter": adapter_state_dict(self.model),
-            "optimizer": full_tensors(self.optimizer.state_dict()),
-            "rng": first | ({"other_ranks": others} if others else {}),
-            "run": run,
-        }
-        keep_last = self.cfg.keep_last
-        write = partial(save_checkpoint, self.folder, self.step, parts, keep_last=keep_last)
-        self._saved = self.processes.on_rank_zero(write, "Saving")
-        self._saved_step = self.step
+        self.saver.save()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore the optimizer, the schedule, the position in the data and the random state."""
@@ -372,4 +347,4 @@ class Steps:
                     f"{run['total_steps']}."
                 )
         self.processes.set_rng_state(checkpoint.part("rng"))
-        self._first_step, self._saved = self.step, checkpoint.path
+        self.saver.last_step, self.saver.path = self.step, checkpoint.path

@@ -787,6 +787,23 @@ def test_a_reader_between_the_two_renames_does_not_stop_the_writer(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
+def test_a_checkpoint_moved_aside_in_anothers_folder_is_read_where_it_is(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    save(folder, 2)
+    aside = (folder / "step_00000002").rename(folder / ".step_00000002.replaced.tmp")
+    assert find_checkpoint(tmp_path).path == aside
+    assert find_checkpoint(tmp_path).manifest["step"] == 2
+    assert sorted(path.name for path in folder.iterdir()) == [aside.name, "step_00000001"]
+
+
+def test_half_of_a_surrogate_pair_in_a_checkpoint_is_damage(tmp_path):
+    """It is no character: it could be written to no model card, and printed on no terminal."""
+    save_checkpoint(tmp_path, 1, {"run": {"text": "\ud83d"}})
+    with pytest.raises(CheckpointError, match=r"its part run is not of the form .*surrogates"):
+        load_part(tmp_path / "step_00000001", "run")
+
+
 def test_a_folder_that_may_only_be_read_is_read(tmp_path, monkeypatch):
     save(tmp_path, 1)
     (tmp_path / ".step_00000002.replaced.tmp").mkdir()

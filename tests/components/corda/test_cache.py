@@ -284,6 +284,24 @@ def test_another_kind_of_file_is_refused(tmp_path):
         DecompositionCache(tmp_path, key()).components("ipm", ranks_of(3, 2), otherwise=never)
 
 
+@pytest.mark.parametrize("name", ["ipm", "spectra"])
+def test_a_file_with_the_right_digest_and_another_form_is_refused(stored, name):
+    """Somebody made it up, or another program wrote it."""
+    cache, _, _ = stored
+    tensors, about = cache._read(name)
+    first = next(iter(tensors))
+    for changed, words in (
+        ({key: value for key, value in tensors.items() if key != first}, f"it lacks '{first}'"),
+        (tensors | {first: torch.ones(2, 2, 2)}, "w"),
+    ):
+        cache._write(name, changed, about)
+        with pytest.raises(CacheError, match=f"no readable decomposition .*{words}.*Delete it"):
+            read_back(cache, name)
+    cache._write(name, tensors, {"w": {}})
+    with pytest.raises(CacheError, match=r"no readable decomposition .*it lacks"):
+        read_back(cache, name)
+
+
 def test_a_half_written_file_of_a_killed_run_is_not_read(tmp_path):
     (tmp_path / ".ipm.12345.safetensors").write_bytes(b"half")
     cache = DecompositionCache(tmp_path, key())

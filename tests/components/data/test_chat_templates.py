@@ -46,6 +46,20 @@ def test_time_and_size_are_bounded(source):
     assert render_template("{{ messages[0].content }}", HI) == ["Hi"]
 
 
+def test_all_conversations_together_are_bounded(monkeypatch):
+    """Each stays below its own limit, and a million of them would take weeks."""
+    monkeypatch.setattr(chat_templates, "_FREE_SECONDS", 0.2)
+    slow = "{% for a in range(9999) %}{% for b in range(99) %}{% set x = b %}{% endfor %}{% endfor %}ok"
+    monkeypatch.setattr(chat_templates, "_MEAN_SECONDS", 0.005)
+
+    def render_all(source):
+        return [render_template(source, HI) for _ in range(50)]
+
+    with pytest.raises(TemplateLimitError, match=r"conversations; the limit is 0\.005 s for each"):
+        render_all(slow)
+    assert render_all("{{ messages[0].content }}") == [["Hi"]] * 50
+
+
 def test_tools_and_documents_are_none_as_in_transformers():
     source = (
         "{% if tools is not none %}[TOOLS]{{ tools | tojson }}{% endif %}{{ documents is none }}"

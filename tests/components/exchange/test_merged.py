@@ -341,6 +341,33 @@ def test_only_tokenizer_files_are_copied_at_a_checkpoints_word(tmp_path):
     assert not {"id_rsa", "credentials.json"} & {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("where", ["base", "elsewhere"])
+def test_a_link_out_of_the_folder_is_not_copied(tmp_path, where):
+    """A base or a tokenizer from somebody else would have a private file published with the model."""
+    link = tmp_path / where / "tokenizer_config.json"
+    run = toy_run(tmp_path, "llama2", "kasa", tokenizer={"path": str(link)})
+    link.parent.mkdir(exist_ok=True)
+    (tmp_path / "private").write_text("private")
+    link.symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is a link to .*private, outside"):
+        exported(tmp_path, run)
+    assert not any((tmp_path / "merged").iterdir())
+
+
+def test_links_of_hugging_faces_cache_are_followed(tmp_path):
+    model = tmp_path / "models--a--b"
+    (model / "blobs").mkdir(parents=True)
+    (model / "blobs" / "4567").write_text("{}")
+    inside = model / "snapshots" / "0123" / "sub"
+    inside.mkdir(parents=True)
+    (inside / "config.json").symlink_to("../../../blobs/4567")
+    merged._check_own_file(inside / "config.json")
+    (model / "secret").write_text("")
+    (inside / "NOTICE").symlink_to("../../../secret")
+    with pytest.raises(ValueError, match="outside its folder"):
+        merged._check_own_file(inside / "NOTICE")
+
+
 def test_the_config_says_the_dtype_under_the_key_it_has(tmp_path):
     run = toy_run(tmp_path, "llama2", "kasa")
     path = tmp_path / "base" / "config.json"

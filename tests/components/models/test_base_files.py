@@ -7,7 +7,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from kasa_tune.components.models.base_files import INDEX, check_base_files, checked_config
+from kasa_tune.components.models.base_files import (
+    INDEX,
+    check_base_files,
+    checked_config,
+    shards_of,
+)
 from kasa_tune.components.models.base_weights import read_base
 from tests.toy_checkpoints import toy, write_checkpoint
 
@@ -70,6 +75,14 @@ def test_a_damaged_index_is_named(sharded, text):
     (folder / files[0]).rename(folder / "first.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
         read_base(node_of(folder, ["first.safetensors"]))
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/a", "", ".."])
+def test_an_index_names_files_of_its_folder_alone(sharded, name):
+    folder, _ = sharded
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="which is no file of this folder"):
+        shards_of(folder)
 
 
 def test_shards_of_any_names_are_counted_by_the_index(sharded):
