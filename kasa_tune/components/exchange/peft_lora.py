@@ -38,11 +38,10 @@ def write_peft(
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B holds the scaling, so ``lora_alpha`` equals ``r``. A and B are the balanced factors of the whole change of a
-    weight, see :meth:`~kasa_tune.components.linalg.low_rank.LowRank.balanced`.
-
-    With ``rank_pattern`` both are the largest rank R, and a layer of rank k has its B times k / R. So readers that look
-    a layer's rank up (PEFT, vLLM) and those that take it from the tensor (llama.cpp) both multiply by R / k.
-    ``alpha_pattern``, which the latter do not know, stays empty.
+    weight, see :meth:`~kasa_tune.components.linalg.low_rank.LowRank.balanced`. With ``rank_pattern`` both
+    are the largest rank R, and a layer of rank k has its B times k / R. So readers that look a layer's rank up (PEFT,
+    vLLM) and those that take it from the tensor (llama.cpp) both multiply by R / k. ``alpha_pattern``, which the latter
+    do not know, stays empty.
 
     Args:
         run: what to export.
