@@ -230,12 +230,34 @@ def mismatches(
         key, value = "model_type", str(settings.values.get("model_type"))
         words = f"a rotary embedding that the conversion of {model_type} does not suit"
         found.append(Mismatch(PAIRS, key, value, words, conversion))
-    for one in unlike(expected, on_files(model, model_type), longest=longest, unknown=unknown):
+    given = on_files(model, model_type)
+    others = unlike(expected, given, longest=longest, unknown=unknown)
+    following = _following({one.name for one in others}, expected, given)
+    for one in others:
+        if one.name in following:
+            continue
         setting = _setting(one, takes)
         if name_of(one.name) == PAIRS:
             setting = conversion
         found.append(_mismatch(one, expected, settings, setting))
     return found
+
+
+def _following(names: Collection[str], *both: Architecture) -> set[str]:
+    """Those of the values that differ which follow from others that differ."""
+    found = set()
+    if "head_dim" in names and all(_plain_scale(one) for one in both):
+        found.add("attention_scale")
+    if "embed_dim" in names:
+        found.add("embedding_scale")
+    sizes = {"embed_dim", "num_heads"} & {*names}
+    if sizes and all(one.head_dim == one.embed_dim // one.num_heads for one in both):
+        found.add("head_dim")
+    return found
+
+
+def _plain_scale(one: Architecture) -> bool:
+    return one.attention_scale == one.head_dim**-0.5
 
 
 def _conversion(expected: Architecture, model: Architecture, given: str | None) -> str | None:

@@ -240,6 +240,7 @@ def test_dry_run_shows_what_one_of_eight_processes_holds(recipe, run_main, capsy
         "model.intermediate_dim=4096",
         "model.vocab_size=4096",
         "model.rank=64",
+        "checkpointer.checkpoint_dir=/not/downloaded",  # whose config.json would say other sizes
     ]
     large += ["dry_run=True", f"output_dir={tmp_path}"]
     budgets = {}

@@ -307,16 +307,19 @@ def test_missing_safetensors(finetune, base):
 
 
 def test_a_checkpoint_of_another_model(finetune):
-    with pytest.raises(ValueError, match=r"not one of this model.*layers\.\d.*shape|differ"):
+    with pytest.raises(config.ConfigError, match=r"num_hidden_layers is 5, .*_llama3 has 6"):
         finetune("model.num_layers=6")
 
 
-def test_a_checkpoint_of_another_width(finetune):
+def test_a_checkpoint_of_another_width(finetune, base):
+    """config.json says what the config says, and the weights do not."""
+    about = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(about | {"intermediate_size": 256}))
     with pytest.raises(
         ValueError,
         match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)",
     ):
-        finetune("model.intermediate_dim=256")
+        finetune("model.intermediate_dim=256", f"checkpointer.checkpoint_dir={base}")
 
 
 def test_nan_in_the_base_weights_names_the_layer(finetune, base):
@@ -327,9 +330,11 @@ def test_nan_in_the_base_weights_names_the_layer(finetune, base):
         finetune(f"checkpointer.checkpoint_dir={base}")
 
 
-def test_a_tokenizer_that_does_not_fit(finetune):
+def test_a_tokenizer_that_does_not_fit(finetune, base):
+    about = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(about | {"vocab_size": 300}))
     with pytest.raises(ValueError, match="does not fit the model"):
-        finetune("model.vocab_size=300")
+        finetune("model.vocab_size=300", f"checkpointer.checkpoint_dir={base}")
 
 
 def write_rows(path, rows):

@@ -3,8 +3,10 @@ weights are read where that can be.
 """
 
 import errno
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,12 +271,16 @@ def test_a_truncated_base(qcorda, base):
 
 
 @pytest.mark.usefixtures("not_trained")
-def test_a_base_of_another_width(qcorda):
+def test_a_base_of_another_width(qcorda, base):
+    """config.json says what the config says, and the weights do not."""
+    override = base(lambda weights: None)
+    path = Path(override.partition("=")[2]) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 256}))
     with pytest.raises(
         ValueError,
         match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)",
     ):
-        qcorda("model.intermediate_dim=256", config_name="tiny_qlora")
+        qcorda(override, "model.intermediate_dim=256", config_name="tiny_qlora")
 
 
 # ------------------------------------------------------------------------------------------------------- the data

@@ -20,6 +20,7 @@ from kasa_tune.components.adapters import CorDALinear, KaSALinear, LoRALinear
 from kasa_tune.components.corda import calibration
 from kasa_tune.components.linalg.nf4 import NF4Tensor, to_nf4
 from kasa_tune.registry import PACKAGE_ROOT
+from tests.toy_checkpoints import config_of
 from tests.toy_models import FAMILIES, randomized
 
 from .conftest import (
@@ -398,8 +399,7 @@ def test_other_families_of_models(qcorda, tmp_path, name):
         {key: value.clone() for key, value in files.items()},
         tmp_path / "base" / "model.safetensors",
     )
-    about = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, **head_dim}
-    about |= {"tie_word_embeddings": family.tied}
+    about = config_of(name, sizes)
     (tmp_path / "base" / "config.json").write_text(json.dumps(about))
     adapters = {"attn_modules": ["q_proj", "v_proj"], "apply_to_mlp": True, "rank": 4, "alpha": 8}
     model = {"_component_": f"kasa_tune.components.models.corda_{name}", **sizes, **adapters}
