@@ -160,10 +160,10 @@ def _instantiate(node: Mapping[str, Any], tokenizer: Any, name: str) -> Dataset:
 
 
 def _check_files(node: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError if local files hold two columns of one name, or if files of a folder would be left out."""
+    """Raise ValueError if columns of local files cannot be told apart, or if files of a folder would be left out."""
     if node.get("source") == "csv":
         for path in sources.files_read(node):
-            csv_files.check_names(path, node, name)
+            csv_files.check_columns(path, node, name)
     sources.check_folder(node, name)
 
 

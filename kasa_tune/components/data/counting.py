@@ -138,12 +138,7 @@ def check_all_samples(
             f"{said} More than half have nothing to learn: the prompt fills tokenizer.max_seq_len, or the response is "
             f"empty. Raise tokenizer.max_seq_len, take these rows out, or set {name}.train_on_input: True."
         )
-    empty = source.count_empty_responses()
-    if empty == len(source):
-        raise ValueError(
-            f"{name}: the response of every row is empty, so the model would learn to say nothing. "
-            "Fill them, or name the column that holds them in column_map."
-        )
+    empty = _count_empty(source, name)
     if log is None:
         return
     log.log(logging.WARNING if counts.unlearned else logging.INFO, said)
@@ -157,6 +152,17 @@ def check_all_samples(
             f"{name}: {counts.broken} of {counts.samples} rows cannot be used, and the run stops where it meets one. "
             f"The first: {first_broken(source)}"
         )
+
+
+def _count_empty(source: ShiftedDataset, name: str) -> int:
+    """Rows with an empty response. Raise ValueError if all are such."""
+    empty = source.count_empty_responses()
+    if empty == len(source):
+        raise ValueError(
+            f"{name}: the response of every row is empty, so the model would learn to say nothing. "
+            "Fill them, or name the column that holds them in column_map."
+        )
+    return empty
 
 
 def first_broken(dataset: ShiftedDataset) -> str:

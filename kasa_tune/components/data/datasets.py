@@ -16,6 +16,7 @@ from torchtune.data import AlpacaToMessages, InputOutputToMessages, Message, Que
 from torchtune.datasets import SFTDataset, TextCompletionDataset
 from torchtune.modules.transforms import Transform
 
+from kasa_tune.components.data.column_maps import check_different
 from kasa_tune.components.data.conversations import ChatDataset, ConversationToMessages
 from kasa_tune.components.data.csv_files import as_text
 
@@ -231,7 +232,7 @@ def alpaca_dataset(
     """
     if data_files is not None and source == "tatsu-lab/alpaca":
         source = "json"
-    _check_different(column_map)
+    check_different(column_map)
     transform = AlpacaToMessages(train_on_input=train_on_input, column_map=column_map)
     return _sft(tokenizer, transform, source, data_files, split, load_dataset_kwargs)
 
@@ -304,7 +305,7 @@ def instruct_dataset(
         new_system_prompt: a system message before every prompt.
         load_dataset_kwargs: passed to ``datasets.load_dataset``.
     """
-    _check_different(column_map)
+    check_different(column_map)
     transform = InputOutputToMessages(
         train_on_input=train_on_input, column_map=column_map, new_system_prompt=new_system_prompt
     )
@@ -382,18 +383,6 @@ def completion_dataset(
     }
     kwargs |= as_text({"source": source, **kwargs})
     return TextCompletionDataset(tokenizer, source, column=column, add_eos=add_eos, **kwargs)
-
-
-def _check_different(column_map: Mapping[str, str] | None) -> None:
-    """Raise ValueError if two of the columns are one."""
-    columns = list((column_map or {}).items())
-    for i, (key, column) in enumerate(columns):
-        for other, same in columns[:i]:
-            if column == same:
-                raise ValueError(
-                    f"column_map: {other} and {key} are both the column {column!r}, so the model would learn to "
-                    "repeat. Name two columns."
-                )
 
 
 def _sft(

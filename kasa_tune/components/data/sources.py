@@ -122,11 +122,15 @@ def check_header(dataset: Any, node: Mapping[str, Any], name: str) -> None:
     if by_reader and "__index_level_0__" in columns:
         files = ", ".join(map(str, files_read(node)))
         named = [column for column in columns if not column.startswith("__index_level_")]
-        raise ValueError(
-            f"{name}: rows of {files} have more cells than the header, which names "
-            f"{', '.join(named)}. "
-            'Put cells with commas into "quotes", or name every column in the header.'
-        )
+        raise ValueError(more_cells(files, named, name))
+
+
+def more_cells(files: str, header: list[str], name: str) -> str:
+    """What to say of rows with more cells than the header."""
+    return (
+        f"{name}: rows of {files} have more cells than the header, which names {', '.join(header)}. "
+        'Put cells with commas into "quotes", or name every column in the header.'
+    )
 
 
 def _map_paths(given: Any, change: Callable[[Any], Any]) -> Any:

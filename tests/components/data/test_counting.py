@@ -140,6 +140,10 @@ def test_training_data_counts_what_it_trains_on(char_tokenizer, write_rows):
             "num_workers": 0,
             "batch_size": 1,
             "shuffle": False,
+            "gradient_accumulation_steps": 1,
+            "max_steps_per_epoch": None,
+            "max_steps": None,
+            "epochs": 1,
         }
     )
     with pytest.raises(ValueError, match=r"dataset: 3 samples.* 2 with nothing to learn"):
