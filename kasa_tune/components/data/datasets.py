@@ -376,11 +376,8 @@ def completion_dataset(
         add_eos: end every text with the end-of-sequence token.
         load_dataset_kwargs: passed to ``datasets.load_dataset``.
     """
-    kwargs = {
-        "split": split,
-        **load_dataset_kwargs,
-        **({} if data_files is None else {"data_files": data_files}),
-    }
+    kwargs = {"split": split, **load_dataset_kwargs}
+    kwargs |= {} if data_files is None else {"data_files": data_files}
     kwargs |= as_text({"source": source, **kwargs})
     return TextCompletionDataset(tokenizer, source, column=column, add_eos=add_eos, **kwargs)
 
