@@ -44,7 +44,7 @@ def llama(
         absent_rotary: the whole of the rotary embedding.
         eps_key: the key of the norms' epsilon.
         interleaved: see :class:`~kasa_tune.architectures.Rotary`.
-        reads_head_dim: whether the family has a key ``head_dim``.
+        reads_head_dim: whether the family heeds a key ``head_dim``.
     """
     heads, num_kv_heads, width = _heads(s, kv_heads, head_dim, reads_head_dim)
     longest = s.size("max_position_embeddings", max_seq_len)
@@ -138,7 +138,7 @@ def ministral3(s: Settings) -> Architecture:
 
 def qwen2(s: Settings) -> Architecture:
     """Qwen2, 2.5, Math, R1-Distill-Qwen: queries, keys and values have a bias."""
-    found = llama(s, kv_heads=32, max_seq_len=32_768, reads_head_dim=False)
+    found = llama(s, kv_heads=32, max_seq_len=32_768)
     return _qwen_windows(s, replace(found, biases=QKV))
 
 
@@ -160,7 +160,7 @@ def _qwen_windows(s: Settings, found: Architecture) -> Architecture:
 
 def phi3(s: Settings) -> Architecture:
     """Phi-3, 3.5, 4 and 4-mini: every layer slides where there is a window."""
-    found = llama(s, eps=1e-5, max_seq_len=4096, reads_head_dim=False)
+    found = llama(s, eps=1e-5, max_seq_len=4096)
     found = replace(found, biases=frozenset())
     return with_windows(found, s.optional_size("sliding_window"), lambda layer: True)
 
@@ -178,7 +178,7 @@ def granite(s: Settings) -> Architecture:
 
 def smollm3(s: Settings) -> Architecture:
     """SmolLM3: every fourth layer has no rotary embedding."""
-    found = llama(s, kv_heads=4, max_seq_len=32_768, tied=True, base=2e6, reads_head_dim=False)
+    found = llama(s, kv_heads=4, max_seq_len=32_768, tied=True, base=2e6)
     interval = s.size("no_rope_layer_interval", 4)
     rotates = s.numbers("no_rope_layers", found.num_layers)
     if rotates is None:

@@ -98,7 +98,7 @@ def gemma3(s: Settings) -> Architecture:
 
 def olmo2(s: Settings) -> Architecture:
     """OLMo 2: norms after attention and MLP, none before; queries and keys normalized whole."""
-    found = llama(s, eps=1e-5, reads_head_dim=False)
+    found = llama(s, eps=1e-5)
     return replace(
         found, biases=found.biases - {*MLP}, norm_before=False, norm_after=True, qk_norm="full"
     )
@@ -107,7 +107,7 @@ def olmo2(s: Settings) -> Architecture:
 def olmo3(s: Settings) -> Architecture:
     """OLMo 3: OLMo 2 of which three layers in four slide, without the others' scaling."""
     found = replace(
-        llama(s, eps=1e-5, base=5e5, reads_head_dim=False),
+        llama(s, eps=1e-5, base=5e5),
         norm_before=False,
         norm_after=True,
         qk_norm="full",
@@ -147,7 +147,6 @@ def _cohere(s: Settings, base: float) -> Architecture:
         tied=True,
         base=base,
         interleaved=True,
-        reads_head_dim=False,
     )
     return replace(
         found,
@@ -185,7 +184,6 @@ def nemotron(s: Settings) -> Architecture:
         eps=1e-5,
         max_seq_len=4096,
         fraction=0.5,
-        reads_head_dim=False,
     )
     return replace(
         found,
@@ -220,7 +218,7 @@ def stablelm(s: Settings) -> Architecture:
 
 def exaone4(s: Settings) -> Architecture:
     """EXAONE 4: norms after, normalized heads. Where layers slide, the others do not rotate."""
-    found = llama(s, kv_heads=32, eps=1e-5, reads_head_dim=True)
+    found = llama(s, kv_heads=32, eps=1e-5)
     found = replace(found, biases=frozenset(), norm_before=False, norm_after=True, qk_norm="head")
     window = s.optional_size("sliding_window", 4096)
     if window is None:

@@ -58,14 +58,11 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
     Raises:
         ValueError: an adapted linear is not reached by the model's forward.
     """
-    groups: list[tuple[Tensor, list[str]]] = []
+    groups: dict[int, tuple[Tensor, list[str]]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        for tensor, names in groups:  # holding the tensors keeps their identities apart
-            if tensor is x:
-                names.append(name)
-                return
-        groups.append((x, [name]))
+        # Holding the tensors keeps their identities apart.
+        groups.setdefault(id(x), (x, []))[1].append(name)
 
     build_rotary_caches(model)
     linears = dict(adapter_linears(model))
@@ -80,7 +77,7 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
     finally:
         if returns_hidden_states:
             model.unembed = returns_hidden_states
-    reached = [tuple(dict.fromkeys(names)) for _, names in groups]
+    reached = [tuple(dict.fromkeys(names)) for _, names in groups.values()]
     if missed := sorted(linears.keys() - {name for names in reached for name in names}):
         raise ValueError(
             f"{missed[0]}{f' and {len(missed) - 1} others' if missed[1:] else ''}: never reached by the model's "
@@ -207,7 +204,7 @@ def _blocks(
     for index, module in enumerate(model.layers):
         prefix = f"layers.{index}."
         inside = [group for group in waiting if group[0].startswith(prefix)]
-        waiting = [group for group in waiting if group not in inside]
+        waiting = [group for group in waiting if not group[0].startswith(prefix)]
         yield prefix, partial(layer, module), inside
         if not waiting:
             return
