@@ -18,14 +18,6 @@ LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 METHODS = ("kasa", "corda_kpm", "qcorda")
 
 
-@pytest.fixture(autouse=True)
-def _peft_beside_torchtune(monkeypatch):
-    """PEFT refuses the torchao that torchtune needs, although nothing here is a torchao tensor."""
-    import peft.tuners.lora.torchao
-
-    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
     """The folder of a case's base model and the model, made once."""
