@@ -103,6 +103,7 @@ def test_a_paragraph_is_a_comment_of_lines_that_hang_under_its_text():
 def test_two_shallow_models_give_the_budget_of_the_whole(method, checkpointing, layers):
     cfg = figures.checked(of("tiny", "tiny_world", method))
     cfg.model.num_layers, cfg.enable_activation_checkpointing = layers, checkpointing
+    del cfg.checkpointer  # whose config.json has another depth
     assert figures.budget_of(cfg) == figures.budget_of(cfg, shallow=False)
 
 
