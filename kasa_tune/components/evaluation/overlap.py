@@ -169,7 +169,9 @@ def _cider(
     closeness = math.exp(-((length - other) ** 2) / (2 * _CIDER_SIGMA**2))
     similar = 0.0
     for h, r in zip(given, wanted, strict=True):
-        product = sum(min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in h.items())
+        product = sum(
+            min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in h.items()
+        )
         norms = math.hypot(*h.values()) * math.hypot(*r.values())
         similar += product / norms if norms else 0.0
     return 10 * closeness * similar / _CIDER_ORDER

@@ -38,7 +38,9 @@ def test_any_alias_will_do():
 def test_f1_is_of_the_best_reference():
     # 2 of 3 given words are among 4: 2 * 2 / 7; the other reference shares none
     assert answers.f1("red cat sat", ["cat sat on mat", "dog"]) == pytest.approx(4 / 7)
-    assert answers.f1("cat cat", ["cat"]) == pytest.approx(2 / 3)  # a word counts as often as it is there
+    assert answers.f1("cat cat", ["cat"]) == pytest.approx(
+        2 / 3
+    )  # a word counts as often as it is there
     assert answers.f1("dog", ["cat"]) == 0
     assert answers.f1("the cat", ["a cat"]) == 1
 
