@@ -12,10 +12,11 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.loading import instantiate, load, parse, validate_file
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA
+from kasa_tune.config.schemas import CORDA, EVALUATE, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA
 
 __all__ = [
     "CORDA",
+    "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",

@@ -36,11 +36,21 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.references import check_references
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, schema_of
+from kasa_tune.config.schemas import (
+    CORDA,
+    EVALUATE,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    IMPORT,
+    QCORDA,
+    schema_of,
+)
 from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
     "CORDA",
+    "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",

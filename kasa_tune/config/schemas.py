@@ -15,6 +15,7 @@ from kasa_tune.config.entries import (
     Section,
     at_least,
 )
+from kasa_tune.config.evaluation import EVALUATE
 from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
@@ -314,6 +315,7 @@ _RECIPES: Mapping[str, Schema] = {
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
+    "evaluate_model": EVALUATE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
 }
@@ -337,6 +339,8 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return EXPORT
     if "peft_adapter" in tree:
         return IMPORT
+    if "tasks" in tree:
+        return EVALUATE
     if "quantization" in tree:
         return QCORDA
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.evaluation.cached import cached
 from kasa_tune.components.evaluation.decoding import Decoding, forbid_repeats
@@ -81,7 +82,7 @@ class _Search:
 
 
 def search(
-    model: nn.Module,
+    model: TransformerDecoder,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     stop_tokens: Sequence[int],

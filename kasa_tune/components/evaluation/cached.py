@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 
 class CachedRows:
@@ -21,7 +22,9 @@ class CachedRows:
         length: tokens that a row may grow to, padding included.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], length: int) -> None:
+    def __init__(
+        self, model: TransformerDecoder, prompts: Sequence[Sequence[int]], length: int
+    ) -> None:
         self._model, self._device = model, next(model.parameters()).device
         width = max(map(len, prompts))
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
@@ -61,7 +64,7 @@ class CachedRows:
 
 @contextlib.contextmanager
 def cached(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: TransformerDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Iterator[CachedRows]:
     """While active, the model has caches for these prompts and ``max_new_tokens`` more each."""
     length = max(map(len, prompts)) + max_new_tokens
@@ -75,7 +78,7 @@ def cached(
         remove_caches(model)
 
 
-def remove_caches(model: nn.Module) -> None:
+def remove_caches(model: TransformerDecoder) -> None:
     """Remove the key-value caches from a model, so that it can be trained or can take batches of
     another size.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.evaluation import beam_search
 from kasa_tune.components.evaluation.cached import cached
@@ -17,7 +17,7 @@ Finished = Callable[[list[int]], bool]
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: TransformerDecoder,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
@@ -68,7 +68,7 @@ def generate(
 
 
 def complete(
-    model: nn.Module,
+    model: TransformerDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -88,11 +88,20 @@ def complete(
         temperature=temperature,
         top_k=top_k if temperature else None,
     )
-    options = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    return generate(model, prompts, decoding, stop_tokens=stop_tokens, **options)
+    return generate(
+        model,
+        prompts,
+        decoding,
+        stop_tokens=stop_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
 
 
-def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_lengths(
+    model: TransformerDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     """Raise ValueError if a prompt is empty or does not leave room for ``max_new_tokens``."""
     lengths = [len(prompt) for prompt in prompts]
     room = model.max_seq_len - max_new_tokens
@@ -111,7 +120,7 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_t
 
 
 def _one_by_one(
-    model: nn.Module,
+    model: TransformerDecoder,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     stop_tokens: Sequence[int],

@@ -177,6 +177,16 @@ def _cider(
     return 10 * closeness * similar / _CIDER_ORDER
 
 
+def mteval_tokens(text: str) -> list[str]:
+    """Lower-case tokens of mteval-v13a, by sacrebleu.
+
+    Raises:
+        ImportError: sacrebleu is not installed.
+    """
+    tokenizer = importlib.import_module("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    return tokenizer(text.lower()).split()
+
+
 def ptb_like_tokens(text: str) -> list[str]:
     """Lower-case words as the Penn Treebank splits them, without punctuation, in plain Python.
 

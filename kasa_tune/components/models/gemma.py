@@ -35,6 +35,8 @@ class WindowedAttention(Gemma2Attention):
     torchtune takes the first row of the mask for the first token. In a step of generation it is the newest one.
     """
 
+    sliding_window_size: int | None
+
     def forward(
         self,
         x: Tensor,
