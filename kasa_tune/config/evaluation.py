@@ -52,7 +52,7 @@ TASK = Component(
         "max_new_tokens": Key(int, check=COUNT, help="the most tokens of an answer"),
         "stop": Key(list[str] | None, help="texts before which an answer ends"),
         "decoding": Key(
-            dict[_DECODING, int | float | bool | None] | None,
+            dict[_DECODING, int | float | bool],
             None,
             help="how tokens are chosen, in transformers' words; null: greedily "
             "(docs/evaluation.md)",
