@@ -53,12 +53,9 @@ def prompt_tokens(
         candidates = []
         for response in _PROBES:
             messages = [
-                message
-                for said, answered in [*earlier, (prompt, response)]
-                for message in (
-                    Message(role="user", content=said, masked=True),
-                    Message(role="assistant", content=answered),
-                )
+                Message(role=role, content=text, masked=role == "user")
+                for pair in [*earlier, (prompt, response)]
+                for role, text in zip(("user", "assistant"), pair)
             ]
             if system is not None:
                 messages.insert(0, Message(role="system", content=system, masked=True))
