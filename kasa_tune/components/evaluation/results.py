@@ -10,12 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kasa_tune.components.evaluation.bootstrap import Bootstrap, Estimate
+from kasa_tune.components.evaluation.bootstrap import Bootstrap, Estimate, Metric
 from kasa_tune.components.evaluation.mt_bench import MTBenchAnswers
 from kasa_tune.components.evaluation.tasks import Scores, Task
 
 BASE = "base"
-# Signs that would change what a terminal shows; json.dumps escapes them in files.
 _HEADINGS = {"learned": "learned", "kept": "kept", None: "other"}
 
 
@@ -31,6 +30,7 @@ class Results:
     def __init__(self, folder: Path, tasks: Sequence[Task], bootstrap: Bootstrap) -> None:
         self.folder, self.tasks, self.bootstrap = folder, list(tasks), bootstrap
         self.scores: dict[str, dict[str, Scores]] = {}  # by model, by task
+        self._found: dict[tuple[str, ...], Estimate] = {}  # resampling takes a while
 
     def add(self, model: str, task: Task, scores: Scores, num_cut: int = 0) -> None:
         """Keep the scores of a model on a task, and write its answers.
@@ -96,14 +96,21 @@ class Results:
 
     def estimate(self, model: str, task: Task, metric: str) -> Estimate:
         """The value of a metric, with its interval."""
-        return self.bootstrap.estimate(self.scores[model][task.name].metrics[metric])
+        key = (model, task.name, metric)
+        if key not in self._found:
+            self._found[key] = self.bootstrap.estimate(self._metric(*key))
+        return self._found[key]
 
     def difference(self, model: str, task: Task, metric: str) -> Estimate:
         """A model's value less the base's, of the same samples (paired bootstrap)."""
-        return self.bootstrap.difference(
-            self.scores[BASE][task.name].metrics[metric],
-            self.scores[model][task.name].metrics[metric],
-        )
+        key = (BASE, model, task.name, metric)
+        if key not in self._found:
+            metrics = (self._metric(each, task.name, metric) for each in (BASE, model))
+            self._found[key] = self.bootstrap.difference(*metrics)
+        return self._found[key]
+
+    def _metric(self, model: str, task: str, metric: str) -> Metric:
+        return self.scores[model][task].metrics[metric]
 
     def _total(self, measures: str) -> dict[str, dict[str, Any]]:
         """By model and task how much better it is at what it learned, or worse at what it should keep."""

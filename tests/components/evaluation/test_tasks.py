@@ -511,3 +511,31 @@ def test_no_room_for_answers(data):
     task.check_length(33)
     with pytest.raises(ValueError, match=r"max_new_tokens 32 leaves no room .* at most 31"):
         task.check_length(32)
+
+
+# --------------------------------------------------------------------------------- real data
+
+
+def test_references_of_real_sets_are_right_answers(real_data):
+    """Every row can be used, and what its author wrote is scored as right."""
+    data = real_data / "datasets"
+    solutions = [json.loads(line)["answer"] for line in (data / "gsm8k" / "test.jsonl").open()]
+    task = MathProblems(name="gsm8k", data_file=str(data / "gsm8k" / "test.jsonl"))
+    assert len(task.samples) == 1319
+    assert values(task.run(Canned(solutions))) == {"accuracy": 1.0, "answered": 1.0}
+    task = QuestionAnswering(name="nq", data_file=str(data / "nq_open" / "dev.jsonl"))
+    assert len(task.samples) == 3610
+    last = [sample.references[-1] for sample in task.samples]
+    assert values(task.run(Canned(last)))["exact_match"] == 1.0
+
+
+def test_other_real_sets_can_be_asked(real_data):
+    data = real_data / "datasets"
+    path = str(data / "mt_bench" / "questions.jsonl")
+    assert MTBenchAnswers(name="mt", data_file=path).num_steps == 160
+    path = str(data / "wikitext2" / "test.txt")
+    assert len(Perplexity(name="wikitext", data_file=path).samples[0]) > 1_000_000
+    path = str(data / "e2e" / "dev.jsonl")
+    task = DataToText(name="e2e", data_file=path, metrics=["cider"], tokenization="python")
+    assert len(task.samples) == 547
+    assert sum(len(sample.references) for sample in task.samples) == 4672
