@@ -56,7 +56,7 @@ def read_rows(path: str, *, limit: int | None = None) -> list[dict[str, Any]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         reason = f"is no JSON: {error}" if isinstance(error, ValueError) else "is nested too deeply"
         raise RowError(f"{where} {reason}.") from None
 
@@ -64,6 +64,12 @@ def _parsed(text: str, where: str) -> Any:
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{where} is {value!r:.60}, and must be an object such as {{...}}.")
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{where} holds half of a surrogate pair.") from None
+    except RecursionError:
+        raise RowError(f"{where} is nested too deeply.") from None
     return value
 
 
