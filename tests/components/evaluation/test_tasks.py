@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -539,3 +540,32 @@ def test_other_real_sets_can_be_asked(real_data):
     task = DataToText(name="e2e", data_file=path, metrics=["cider"], tokenization="python")
     assert len(task.samples) == 547
     assert sum(len(sample.references) for sample in task.samples) == 4672
+
+
+@pytest.mark.slow
+def test_the_official_tokens_and_meteor_are_those_of_the_library(data):
+    """Against the library's own pipeline, where it and java are installed."""
+    captions = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    if shutil.which("java") is None:
+        pytest.skip("needs java")
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    rows = [
+        {"mr": "a", "ref": "The Mill isn't cheap; it's near the river."},
+        {"mr": "a", "ref": "Near the river you'll find The Mill, which is not cheap."},
+        {"mr": "b", "ref": "Cotto serves (cheap) food for £20-25."},
+        {"mr": "c", "ref": "Fine food."},
+    ]
+    answers = ["The Mill is near the river, and isn't cheap.", "Cotto serves food.", ""]
+    task = DataToText(name="e2e", data_file=data(*rows), metrics=["meteor", "rouge_l", "cider"])
+    metrics = task.score(answers)
+    tokenizer = captions.PTBTokenizer()
+    wanted = tokenizer.tokenize(
+        {i: [{"caption": text} for text in each.references] for i, each in enumerate(task.samples)}
+    )
+    given = tokenizer.tokenize({i: [{"caption": text or "."}] for i, text in enumerate(answers)})
+    for name, scorer in (("meteor", Meteor()), ("rouge_l", Rouge()), ("cider", Cider())):
+        expected, _ = scorer.compute_score(wanted, given)
+        assert metrics[name].value == pytest.approx(expected, rel=1e-9), name
