@@ -86,7 +86,8 @@ class EvaluateModelRecipe:
         self._base = read_base(cfg.checkpointer)
 
     def evaluate(self, cfg: DictConfig) -> Results:
-        """Let every model do every task."""
+        """Let every model do every task. What is done is on the disk after each model."""
+        started = time.monotonic()
         options = {"device": self._device, "dtype": self._dtype}
         models = evaluated_models(self._model, self._base, self._adapters, **options)
         self._model = None  # so that the base's memory is free when models of their own are loaded
@@ -103,23 +104,22 @@ class EvaluateModelRecipe:
                         "and lost their beginning."
                     )
             del asked, model
+            self._results.write(
+                checkpoint_dir=str(cfg.checkpointer.get("checkpoint_dir")),
+                adapters=OmegaConf.to_container(cfg.adapters) if cfg.adapters else {},
+                seconds=round(time.monotonic() - started, 1),
+            )
         return self._results
 
 
 @config.parse(config.EVALUATE)
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
-    started = time.monotonic()
     recipe = EvaluateModelRecipe(cfg)
     recipe.setup(cfg)
     results = recipe.evaluate(cfg)
-    path = results.write(
-        checkpoint_dir=str(cfg.checkpointer.get("checkpoint_dir")),
-        adapters=OmegaConf.to_container(cfg.adapters) if cfg.adapters else {},
-        seconds=round(time.monotonic() - started, 1),
-    )
     print(results.table())
-    print(f"Numbers: {path}\nAnswers: {path.parent}")
+    print(f"Numbers and answers: {results.folder}")
     return 0
 
 

@@ -66,7 +66,7 @@ def test_base_and_runs_side_by_side(run, finetune, run_main, tmp_path, capsys):
     assert difference["value"] == pytest.approx(-lost)
     assert difference["low"] <= -lost <= difference["high"] < 0
     assert "texts" in results["learned"]["lora"]
-    for words in ("learned", "kept", "facts", "kasa - base", str(out / "results.json")):
+    for words in ("learned", "kept", "facts", "kasa - base", str(out)):
         assert words in printed
 
 

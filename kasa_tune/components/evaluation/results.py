@@ -62,6 +62,7 @@ class Results:
             about: what the file says besides, such as the models' paths.
         """
         path = self.folder / "results.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, **self.summary()}, indent=2, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
         return path

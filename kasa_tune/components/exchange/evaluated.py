@@ -85,6 +85,8 @@ def evaluated_models(
     """
     fingerprint = weights_fingerprint(base)
     alone = {name: state for name, state in adapters.items() if not _can_share(state)}
+    for checkpoint in alone.values():
+        checkpoint.check_belongs(base_fingerprint=fingerprint, model=checkpoint.config["model"])
     load_base_weights(model, base, device=device, adapter_dtype=torch.float32)
     switched = AdapterSet(model, base=fingerprint)
     for name, checkpoint in adapters.items():
@@ -96,7 +98,7 @@ def evaluated_models(
             yield name, model
     del model, switched
     for name, checkpoint in alone.items():
-        yield name, _alone(checkpoint, base, fingerprint, device=device, dtype=dtype)
+        yield name, _alone(checkpoint, base, device=device, dtype=dtype)
 
 
 def _can_share(checkpoint: Checkpoint) -> bool:
@@ -108,15 +110,13 @@ def _can_share(checkpoint: Checkpoint) -> bool:
 def _alone(
     checkpoint: Checkpoint,
     base: Mapping[str, Tensor],
-    fingerprint: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
     """The model of a run as its own config builds it, with the run's adapter."""
-    section = checkpoint.config["model"]
-    checkpoint.check_belongs(base_fingerprint=fingerprint, model=section)
-    model = build_on_meta(partial(build_allowed, section, "model", checkpoint), dtype=dtype)
+    build = partial(build_allowed, checkpoint.config["model"], "model", checkpoint)
+    model = build_on_meta(build, dtype=dtype)
     quantized = linears_in_nf4(model, checkpoint)
     load_base_weights(
         model,
