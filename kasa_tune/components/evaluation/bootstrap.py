@@ -38,7 +38,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the interval of its bootstrap distribution; None where there is none."""
+    """A value with the interval of its bootstrap distribution; None where there is none, as of a single sample."""
 
     value: float
     low: float | None = None
@@ -61,7 +61,7 @@ class Bootstrap:
 
     def estimate(self, metric: Metric) -> Estimate:
         """The metric's value and interval."""
-        if not (self.num_resamples and metric.has_interval):
+        if not self._has_interval(metric):
             return Estimate(metric.value)
         values = [metric.value_of(draws @ metric.sums) for draws in self._draws(len(metric.sums))]
         return self._interval(metric.value, values)
@@ -78,13 +78,16 @@ class Bootstrap:
                 f"{len(second.sums)}."
             )
         value = second.value - first.value
-        if not (self.num_resamples and first.has_interval):
+        if not self._has_interval(first):
             return Estimate(value)
         values = [
             second.value_of(draws @ second.sums) - first.value_of(draws @ first.sums)
             for draws in self._draws(len(first.sums))
         ]
         return self._interval(value, values)
+
+    def _has_interval(self, metric: Metric) -> bool:
+        return self.num_resamples > 0 and metric.has_interval and len(metric.sums) > 1
 
     def _draws(self, size: int) -> Iterator[np.ndarray]:
         """How often each of ``size`` samples is in each resample, ``[some resamples, size]``."""

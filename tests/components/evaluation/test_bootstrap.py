@@ -69,8 +69,9 @@ def test_without_resamples_there_is_a_value_alone():
     assert FEW.difference(alone, alone) == Estimate(0.0)
 
 
-def test_one_sample_has_no_spread():
-    assert FEW.estimate(mean([0.7])) == Estimate(0.7, 0.7, 0.7)
+def test_one_sample_tells_nothing_of_its_spread():
+    assert FEW.estimate(mean([0.7])) == Estimate(0.7)
+    assert FEW.difference(mean([0.5]), mean([0.75])) == Estimate(0.25)
 
 
 def test_other_samples_are_no_pairs():
