@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kasa_tune import config
+from kasa_tune import config, registry
 from kasa_tune.components.adapters.state import load_adapter_state_dict
 from kasa_tune.components.checkpoints import Checkpoint
 from kasa_tune.tiny_world.evaluate import completer, load_model, load_rows, load_tokenizer
@@ -288,3 +288,11 @@ def test_the_config_refuses(overrides, key, words):
     (problem,) = error.value.problems
     assert key in problem.key
     assert words in problem.text
+
+
+def test_a_config_with_tasks_is_one_of_this_recipe_whatever_its_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(registry.find_config("tiny_evaluate").read_text())
+    config.validate_file(path, ["adapters=null"])
+    with pytest.raises(config.ConfigError, match="It is a key of generate_text"):
+        config.validate_file(path, ["adapters=null", "num_samples=3"])

@@ -108,7 +108,7 @@ class LanguageModel:
         rows = []
         for context, text in pairs:
             kept = context.rstrip()
-            whole = self._plain(context + text)
+            whole = self._plain(context + text) if kept else self._begun(context + text)
             start = min(len(self._plain(kept)), len(whole) - 1)
             tokens = self._cut(whole, self.model.max_seq_len + 1)
             rows.append((tokens, max(1, start - (len(whole) - len(tokens)))))
@@ -120,12 +120,12 @@ class LanguageModel:
         """The log-probability of each whole text, however long.
 
         Its tokens are predicted in windows of the model's length, each once. The first window begins with the
-        beginning-of-sequence token, the others with the last token of the one before. The last window looks back as
-        far as it can.
+        beginning-of-sequence token, or with the end-of-sequence token of tokenizers that have no other. The others
+        begin with the last token of the one before, and the last window looks back as far as it can.
         """
         rows, owners = [], []
         for number, text in enumerate(texts):
-            windows = rolling_windows(self._plain(text), self.model.max_seq_len)
+            windows = rolling_windows(self._begun(text), self.model.max_seq_len)
             rows += windows
             owners += [number] * len(windows)
         found = self._scored(rows, progress)
@@ -147,6 +147,11 @@ class LanguageModel:
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_bos=True, add_eos=False))
+
+    def _begun(self, text: str) -> list[int]:
+        """The tokens of a text with one before its first, so that all of them can be predicted."""
+        tokens, bare = self._plain(text), self.tokenizer.encode(text, add_bos=False, add_eos=False)
+        return tokens if len(tokens) > len(bare) else [self.tokenizer.eos_id, *tokens]
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
         """The tokens without those at their beginning that there is no room for."""

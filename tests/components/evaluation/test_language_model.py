@@ -123,6 +123,24 @@ def test_rolling_log_likelihoods():
         assert score.num_tokens == len(text)
 
 
+class NoBeginning(Letters):
+    """A tokenizer without a beginning-of-sequence token, as Qwen's."""
+
+    def encode(self, text, add_bos=True, add_eos=False):
+        return super().encode(text, add_bos=False, add_eos=add_eos)
+
+
+def test_a_tokenizer_without_a_beginning_token_has_its_end_token_there():
+    asked = LanguageModel(toy().model, NoBeginning())
+    (whole,) = asked.rolling_log_likelihoods(["abc"])
+    alone, after = asked.log_likelihoods([("", "abc"), ("ab", "c")])
+    tokens = [1, 3, 4, 5]
+    assert whole.value == pytest.approx(by_hand(asked.model, tokens, 1), abs=1e-4)
+    assert alone.value == pytest.approx(whole.value, abs=1e-4)
+    assert whole.num_tokens == alone.num_tokens == 3
+    assert after.value == pytest.approx(by_hand(asked.model, tokens[1:], 2), abs=1e-4)
+
+
 def test_a_uniform_model_is_as_surprised_by_every_token():
     asked = toy()
     with torch.no_grad():
