@@ -21,6 +21,7 @@ RESOURCE_SCHEME = "kasa_tune://"
 # Suffixes of the names of the configs of recipes that train nothing.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "generate_text": ("_generate",),
+    "evaluate_model": ("_evaluate",),
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
     "report_run": ("_report",),

@@ -326,7 +326,11 @@ HEADERS = one_of_each(
 
 
 @pytest.mark.parametrize(
-    "name", HEADERS + EXCHANGED + [name for name in FILES if name.endswith("_generate")] + OF_A_RUN
+    "name",
+    HEADERS
+    + EXCHANGED
+    + [name for name in FILES if name.endswith(("_generate", "_evaluate"))]
+    + OF_A_RUN,
 )
 def test_commands_of_the_header_run_this_config(name):
     needs_data(name)
@@ -768,7 +772,8 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SELF_CONTAINED if not name.endswith("_generate")]
+    "name",
+    [name for name in SELF_CONTAINED if not name.endswith(("_generate", "_evaluate"))],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
@@ -809,6 +814,7 @@ SCHEMAS_IN_DOCS = {
     "corda_finetune_single_device": config.CORDA,
     "qcorda_finetune_single_device": config.QCORDA,
     "generate_text": config.GENERATE,
+    "evaluate_model": config.EVALUATE,
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
     "report_run": config.REPORT,

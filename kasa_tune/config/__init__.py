@@ -12,10 +12,20 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.loading import instantiate, load, parse, validate_file
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, REPORT
+from kasa_tune.config.schemas import (
+    CORDA,
+    EVALUATE,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    IMPORT,
+    QCORDA,
+    REPORT,
+)
 
 __all__ = [
     "CORDA",
+    "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",

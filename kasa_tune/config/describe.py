@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
-from kasa_tune.config.schemas import CORDA, EXPORT, FINETUNE, GENERATE, IMPORT, QCORDA, REPORT
+from kasa_tune.config.schemas import (
+    CORDA,
+    EVALUATE,
+    EXPORT,
+    FINETUNE,
+    GENERATE,
+    IMPORT,
+    QCORDA,
+    REPORT,
+)
 
 # Recipe to its schema, and to the schemas whose tables come first: a row that is equal there is not repeated.
 _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
@@ -21,6 +30,7 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "corda_finetune_single_device": (CORDA, (FINETUNE,)),
     "qcorda_finetune_single_device": (QCORDA, (FINETUNE, CORDA)),
     "generate_text": (GENERATE, (FINETUNE,)),
+    "evaluate_model": (EVALUATE, (FINETUNE,)),
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
     "report_run": (REPORT, ()),

@@ -39,6 +39,7 @@ from kasa_tune.config.references import check_references
 from kasa_tune.config.rules_of_architecture import architecture_fits
 from kasa_tune.config.schemas import (
     CORDA,
+    EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
@@ -51,6 +52,7 @@ from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
     "CORDA",
+    "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",

@@ -183,6 +183,17 @@ def _flat(given: Any) -> Iterator[str]:
             yield from _flat(item)
 
 
+def task_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The data of tasks is there, and adapters to evaluate are."""
+    tasks = cfg.get("tasks") or []
+    for i, node in enumerate(tasks if isinstance(tasks, list) else [tasks]):
+        key = f"tasks.{i}.data_file" if isinstance(tasks, list) else "tasks.data_file"
+        if isinstance(node.get("data_file"), str):
+            yield from _missing(key, node["data_file"])
+    for name, path in (cfg.get("adapters") or {}).items():
+        yield from _missing(f"adapters.{name}", path)
+
+
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
     """What is to be resumed or generated from is there, and a run does not write into what it starts from."""
     start, output = cfg.get("adapter_checkpoint"), cfg.get("output_dir")
@@ -285,6 +296,7 @@ FILES = (
     checkpoint_files,
     checkpoint_folder,
     data_files,
+    task_files,
     results_to_load,
     output_folder,
     tracker,

@@ -16,6 +16,7 @@ from kasa_tune.config.entries import (
     Section,
     at_least,
 )
+from kasa_tune.config.evaluation import EVALUATE
 from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
@@ -329,6 +330,7 @@ _RECIPES: Mapping[str, Schema] = {
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
+    "evaluate_model": EVALUATE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
@@ -357,6 +359,8 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return IMPORT
     if "run" in tree:
         return REPORT
+    if "tasks" in tree:
+        return EVALUATE
     if "quantization" in tree:
         return QCORDA
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):

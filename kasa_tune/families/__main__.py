@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa_tune.families import Figures, tables, training_configs, training_text
-from kasa_tune.families.exchange import exchange_texts, generation_texts
+from kasa_tune.families.exchange import evaluation_texts, exchange_texts, generation_texts
 
 
 def texts(figures: Mapping[str, Figures]) -> dict[str, str]:
@@ -23,7 +23,8 @@ def texts(figures: Mapping[str, Figures]) -> dict[str, str]:
         config.name: training_text(config, figures.get(config.name))
         for config in training_configs()
     }
-    return training | dict(generation_texts()) | dict(exchange_texts())
+    others = (generation_texts(), evaluation_texts(), exchange_texts())
+    return training | {name: text for each in others for name, text in each}
 
 
 def main(folder: Path, page: Path) -> None:

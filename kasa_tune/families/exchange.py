@@ -124,6 +124,73 @@ batch_size: 8""",
     )
 
 
+_EVALUATION = """\
+tasks:
+  - _component_: kasa_tune.components.evaluation.QuestionAnswering
+    name: texts  # of places that training has not seen
+    data_file: kasa_tune://tiny_world/data/task_val.jsonl
+    measures: learned
+    prompt: "{input}"
+    chat: True
+    answer: output
+    normalization: none
+    max_new_tokens: 64
+  - _component_: kasa_tune.components.evaluation.QuestionAnswering
+    name: facts  # of pretraining
+    data_file: kasa_tune://tiny_world/data/facts_test.jsonl
+    measures: kept
+    prompt: "Q: {question} A:"
+    max_new_tokens: 12
+bootstrap:
+  num_resamples: 1000
+  confidence: 0.95
+seed: 42
+batch_size: 64"""
+
+
+def evaluation_texts() -> Iterator[tuple[str, str]]:
+    """Name and text of the config that measures what runs on the embedded model learned and forgot."""
+    model = MODELS["tiny"]
+    task = TASKS[model.tasks[0]]
+    config = TrainingConfig(model, task, METHODS["kasa"])
+    run = "#   tune run evaluate_model --config tiny_evaluate"
+    lines = [
+        paragraph(
+            "What runs on the embedded tiny Llama learned, and what they forgot: the base and every run in `adapters` "
+            "do the same tasks. It takes less than a minute on a CPU and downloads nothing."
+        ),
+        "#",
+        "# Train first, with one method or with several:",
+        "#   tune run kasa_finetune_single_device --config tiny_kasa",
+        "# Evaluate:",
+        run,
+        f"{run} adapters.corda_kpm=/tmp/kasa_tune/tiny_corda_kpm adapters.lora=/tmp/kasa_tune/tiny_lora",
+        f"{run} adapters=null     # the base model alone",
+    ]
+    # The plain model: its section is that of a run without the keys of adapters.
+    own = {"attn_modules", "apply_to_mlp", "apply_to_output", "rank", "alpha", "dropout"}
+    own |= {"truncation_rank", "diag_init"}
+    section = [
+        line for line in model_section(config).split("\n") if line.strip().split(":")[0] not in own
+    ]
+    section[1] = f"  _component_: torchtune.models.llama3.{model.builder}"
+    yield (
+        "tiny_evaluate",
+        "\n\n".join(
+            [
+                "\n".join(lines),
+                "output_dir: /tmp/kasa_tune/tiny_evaluate",
+                tokenizer(model, task),
+                "\n".join(section),
+                f"{checkpointer(model, '${output_dir}')}\n"
+                f"adapters:\n  kasa: /tmp/kasa_tune/{config.name}",
+                _EVALUATION,
+                f"device: {task.device}\ndtype: {task.dtype}\n",
+            ]
+        ),
+    )
+
+
 _EXPORT = """\
 {header}
 #

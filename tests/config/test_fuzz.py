@@ -24,6 +24,7 @@ NAMES = (
     "tiny_corda",
     "tiny_qcorda",
     "tiny_kasa_generate",
+    "tiny_evaluate",
     "peft_export",
     "peft_import",
 )

@@ -9,7 +9,7 @@ piece by piece, which gives SentencePiece tokenizers a stray space token at ever
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchtune.data import AlpacaToMessages, InputOutputToMessages, Message, QuestionAnswerTemplate
@@ -20,20 +20,20 @@ from kasa_tune.components.data.column_maps import check_different
 from kasa_tune.components.data.conversations import ChatDataset, ConversationToMessages
 from kasa_tune.components.data.csv_files import as_text
 
-_PROBES = (
-    "",
-    "0",
-    "a",
-    "Z",
-    ".",
-    "\n",
-)  # response beginnings that different tokenizers merge with different things
+# Response beginnings that different tokenizers merge with different things.
+_PROBES = ("", "0", "a", "Z", ".", "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def prompt_tokens(tokenizer: Any, prompt: str, *, system: str | None = None) -> list[int]:
+def prompt_tokens(
+    tokenizer: Any,
+    prompt: str,
+    *,
+    system: str | None = None,
+    earlier: Sequence[tuple[str, str]] = (),
+) -> list[int]:
     """The tokens every training sample with this prompt starts with, whatever its response: what generation is fed.
 
     Training tokenizes prompt and response as two messages, and the seam depends on the tokenizer: SentencePiece puts a
@@ -45,6 +45,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, system: str | None = None) -> 
         tokenizer: any torchtune ``ModelTokenizer`` with ``__call__(sample, inference)``.
         prompt: the text before the response, templates of the dataset already applied.
         system: text of a system message before it.
+        earlier: pairs of a prompt and its response that come before it in the conversation.
 
     Returns:
         Token ids, the beginning-of-sequence token included, not cut to ``max_seq_len``.
@@ -54,8 +55,9 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, system: str | None = None) -> 
         candidates = []
         for response in _PROBES:
             messages = [
-                Message(role="user", content=prompt, masked=True),
-                Message(role="assistant", content=response),
+                Message(role=role, content=text, masked=role == "user")
+                for pair in [*earlier, (prompt, response)]
+                for role, text in zip(("user", "assistant"), pair)
             ]
             if system is not None:
                 messages.insert(0, Message(role="system", content=system, masked=True))

@@ -1,17 +1,74 @@
-"""Text generation in batches, with torchtune's ``generate`` and its key-value cache."""
+"""Text generation in batches with a key-value cache: greedy, sampling and beam search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
-from torchtune.generation import generate
+from torchtune.modules import TransformerDecoder
+
+from kasa_tune.components.evaluation import beam_search
+from kasa_tune.components.evaluation.cached import cached
+from kasa_tune.components.evaluation.decoding import Decoding, forbid_repeats, next_tokens
+
+# Tells of the new tokens of a completion, the last one included, whether it is complete.
+Finished = Callable[[list[int]], bool]
 
 
 @torch.inference_mode()
+def generate(
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stop_tokens: Sequence[int],
+    is_finished: Finished | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt until a stop token or ``max_new_tokens``.
+
+    Prompts of similar lengths are completed together. Greedy decoding and beam search do not depend on the batches but
+    for rounding; samples do, as the rows of a batch draw their random numbers in turn.
+
+    Args:
+        model: a torchtune decoder with its output projection. It is left in eval mode and without caches.
+        prompts: token ids of each prompt. Lengths may differ.
+        decoding: how tokens are chosen.
+        stop_tokens: generation of a prompt ends before the first of these.
+        is_finished: generation of a prompt also ends where this says so. Beam search does not ask.
+        batch_size: number of prompts in a batch. Beam search has as many rows a prompt as beams.
+        seed: seed of the sampling.
+        progress: called after each batch with its number of prompts.
+
+    Returns:
+        The new tokens of each prompt in the given order, without the stop token.
+
+    Raises:
+        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the model's length.
+    """
+    _check_lengths(model, prompts, decoding.max_new_tokens)
+    model.eval()
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        if decoding.num_beams > 1:
+            found = beam_search.search(model, batch, decoding, stop_tokens)
+        else:
+            found = _one_by_one(model, batch, decoding, stop_tokens, is_finished, generator)
+        for row, tokens in zip(rows, found, strict=True):
+            completions[row] = _before_stop(tokens, stop_tokens)
+        if progress:
+            progress(len(rows))
+    return completions
+
+
 def complete(
-    model: nn.Module,
+    model: TransformerDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -22,47 +79,29 @@ def complete(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt until a stop token or ``max_new_tokens``.
+    """Continue every prompt, greedily or by sampling: :func:`generate` with the settings one by one.
 
-    Args:
-        model: a torchtune decoder with its output projection. It is left in eval mode and without
-            caches.
-        prompts: token ids of each prompt. Lengths may differ.
-        max_new_tokens: largest number of tokens to add to a prompt.
-        stop_tokens: generation of a prompt ends before the first of these.
-        temperature: 0 takes the most likely token. Above 0, tokens are sampled.
-        top_k: sampling considers only the k most likely tokens. None considers all.
-        batch_size: number of prompts in a batch.
-        seed: seed of the sampling.
-        progress: called after each batch with its number of prompts.
-
-    Returns:
-        The new tokens of each prompt in the given order, without the stop token.
-
-    Raises:
-        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the
-            model's length.
+    ``top_k`` is ignored at temperature 0.
     """
-    _check_lengths(model, prompts, max_new_tokens)
-    model.eval()
-    device = next(model.parameters()).device
-    # Greedy decoding needs the generator too, because torchtune draws random numbers even then.
-    # Without it the numbers would come from the global generator.
-    generator = torch.Generator(device).manual_seed(seed)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        batch = [prompts[i] for i in rows]
-        options = (max_new_tokens, stop_tokens, temperature, top_k, generator)
-        for row, tokens in zip(rows, _continue(model, batch, *options), strict=True):
-            completions[row] = tokens
-        if progress:
-            progress(len(rows))
-    return completions
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k if temperature else None,
+    )
+    return generate(
+        model,
+        prompts,
+        decoding,
+        stop_tokens=stop_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
 
 
-def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_lengths(
+    model: TransformerDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     """Raise ValueError if a prompt is empty or does not leave room for ``max_new_tokens``."""
     lengths = [len(prompt) for prompt in prompts]
     room = model.max_seq_len - max_new_tokens
@@ -80,62 +119,32 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_t
         )
 
 
-def _continue(
-    model, prompts, max_new_tokens, stop_tokens, temperature, top_k, generator
+def _one_by_one(
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    stop_tokens: Sequence[int],
+    is_finished: Finished | None,
+    generator: torch.Generator,
 ) -> list[list[int]]:
-    """Continue one batch of prompts, padded on the left.
-
-    torchtune recognizes the padding by its token id. The padding must therefore be an id that no
-    prompt contains.
-    """
-    device, width = next(model.parameters()).device, max(map(len, prompts))
-    pad = _padding_id(prompts, model.tok_embeddings.num_embeddings)
-    if pad is None:
-        alone = [[prompt] for prompt in prompts]
-        return [
-            _continue(model, one, max_new_tokens, stop_tokens, temperature, top_k, generator)[0]
-            for one in alone
-        ]
-    batch = torch.full((len(prompts), width), pad, device=device)
-    for row, prompt in zip(batch, prompts, strict=True):
-        row[width - len(prompt) :] = torch.tensor(prompt, device=device)
-    with device:
-        # Unlike a quantized weight, the embedding always has the dtype of the present run.
-        dtype = model.tok_embeddings.weight.dtype
-        model.setup_caches(len(prompts), dtype, decoder_max_seq_len=width + max_new_tokens)
-    try:
-        tokens, _ = generate(
-            model,
-            batch,
-            max_generated_tokens=max_new_tokens,
-            pad_id=pad,
-            temperature=temperature or 1.0,
-            top_k=top_k if temperature > 0 else 1,
-            stop_tokens=list(stop_tokens) or None,
-            rng=generator,
-        )
-    finally:
-        remove_caches(model)
-    return [_before_stop(row[width:].tolist(), stop_tokens) for row in tokens]
-
-
-def _padding_id(prompts: Sequence[Sequence[int]], vocab_size: int) -> int | None:
-    """Return a token id for padding that no prompt contains. None if padding is needed and the
-    prompts contain every id.
-    """
-    if len(set(map(len, prompts))) == 1:
-        return -1  # no prompt needs padding
-    used = {token for prompt in prompts for token in prompt}
-    return next((token for token in range(vocab_size) if token not in used), None)
-
-
-def remove_caches(model: nn.Module) -> None:
-    """Remove the key-value caches from a model, so that it can be trained or can take batches of
-    another size.
-    """
-    for layer in model.layers:
-        layer.attn.kv_cache = None
-        layer.attn.cache_enabled = False
+    """Continue one batch of prompts by a token at a time, all rows until the last one ends."""
+    stops = frozenset(stop_tokens)
+    new: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    with cached(model, prompts, decoding.max_new_tokens) as growing:
+        logits = growing.start()
+        while True:
+            if decoding.no_repeat_ngram_size:
+                sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, new)]
+                logits = forbid_repeats(logits, sequences, decoding.no_repeat_ngram_size)
+            chosen = next_tokens(logits, decoding, generator)
+            for row, token in enumerate(chosen.tolist()):
+                if not done[row]:
+                    new[row].append(token)
+                    done[row] = token in stops or bool(is_finished and is_finished(new[row]))
+            if all(done) or max(map(len, new)) == decoding.max_new_tokens:
+                return new
+            logits = growing.step(chosen)
 
 
 def _before_stop(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:

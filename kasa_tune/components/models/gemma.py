@@ -2,13 +2,16 @@
 
 torchtune 0.6.1's Gemma 2 is not the published model. It caps the last hidden state where the logits should be capped,
 reads the norms before and after the MLP from a checkpoint into each other's place, and its 2B, 9B and 27B swap the two
-caps (50 belongs to attention, 30 to the logits). The ``gemma2`` builders here put that right, under torchtune's names.
+caps (50 belongs to attention, 30 to the logits). With a key-value cache it misplaces the window of local attention. The
+``gemma2`` builders here put that right, under torchtune's names.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torchtune.models import gemma2 as torchtune_gemma2
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from kasa_tune.components.models.decoder import CappedTiedLinear
@@ -26,6 +29,36 @@ class Gemma2Layer(TransformerSelfAttentionLayer):
         return h + self.mlp_norm(self.mlp(self.mlp_scale(h)))
 
 
+class WindowedAttention(Gemma2Attention):
+    """Gemma 2's attention whose window ends at the token itself, with a key-value cache too.
+
+    torchtune takes the first row of the mask for the first token. In a step of generation it is the newest one.
+    """
+
+    sliding_window_size: int | None
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """``x [b, s, d]`` to ``[b, s, d]``; ``mask [b, s, length]`` is of booleans where there is a cache."""
+        window = self.sliding_window_size
+        if window is None or mask is None or self.kv_cache is None or not self.cache_enabled:
+            return super().forward(x, y, mask=mask, input_pos=input_pos)
+        columns = torch.arange(mask.shape[-1], device=mask.device)
+        rows = columns[: x.shape[1]] + self.kv_cache.size
+        self.sliding_window_size = None
+        try:
+            near = columns > rows[:, None] - window  # [s, length]
+            return super().forward(x, y, mask=mask & near, input_pos=input_pos)
+        finally:
+            self.sliding_window_size = window
+
+
 def _corrected(
     model: TransformerDecoder, *, attention_cap: float, logit_cap: float
 ) -> TransformerDecoder:
@@ -33,6 +66,7 @@ def _corrected(
     norms = ("sa_norm", "sa_scale", "mlp_norm", "mlp_scale")
     for i, layer in enumerate(model.layers):
         layer.attn.softcapping = attention_cap
+        layer.attn.__class__ = WindowedAttention
         model.layers[i] = Gemma2Layer(
             layer.attn, layer.mlp, **{name: getattr(layer, name) for name in norms}
         )

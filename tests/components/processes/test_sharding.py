@@ -389,7 +389,9 @@ def test_folded_edits_stay_on_the_host(meta_mesh):
     edit = linear.edit.dense()
     for owner in (linear, linear.lora_a, linear.lora_b):
         owner.weight = nn.Parameter(owner.weight.to("meta"), owner.weight.requires_grad)
-    shard(linear, World(0, 2, torch.device("meta"), meta_mesh, dist.group.WORLD, None, meta_mesh, 1.0))
+    shard(
+        linear, World(0, 2, torch.device("meta"), meta_mesh, dist.group.WORLD, None, meta_mesh, 1.0)
+    )
     assert isinstance(linear.lora_a.weight, DTensor)
     assert linear.lora_edit_in.device.type == linear.lora_edit_out.device.type == "cpu"
     assert torch.equal(linear.edit.dense(), edit)
