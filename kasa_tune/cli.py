@@ -213,8 +213,9 @@ def _run(argv: list[str]) -> int:
         ours = ["--module", "kasa_tune", "run"]
         torchrun.main([*_standalone(options), *options, *ours, str(path), *recipe_args])
         return 0
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a config may name components of the working directory
+    for folder in (os.getcwd(), str(path.parent)):  # a config may name components in these
+        if folder not in sys.path:
+            sys.path.append(folder)
     sys.argv = [str(path), *recipe_args]
     torchao_bridge.quiet()
     runpy.run_path(str(path), run_name="__main__")

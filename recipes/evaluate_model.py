@@ -3,6 +3,8 @@
     tune run evaluate_model --config tiny_evaluate adapters.kasa=/tmp/run
     tune run evaluate_model --config tiny_evaluate adapters=null                        # the base model alone
     tune run evaluate_model --config tiny_evaluate checkpointer.checkpoint_dir=/tmp/merged adapters=null
+    tune run evaluate_model --config my_tasks.yaml adapters.kasa=/tmp/run               # the run says which model
+    tune run evaluate_model --config my_tasks.yaml checkpoint_dir=/models/Qwen3-8B      # a model alone
 
 The base and every run in ``adapters`` do the same tasks on the same samples. The table that is
 printed, and results.json in ``output_dir``, have each number with its bootstrap interval, and each
@@ -27,6 +29,8 @@ from kasa_tune.components.exchange.evaluated import (
     find_adapters,
     without_adapters,
 )
+from kasa_tune.components.exchange.run_config import complete_config
+from kasa_tune.components.models.agreement import check_base
 from kasa_tune.components.models.base_weights import read_base
 from kasa_tune.components.models.loading import build_on_meta
 
@@ -79,6 +83,7 @@ class EvaluateModelRecipe:
         self._adapters = find_adapters(cfg.adapters or {})
         build = partial(config.instantiate, cfg.model)
         self._model = without_adapters(build_on_meta(build, dtype=self._dtype))
+        check_base(self._model, cfg)
         for task in self._tasks:
             task.check_length(self._model.max_seq_len)
         bootstrap = Bootstrap(**cfg.bootstrap, seed=cfg.seed)
@@ -88,7 +93,8 @@ class EvaluateModelRecipe:
     def evaluate(self, cfg: DictConfig) -> Results:
         """Let every model do every task. What is done is on the disk after each model."""
         started = time.monotonic()
-        options = {"device": self._device, "dtype": self._dtype}
+        folder = str(cfg.checkpointer.get("checkpoint_dir"))
+        options = {"device": self._device, "dtype": self._dtype, "folder": folder}
         models = evaluated_models(self._model, self._base, self._adapters, **options)
         self._model = None  # so that the base's memory is free when models of their own are loaded
         for name, model in models:
@@ -105,7 +111,7 @@ class EvaluateModelRecipe:
                     )
             del asked, model
             self._results.write(
-                checkpoint_dir=str(cfg.checkpointer.get("checkpoint_dir")),
+                checkpoint_dir=folder,
                 adapters=OmegaConf.to_container(cfg.adapters) if cfg.adapters else {},
                 seconds=round(time.monotonic() - started, 1),
             )
@@ -115,6 +121,7 @@ class EvaluateModelRecipe:
 @config.parse(config.EVALUATE)
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
+    cfg = complete_config(cfg)
     recipe = EvaluateModelRecipe(cfg)
     recipe.setup(cfg)
     results = recipe.evaluate(cfg)

@@ -14,7 +14,15 @@ from kasa_tune.config.entries import (
     Section,
     at_least,
 )
-from kasa_tune.config.parts import CHECKPOINTER, DEVICE, DTYPE, MODEL, SEED, TOKENIZER
+from kasa_tune.config.parts import (
+    CHECKPOINT_DIR,
+    CHECKPOINTER,
+    DEVICE,
+    DTYPE,
+    MODEL,
+    SEED,
+    TOKENIZER,
+)
 
 _DECODING = Literal[
     "temperature",
@@ -66,17 +74,21 @@ TASK = Component(
     },
     help="a task of `kasa_tune.components.evaluation`, and what it takes (docs/evaluation.md)",
 )
+_OF_RUN = " Null: as the first run of `adapters` says, or the folder `checkpoint_dir`"
 EVALUATE: Schema = {
+    "checkpoint_dir": CHECKPOINT_DIR,
     "output_dir": Key(FilePath, help="folder for `results.json` and all answers"),
-    "tokenizer": TOKENIZER,
+    "tokenizer": replace(TOKENIZER, default=None, help=f"{TOKENIZER.help}.{_OF_RUN}"),
     "model": replace(
         MODEL,
+        default=None,
         help="a builder of the model, of torchtune or with adapters of ours, which are left out: "
-        "each adapter's checkpoint says what it is",
+        f"each adapter's checkpoint says what it is.{_OF_RUN}",
     ),
     "checkpointer": replace(
         CHECKPOINTER,
-        help="reads the base model's weights, or those of a merged model",
+        default=None,
+        help=f"reads the base model's weights, or those of a merged model.{_OF_RUN}",
     ),
     "adapters": Key(
         dict[str, FilePath] | None,
@@ -101,5 +113,7 @@ EVALUATE: Schema = {
         int, 16, COUNT, help="number of prompts or texts in a forward pass; beams multiply it"
     ),
     "device": replace(DEVICE, help="device to evaluate on"),
-    "dtype": DTYPE,
+    "dtype": replace(
+        DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
+    ),
 }

@@ -91,14 +91,15 @@ def folder_given(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """Generation knows its model: from its own sections, from a run, or from a folder."""
-    if "max_new_tokens" not in cfg:
+    """Generation and evaluation know their model: from their own sections, from a run, or from a folder."""
+    run = "adapter_checkpoint" if "max_new_tokens" in cfg else "adapters"
+    if run == "adapters" and "tasks" not in cfg:
         return
     lacking = [name for name in SECTIONS if not cfg.get(name)]
     if len(lacking) == len(SECTIONS):
-        if not cfg.get("adapter_checkpoint") and not cfg.get("checkpoint_dir"):
+        if not cfg.get(run) and not cfg.get("checkpoint_dir"):
             yield Problem(
-                "adapter_checkpoint",
+                run,
                 "missing; give a run's output_dir, or the folder of a model alone with checkpoint_dir",
             )
     else:

@@ -1,6 +1,7 @@
 """One command measures the base and runs on it: against completions computed otherwise, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 
@@ -296,3 +297,42 @@ def test_a_config_with_tasks_is_one_of_this_recipe_whatever_its_name(tmp_path):
     config.validate_file(path, ["adapters=null"])
     with pytest.raises(config.ConfigError, match="It is a key of generate_text"):
         config.validate_file(path, ["adapters=null", "num_samples=3"])
+
+
+TASKS_ALONE = """\
+output_dir: {out}
+tasks:
+  - _component_: kasa_tune.components.evaluation.QuestionAnswering
+    name: facts
+    data_file: kasa_tune://tiny_world/data/facts_test.jsonl
+    prompt: "Q: {{question}} A:"
+    max_new_tokens: 12
+    limit: 20
+device: cpu
+"""
+
+
+def test_a_run_or_a_folder_says_which_model_is_measured(run, run_main, tmp_path):
+    base = shutil.copytree(registry.PACKAGE_ROOT / "tiny_world/model", tmp_path / "base")
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(TASKS_ALONE.format(out=tmp_path / "out"))
+    run_main("evaluate_model", "--config", str(tasks), f"adapters={{kasa: {run.folder}}}")
+    of_run = read(tmp_path / "out")
+    assert value(of_run, "facts", "kasa") < value(of_run, "facts", "base")
+    alone = [f"checkpoint_dir={base}", "dtype=fp32", f"output_dir={tmp_path / 'alone'}"]
+    run_main("evaluate_model", "--config", str(tasks), *alone)
+    assert value(read(tmp_path / "alone"), "facts", "base") == value(of_run, "facts", "base")
+    with pytest.raises(config.ConfigError, match="give a run's output_dir, or the folder"):
+        config.load(tasks, [])
+
+
+def test_a_base_that_is_another_model_than_the_runs_is_refused(run, run_main, tmp_path):
+    base = shutil.copytree(registry.PACKAGE_ROOT / "tiny_world/model", tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"rope_theta": 5e5}))
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(TASKS_ALONE.format(out=tmp_path / "out"))
+    given = [f"adapters={{kasa: {run.folder}}}", f"checkpoint_dir={base}"]
+    with pytest.raises((ValueError, SystemExit)):
+        run_main("evaluate_model", "--config", str(tasks), *given)
+    assert not (tmp_path / "out" / "results.json").exists()

@@ -1,7 +1,7 @@
 """Named datasets: a row becomes one prompt string and one response string, and those become tokens.
 
 Every builder takes ``(tokenizer, *, source, ..., split, train_on_input, **load_kwargs)`` like torchtune's and returns
-a torchtune dataset; the prompt is masked unless ``train_on_input``. Local files: ``source: json``, ``data_files: path``.
+a torchtune dataset; the prompt is masked unless ``train_on_input``. Local files: ``source: json``, ``data_files``.
 
 A template is applied to the whole prompt as one string. torchtune's ``PromptTemplate`` instead tokenizes tag and text
 piece by piece, which gives SentencePiece tokenizers a stray space token at every seam.

@@ -13,6 +13,7 @@ from kasa_tune.components.adapters.state import adapter_linears, load_adapter_st
 from kasa_tune.components.checkpoints import Checkpoint, build_allowed, find_checkpoint
 from kasa_tune.components.exchange.adapter_set import AdapterSet
 from kasa_tune.components.exchange.trained_run import check_state
+from kasa_tune.components.models.agreement import base_architecture
 from kasa_tune.components.models.base_weights import weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
 from kasa_tune.components.quantized.base import linears_in_nf4, load_quantized
@@ -63,6 +64,7 @@ def evaluated_models(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    folder: str,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The base model, then every adapter's, each ready to be asked until the next one is taken.
 
@@ -75,20 +77,25 @@ def evaluated_models(
         adapters: checkpoints by name.
         device: where models live.
         dtype: of the base weights.
+        folder: where the base's files lie.
 
     Yields:
         ``base`` and the model, then the name and the model of each adapter.
 
     Raises:
-        CheckpointError: an adapter belongs to other base weights.
+        CheckpointError: an adapter belongs to other base weights, or to another model.
         ValueError: weights or an adapter do not fit the model.
     """
     fingerprint = weights_fingerprint(base)
     alone = {name: state for name, state in adapters.items() if not _can_share(state)}
     for checkpoint in alone.values():
-        checkpoint.check_belongs(base_fingerprint=fingerprint, model=checkpoint.config["model"])
+        checkpoint.check_belongs(
+            base_fingerprint=fingerprint,
+            model=checkpoint.config["model"],
+            architecture=base_architecture(folder),
+        )
     load_base_weights(model, base, device=device, adapter_dtype=torch.float32)
-    switched = AdapterSet(model, base=fingerprint)
+    switched = AdapterSet(model, base=fingerprint, checkpoint_dir=folder)
     for name, checkpoint in adapters.items():
         if name not in alone:
             switched.add(name, checkpoint.path)
@@ -98,7 +105,7 @@ def evaluated_models(
             yield name, model
     del model, switched
     for name, checkpoint in alone.items():
-        yield name, _alone(checkpoint, base, device=device, dtype=dtype)
+        yield name, _alone(checkpoint, base, device=device, dtype=dtype, folder=folder)
 
 
 def _can_share(checkpoint: Checkpoint) -> bool:
@@ -113,9 +120,13 @@ def _alone(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    folder: str,
 ) -> nn.Module:
     """The model of a run as its own config builds it, with the run's adapter."""
-    build = partial(build_allowed, checkpoint.config["model"], "model", checkpoint)
+    section = checkpoint.config["model"]
+    if "checkpoint_dir" in section:
+        section = {**section, "checkpoint_dir": folder}
+    build = partial(build_allowed, section, "model", checkpoint)
     model = build_on_meta(build, dtype=dtype)
     quantized = linears_in_nf4(model, checkpoint)
     load_base_weights(

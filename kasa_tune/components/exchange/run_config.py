@@ -17,8 +17,9 @@ _MODELS, _DATA = "kasa_tune.components.models", "kasa_tune.components.data"
 
 
 def complete_config(cfg: DictConfig) -> DictConfig:
-    """Fill in what the config of ``generate_text`` leaves to the run of ``adapter_checkpoint``, or,
-    without a run, to the folder ``checkpoint_dir``.
+    """Fill in what the config of ``generate_text`` or ``evaluate_model`` leaves to a run, or,
+    without a run, to the folder ``checkpoint_dir``. The run is that of ``adapter_checkpoint``, or
+    the first of ``adapters``.
 
     Args:
         cfg: the checked config. One that has the sections model, tokenizer and checkpointer keeps
@@ -30,8 +31,9 @@ def complete_config(cfg: DictConfig) -> DictConfig:
     """
     told: dict[str, Any] = {}
     if cfg.get("model") is None:
-        if cfg.adapter_checkpoint:
-            checkpoint = find_checkpoint(Path(cfg.adapter_checkpoint))
+        runs = [cfg.get("adapter_checkpoint"), *(cfg.get("adapters") or {}).values()]
+        if run := next(filter(None, runs), None):
+            checkpoint = find_checkpoint(Path(run))
             told = config_of_run(checkpoint, cfg.get("checkpoint_dir"))
             told = {key: told[key] for key in (*SECTIONS, "dtype")}
         else:
