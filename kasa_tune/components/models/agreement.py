@@ -20,6 +20,7 @@ from kasa_tune.architectures.comparing import (
     changes_beyond,
     mismatches,
 )
+from kasa_tune.architectures.lengths import longest_row
 from kasa_tune.architectures.reading import read_with_settings, unknown_keys
 from kasa_tune.architectures.saving import to_json
 from kasa_tune.components.models.inspecting import Inspected, architecture_of_model
@@ -48,11 +49,10 @@ def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None
     folder = Path(node["checkpoint_dir"])
     if not (folder / "config.json").is_file():
         return False
-    given = (cfg.get("tokenizer") or {}).get("max_seq_len") if longest is None else longest
     check_architecture(
         model,
         folder,
-        longest=int(given or model.max_seq_len),
+        longest=longest_row(cfg, model.max_seq_len) if longest is None else longest,
         builder=cfg["model"]["_component_"],
         model_type=conversion_of(node),
     )
