@@ -72,7 +72,11 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
     # A model that returns hidden states leaves out its output projection, which may be adapted.
     returns_hidden_states = model.__dict__.pop("unembed", None)
     try:
-        with torch.no_grad(), _inputs_to(notes):
+        with (
+            torch.no_grad(),
+            _inputs_to(notes),
+            disable_adapter(model),
+        ):  # who reads what is the same
             model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
     finally:
         if returns_hidden_states:
