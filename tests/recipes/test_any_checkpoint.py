@@ -206,7 +206,7 @@ def test_the_config_json_of_another_model_is_refused_before_data_is_read(
     given = [f"checkpoint_dir={folder}", f"dataset.data_files={places['rows']}", *SMALL]
     cfg = config.load("kasa", [*given, f"dry_run={dry}"], about_to_run=True)
     recipe = load_recipe("kasa_finetune_single_device").KaSAFinetuneRecipeSingleDevice(cfg)
-    with pytest.raises(ValueError, match="config.json is of another model than its weights"):
+    with pytest.raises(ValueError, match=r"config\.json is of another model than its weights"):
         recipe.setup(cfg)
     assert hasattr(recipe, "_data") == dry
 
