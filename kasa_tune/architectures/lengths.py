@@ -18,12 +18,15 @@ def longest_row(cfg: Mapping[str, Any], of_model: int) -> int:
         cfg: with the section ``checkpointer``, and ``tokenizer`` where there is one.
         of_model: tokens that the model takes.
     """
-    tokenizer = cfg.get("tokenizer")
-    given = tokenizer.get("max_seq_len") if isinstance(tokenizer, Mapping) else None
+    tokenizer, checkpointer = _section(cfg, "tokenizer"), _section(cfg, "checkpointer")
+    given, folder = tokenizer.get("max_seq_len"), checkpointer.get("checkpoint_dir")
     if type(given) is not int or given < 1:
         return of_model
-    checkpointer = cfg.get("checkpointer")
-    folder = checkpointer.get("checkpoint_dir") if isinstance(checkpointer, Mapping) else None
     of_folder = str(tokenizer.get("_component_")).endswith(OF_FOLDER)
     cuts = of_folder and tokenizer.get("checkpoint_dir") == folder
     return min(given, of_model) if cuts else given
+
+
+def _section(cfg: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    node = cfg.get(name)
+    return node if isinstance(node, Mapping) else {}

@@ -126,13 +126,12 @@ def covariances(
         ValueError: an input holds NaN or infinity; the message names the layer.
     """
     linears, training = dict(adapter_linears(model)), model.training
-    device = model.tok_embeddings.weight.device
-    waiting = torch.device("cpu") if offload else device
+    waiting = torch.device("cpu") if offload else model.tok_embeddings.weight.device
+    run = partial(_run_block, device=model.tok_embeddings.weight.device, waiting=waiting)
     hidden = [[_embed(model, batch).to(waiting) for batch in batches] for batches in rounds]
     model.eval()
     try:
         for prefix, module, block, inside in _blocks(model, groups):
-            run = partial(_run_block, module, block, device=device, waiting=waiting)
             with loaded(prefix):
                 of_all = [g for g in inside if _any(wanted, g, POOLED)]
                 pooled = {g: _empty(g, POOLED, linears, dtype) for g in of_all}
@@ -142,7 +141,7 @@ def covariances(
                     receivers: dict[nn.Module, Callable[..., None]] = {
                         linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums
                     }
-                    run(batches, hidden[round], receivers, advance=advance)
+                    run(module, block, batches, hidden[round], receivers, advance=advance)
                     for total in sums:
                         combine(total)
                         total.finish(per_sample=per_sample)

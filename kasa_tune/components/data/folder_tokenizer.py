@@ -120,7 +120,7 @@ def _unreadable(folder: Path) -> Exception:
 
 def _log_plain(folder: Path, tokenizer: HFTokenizer | Llama2Tokenizer) -> None:
     end = str(tokenizer.eos_id)
-    if isinstance(tokenizer, HFTokenizer):
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.eos_id is not None:
         end = f"{tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)} ({end})"
     log.info(
         f"{folder} has no chat template, so prompts and answers are plain text, and turns of a "

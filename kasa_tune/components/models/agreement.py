@@ -39,7 +39,7 @@ def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None
         model: that the section ``model`` built, on any device.
         cfg: with the sections ``model`` and ``checkpointer``, and with ``tokenizer``, whose
             ``max_seq_len`` is the longest sequence.
-        longest: tokens of the longest sequence, if it is another.
+        longest: tokens of the longest sequence, prompt included, where text is generated.
 
     Returns:
         Whether there is a config.json. A folder that is missing or holds another kind of
@@ -55,6 +55,7 @@ def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None
         longest=longest_row(cfg, model.max_seq_len) if longest is None else longest,
         builder=cfg["model"]["_component_"],
         model_type=conversion_of(node),
+        **({} if longest is None else {"setting": "max_new_tokens"}),
     )
     return True
 
@@ -97,6 +98,7 @@ def check_architecture(
     longest: int,
     builder: str = "",
     model_type: str | None = None,
+    setting: str = "tokenizer.max_seq_len",
 ) -> None:
     """See that a model computes what the config.json of a checkpoint says.
 
@@ -113,6 +115,7 @@ def check_architecture(
         longest: tokens of the run's longest sequence; 0 if it has none.
         builder: dotted path of what built the model.
         model_type: how the weights are converted, see :func:`conversion_of`.
+        setting: the key that makes sequences as long as ``longest``.
 
     Raises:
         FileNotFoundError: config.json is missing.
@@ -128,7 +131,7 @@ def check_architecture(
         log.warning(f"{builder} was not compared with {folder / 'config.json'}: {error}")
         return
     _warn(found, folder)
-    _check_length(file[0], file[1].values, folder, longest)
+    _check_length(file[0], file[1].values, folder, longest, setting)
     wrong = mismatches(
         file,
         found.architecture,
@@ -176,18 +179,18 @@ def _warn(found: Inspected, folder: Path) -> None:
 
 
 def _check_length(
-    file: Architecture, values: Mapping[str, Any], folder: Path, longest: int
+    file: Architecture, values: Mapping[str, Any], folder: Path, longest: int, setting: str
 ) -> None:
     if longest <= file.max_seq_len:
         return
     words = (
-        f"tokenizer.max_seq_len is {longest}, and max_position_embeddings {file.max_seq_len} in "
-        f"{folder / 'config.json'}"
+        f"Sequences have up to {longest} tokens ({setting}), and max_position_embeddings is "
+        f"{file.max_seq_len} in {folder / 'config.json'}"
     )
     if changes_beyond(values):
         raise ValueError(
             f"{words}: beyond that its rotary embedding is another one (dynamic scaling), which is "
-            f"not supported. Set tokenizer.max_seq_len={file.max_seq_len}."
+            f"not supported. Lower {setting}: {file.max_seq_len} tokens are allowed."
         )
     log.warning(f"{words}: the model was not made for sequences that long.")
 
