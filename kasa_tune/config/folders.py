@@ -140,8 +140,7 @@ def _nearest(folder: Path) -> str:
     if folder.exists() or not folder.parent.is_dir():
         return ""
     beside = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
-    near = registry.nearest(folder.name, beside)
-    return f" Did you mean {', '.join(near)}?" if near else ""
+    return f" {registry.did_you_mean(folder.name, beside)}".rstrip()
 
 
 def _tokenizer_fault(folder: Path) -> str | None:
