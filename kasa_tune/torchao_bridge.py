@@ -90,8 +90,22 @@ def _is_not_of_torchao(record: logging.LogRecord) -> bool:
     return "KernelPreference" not in record.getMessage()
 
 
+@contextmanager
+def _quiet_for_torchtune(_: object) -> Iterator[None]:
+    """Act while torchao is loaded. What others than torchtune import it for is unknown."""
+    if "torchtune" in sys.modules:
+        quiet()
+    yield
+
+
 def install() -> None:
-    """Make the missing names available to torchtune. It may be called repeatedly."""
+    """Make the missing names available to torchtune, and hide what torchao logs when torchtune
+    imports it. It may be called repeatedly.
+    """
     put_first(AroundLoading(_IMPORTER, _stand_ins))
+    if "torchao" not in sys.modules:
+        put_first(AroundLoading("torchao", _quiet_for_torchtune))
+    elif "torchtune" in sys.modules:  # torchao is being loaded for it, and has just imported torch
+        quiet()
     if not any(isinstance(finder, _MovedNF4) for finder in sys.meta_path):
         sys.meta_path.append(_MovedNF4())

@@ -18,6 +18,7 @@ load it.
 """
 
 import sys
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ ONLY_OF = {
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # An error above this share of the weight is printed for its layer. Rounding to bfloat16 gives less.
 SHOWN = 1e-2
+MOST = 40  # layers that are printed
 
 
 def check(cfg: DictConfig) -> None:
@@ -113,15 +115,18 @@ def how_to_prompt(run: TrainedRun) -> Prompting | str:
 
 
 def print_errors(errors: Deviations, *, in_nf4: bool) -> None:
-    """Print one line for all layers, and one for each layer whose error is more than rounding. With
-    an NF4 base, print every layer that has an error.
+    """Print one line for all layers, and one for each layer whose error is more than rounding, the
+    worst first. With an NF4 base, every layer that has an error counts.
     """
-    for name, error in errors.items():
-        if error.of_weight > SHOWN or (in_nf4 and error.of_weight):
-            print(
-                f"{name:<48} error {error.of_weight:.1e} of the weight, {error.of_update:.1e} of "
-                "its update"
-            )
+    least = 0.0 if in_nf4 else SHOWN
+    listed = [name for name, error in errors.items() if error.of_weight > least]
+    listed.sort(key=lambda name: -errors[name].of_weight)
+    for name in listed[:MOST]:
+        of_weight, of_update = errors[name]
+        told = f"{of_update:.1e} of its update" if isfinite(of_update) else "which has no update"
+        print(f"{name:<48} error {of_weight:.1e} of the weight, {told}")
+    if len(listed) > MOST:
+        print(f"The errors of {len(listed) - MOST:,} other layers are no larger.")
     print(f"Difference from the trained weights: {error_sentence(errors)}.")
 
 

@@ -83,6 +83,25 @@ def test_it_is_in_time_when_torchtune_itself_imports_torch(python, tmp_path):
     assert python("0.18", prepare + show).startswith("True <class 'torchao.quantization.")
 
 
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ("import torch, torchtune", ""),  # as a recipe of torchrun's begins
+        ("import torchtune", ""),  # as `tune` begins; torchao imports torch
+        ("import torch, torchao", "not loaded"),  # for something else
+    ],
+)
+def test_what_torchao_logs_is_hidden_where_torchtune_imports_it(python, tmp_path, first, said):
+    (tmp_path / "torch.py").write_text("import kasa_tune")
+    text = (
+        "import logging, sys, torch\n"
+        "logging.getLogger('torchao').addHandler(logging.StreamHandler(sys.stdout))\n"
+        "logging.getLogger('torchao').warning('not loaded')\n"
+    )
+    prepare = f"open({str(tmp_path / 'torchao' / '__init__.py')!r}, 'w').write({text!r})\n"
+    assert python("0.18", f"{prepare}{first}") == said
+
+
 def test_both_names_of_the_nf4_module_are_one_module(python):
     code = (
         "import kasa_tune, torchtune\nimport torchao.dtypes.nf4tensor as former\n"

@@ -61,7 +61,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is a file.
+        ValueError: it is a file, or holds a GGUF file and no config.json.
     """
     if folder.suffix == ".gguf":
         raise ValueError(_gguf(folder))
@@ -72,6 +72,8 @@ def check_folder(folder: Path) -> None:
             f"{folder} is no folder. Give the folder of a checkpoint; `tune download <repository> "
             "--output-dir <folder>` fetches one."
         )
+    if not (folder / "config.json").is_file() and (ggufs := sorted(folder.glob("*.gguf"))):
+        raise ValueError(_gguf(ggufs[0]))
 
 
 def _gguf(path: Path) -> str:

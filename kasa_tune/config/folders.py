@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kasa_tune import registry
 from kasa_tune.architectures import (
     Architecture,
     UnsupportedArchitectureError,
@@ -131,8 +132,16 @@ def _fault(folder: Path, sections: list[str]) -> str | None:
     except UnsupportedArchitectureError as error:
         return f"{str(error).partition(' Supported are')[0]} docs/families.md lists those that are"
     except (ValueError, OSError) as error:
-        return str(error)
+        return str(error) + _nearest(folder)
     return _tokenizer_fault(folder) if "tokenizer" in sections else None
+
+
+def _nearest(folder: Path) -> str:
+    """The nearest names of folders beside one that is missing."""
+    if folder.exists() or not folder.parent.is_dir():
+        return ""
+    beside = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+    return f" {registry.did_you_mean(folder.name, beside)}".rstrip()
 
 
 def _tokenizer_fault(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from kasa_tune.architectures.comparing import (
     Mismatch,
     mismatches,
 )
+from kasa_tune.architectures.lengths import longest_row
 from kasa_tune.architectures.reading import read_with_settings
 from kasa_tune.architectures.torchtune_builders import built_by
 from kasa_tune.config import signatures
@@ -64,7 +65,7 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
     except ValueError as error:  # among them that the family is not supported
         yield Problem(key, str(error))
         return
-    longest = (cfg.get("tokenizer") or {}).get("max_seq_len") or model.max_seq_len
+    longest = longest_row(cfg, model.max_seq_len)
     for one in mismatches(
         file,
         model,

@@ -37,6 +37,16 @@ _READERS = (
 )  # `source` of files; other sources are the hub's
 
 
+# Keys that name a run, a checkpoint or an adapter.
+_RESULTS = (
+    "resume_from_checkpoint",
+    "adapter_checkpoint",
+    "peft_adapter",
+    "initial_adapter",
+    "run",
+)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +131,9 @@ def _missing_of(key: str, folder: str, names: list[str]) -> Iterator[Problem]:
     if len(missing) > 3:
         yield Problem(
             key,
-            f"{len(missing)} of {len(names)} files are not in {show(folder)}; the first is {show(missing[0])}",
+            f"{len(missing)} of {len(names)} files are not in {show(folder)}; the first is "
+            f"{show(missing[0])}. Configs without a model in their name, such as kasa, read any "
+            "model's folder (docs/checkpoints.md)",
         )
         return
     for name in missing:
@@ -206,7 +218,7 @@ def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "output_dir", f"got {show(output)}, which is adapter_checkpoint: choose another folder"
         )
-    for key in ("resume_from_checkpoint", "adapter_checkpoint", "peft_adapter", "initial_adapter"):
+    for key in _RESULTS:
         if isinstance(cfg.get(key), str) and (key, cfg[key]) != (
             "resume_from_checkpoint",
             "restart",

@@ -122,6 +122,10 @@ FAULTS = {
         "is no safetensors file",
     ),
     "GGUF": (replaced("model-Q4_K.gguf", b"GGUF"), "is a GGUF file"),
+    "GGUF without config.json": (
+        lambda f: [p.unlink() for p in f.iterdir()] and (f / "a.gguf").write_bytes(b"GGUF"),
+        "is a GGUF file",
+    ),
     "pickles alone": (replaced("pytorch_model.bin", b"PK"), "as PyTorch pickles alone"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "quantized": (quantized, "the checkpoint is quantized already ('awq')"),
@@ -151,6 +155,23 @@ def test_a_path_that_is_no_folder_is_refused(folder, given, words):
     ((key, text),) = problems(folder.parent / given)
     assert key == "checkpoint_dir"
     assert words in text
+
+
+def test_folders_with_a_name_nearly_the_same_are_named(folder):
+    ((_, text),) = problems(folder.parent / "mdoel")
+    assert text.endswith("Did you mean model?")
+
+
+def test_a_config_of_one_size_names_those_that_read_any_folder(folder):
+    ((key, text),) = problems(folder, "~dataset.data_files", name="llama3_8b_lora")
+    assert key == "checkpointer.checkpoint_files"
+    assert "4 of 4 files are not in" in text
+    assert "such as kasa, read any model's folder" in text
+
+
+def test_the_run_of_a_report_is_there(folder):
+    with pytest.raises(config.ConfigError, match=r"run: got .*, which does not exist"):
+        config.load("report", [f"run={folder}_kasa"])
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,21 @@ def test_a_dry_run_needs_config_json_alone(method, places, call, tmp_path):
     assert line in whole
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_config_json_of_another_model_is_refused_before_data_is_read(
+    dry, places, load_recipe, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(places["olmo2"], folder)
+    shutil.copy(places["gemma3"] / "config.json", folder)
+    given = [f"checkpoint_dir={folder}", f"dataset.data_files={places['rows']}", *SMALL]
+    cfg = config.load("kasa", [*given, f"dry_run={dry}"], about_to_run=True)
+    recipe = load_recipe("kasa_finetune_single_device").KaSAFinetuneRecipeSingleDevice(cfg)
+    with pytest.raises(ValueError, match=r"config\.json is of another model than its weights"):
+        recipe.setup(cfg)
+    assert hasattr(recipe, "_data") == dry
+
+
 def test_a_folder_alone_completes_prompts(places, load_recipe):
     cfg = config.load(
         "generate",

@@ -14,6 +14,7 @@ from torchtune.training import FullModelHFCheckpointer
 from kasa_tune.components.checkpoints import list_checkpoints, verify_checkpoint
 from kasa_tune.components.checkpoints.files import size_and_digest
 from kasa_tune.components.exchange import prompting
+from kasa_tune.components.exchange.deviations import Deviation, Deviations
 from kasa_tune.components.exchange.native import write_adapter
 from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.quantized.base import FOLDER
@@ -590,3 +591,16 @@ def test_read_base_weights_reads_what_was_merged(trained, export):
         for name, value in plain_model(export(trained("kasa"), "merged")).state_dict().items()
     }
     assert all(torch.equal(value, rounded[name]) for name, value in model.state_dict().items())
+
+
+def test_of_many_layers_with_an_error_the_worst_are_printed(load_recipe, capsys):
+    """A mixture of experts has thousands."""
+    names = [f"layers.{i}" for i in range(100)]
+    errors = {name: (0.01 * i, 1.0 if i % 2 else float("inf")) for i, name in enumerate(names, 1)}
+    made = Deviations({name: Deviation(*error) for name, error in errors.items()})
+    load_recipe("export_adapter").print_errors(made, in_nf4=True)
+    first, second, *_, others, summary = capsys.readouterr().out.splitlines()
+    assert first.split() == "layers.99 error 1.0e+00 of the weight, which has no update".split()
+    assert second.endswith("error 9.9e-01 of the weight, 1.0e+00 of its update")
+    assert others == "The errors of 60 other layers are no larger."
+    assert summary.startswith("Difference from the trained weights: at most 1.0e+00")

@@ -83,8 +83,10 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def reset_update(self) -> None:
         """Initialize the update as in LoRA: A is Kaiming-uniform, and B is zero, so that the update
-        is zero.
+        is zero. On the meta device there is nothing to initialize.
         """
+        if self.lora_a.weight.is_meta:
+            return
         nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b.weight)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kasa_tune.architectures import Architecture
 from kasa_tune.architectures.comparing import told_apart
+from kasa_tune.architectures.lengths import longest_row
 from kasa_tune.architectures.saving import from_json
 from kasa_tune.components.checkpoints.files import is_endless, size_and_digest
 from kasa_tune.components.checkpoints.serialization import decode
@@ -130,9 +131,7 @@ class Checkpoint:
         """Tokens of the longest sequence that the run was trained on, as far as its config says;
         else ``otherwise``.
         """
-        tokenizer = self.config.get("tokenizer")
-        given = tokenizer.get("max_seq_len") if isinstance(tokenizer, Mapping) else None
-        return given if type(given) is int and given > 0 else otherwise
+        return longest_row(self.config, otherwise)
 
     def check_belongs(
         self,

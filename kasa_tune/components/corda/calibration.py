@@ -31,7 +31,7 @@ from kasa_tune.components.corda.covariance import (
     shortage,
 )
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
-from kasa_tune.components.models.experts import only_valid
+from kasa_tune.components.models.experts import mixtures_of, only_valid
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
 
@@ -72,7 +72,11 @@ def shared_inputs(model: TransformerDecoder) -> list[tuple[str, ...]]:
     # A model that returns hidden states leaves out its output projection, which may be adapted.
     returns_hidden_states = model.__dict__.pop("unembed", None)
     try:
-        with torch.no_grad(), _inputs_to(notes):
+        with (
+            torch.no_grad(),
+            _inputs_to(notes),
+            disable_adapter(model),
+        ):  # who reads what is the same
             model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
     finally:
         if returns_hidden_states:
@@ -123,10 +127,11 @@ def covariances(
     """
     linears, training = dict(adapter_linears(model)), model.training
     waiting = torch.device("cpu") if offload else model.tok_embeddings.weight.device
+    run = partial(_run_block, device=model.tok_embeddings.weight.device, waiting=waiting)
     hidden = [[_embed(model, batch).to(waiting) for batch in batches] for batches in rounds]
     model.eval()
     try:
-        for prefix, block, inside in _blocks(model, groups):
+        for prefix, module, block, inside in _blocks(model, groups):
             with loaded(prefix):
                 of_all = [g for g in inside if _any(wanted, g, POOLED)]
                 pooled = {g: _empty(g, POOLED, linears, dtype) for g in of_all}
@@ -136,7 +141,7 @@ def covariances(
                     receivers: dict[nn.Module, Callable[..., None]] = {
                         linears[s.layers[0]]: partial(s.add, per_sample=per_sample) for s in sums
                     }
-                    _run_block(model, block, batches, hidden[round], receivers, waiting, advance)
+                    run(module, block, batches, hidden[round], receivers, advance=advance)
                     for total in sums:
                         combine(total)
                         total.finish(per_sample=per_sample)
@@ -155,40 +160,43 @@ def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
 
 
 def _run_block(
-    model: TransformerDecoder,
+    module: nn.Module,
     block: Callable[[Tensor, Batch], Tensor],
     batches: Sequence[Batch],
     hidden: list[Tensor],
     receivers: Mapping[nn.Module, Callable[..., None]],
+    *,
+    device: torch.device,
     waiting: torch.device,
     advance: Callable[[], object],
 ) -> None:
     """Run a block over the batches of a round: each ``hidden[i] [b, s, d]`` becomes the block's output for it.
 
     Args:
-        model: whose adapters are switched off meanwhile.
+        module: holds the block's modules; its adapters are switched off meanwhile.
         block: from :func:`_blocks`.
         batches: of the round.
         hidden: the block's inputs, one a batch, replaced in place.
         receivers: called with a module's input and with ``valid [b, s]`` before the module runs.
+        device: where the block runs.
         waiting: the device that hidden states are kept on.
         advance: called after each batch.
     """
-    device = model.tok_embeddings.weight.device
-    with disable_adapter(model):
+    mixtures = mixtures_of(module)
+    with disable_adapter(module):
         for position, batch in enumerate(batches):
             valid = batch["valid"].to(device)
-            bound = {module: partial(add, valid=valid) for module, add in receivers.items()}
-            with _inputs_to(bound), only_valid(model, valid):
+            bound = {read: partial(add, valid=valid) for read, add in receivers.items()}
+            with _inputs_to(bound), only_valid(mixtures, valid):
                 hidden[position] = block(hidden[position].to(device), batch).to(waiting)
             advance()
 
 
 def _blocks(
     model: TransformerDecoder, groups: Sequence[tuple[str, ...]]
-) -> Iterator[tuple[str, Callable[[Tensor, Batch], Tensor], list[tuple[str, ...]]]]:
-    """Each layer of the model: how the names of its modules begin, itself as a function of hidden states and batch, and
-    the groups inside; none after the last group.
+) -> Iterator[tuple[str, nn.Module, Callable[[Tensor, Batch], Tensor], list[tuple[str, ...]]]]:
+    """Each layer of the model: how the names of its modules begin, a module that holds them, the layer as a function of
+    hidden states and batch, and the groups inside; none after the last group.
     """
 
     def layer(module: nn.Module, h: Tensor, batch: Batch) -> Tensor:
@@ -205,10 +213,10 @@ def _blocks(
         prefix = f"layers.{index}."
         inside = [group for group in waiting if group[0].startswith(prefix)]
         waiting = [group for group in waiting if not group[0].startswith(prefix)]
-        yield prefix, partial(layer, module), inside
+        yield prefix, module, partial(layer, module), inside
         if not waiting:
             return
-    yield "output", output, waiting
+    yield "output", model, output, waiting
 
 
 def _any(wanted: Wanted, group: Sequence[str], round: int) -> bool:
@@ -341,7 +349,7 @@ def calibration_bytes(
             covariance_workspace(d_in, dtype.itemsize, **options),
         )
 
-    widest = max(sum(map(sums, inside)) for _, _, inside in _blocks(model, groups))
+    widest = max(sum(map(sums, inside)) for *_, inside in _blocks(model, groups))
     return {
         "calibration hidden states": num_tokens * embedding.shape[1] * embedding.element_size(),
         "covariances of one block": widest * dtype.itemsize,

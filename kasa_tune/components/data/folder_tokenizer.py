@@ -119,7 +119,11 @@ def _unreadable(folder: Path) -> Exception:
 
 
 def _log_plain(folder: Path, tokenizer: HFTokenizer | Llama2Tokenizer) -> None:
+    end = str(tokenizer.eos_id)
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.eos_id is not None:
+        end = f"{tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)} ({end})"
     log.info(
-        f"{folder} has no chat template, so prompts and answers are plain text. Each answer ends "
-        f"in the end-of-sequence token, {tokenizer.eos_id}."
+        f"{folder} has no chat template, so prompts and answers are plain text, and turns of a "
+        f"conversation follow one another as they are. Each answer ends in the end-of-sequence "
+        f"token, {end}. tokenizer.chat_template_path=<a Jinja file> gives it a template."
     )

@@ -20,6 +20,7 @@ from kasa_tune.architectures.comparing import (
     changes_beyond,
     mismatches,
 )
+from kasa_tune.architectures.lengths import longest_row
 from kasa_tune.architectures.reading import read_with_settings, unknown_keys
 from kasa_tune.architectures.saving import to_json
 from kasa_tune.components.models.inspecting import Inspected, architecture_of_model
@@ -38,7 +39,7 @@ def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None
         model: that the section ``model`` built, on any device.
         cfg: with the sections ``model`` and ``checkpointer``, and with ``tokenizer``, whose
             ``max_seq_len`` is the longest sequence.
-        longest: tokens of the longest sequence, if it is another.
+        longest: tokens of the longest sequence, prompt included, where text is generated.
 
     Returns:
         Whether there is a config.json. A folder that is missing or holds another kind of
@@ -50,13 +51,13 @@ def check_base(model: Any, cfg: Mapping[str, Any], *, longest: int | None = None
     folder = Path(node["checkpoint_dir"])
     if not (folder / "config.json").is_file():
         return False
-    given = (cfg.get("tokenizer") or {}).get("max_seq_len") if longest is None else longest
     check_architecture(
         model,
         folder,
-        longest=int(given or model.max_seq_len),
+        longest=longest_row(cfg, model.max_seq_len) if longest is None else longest,
         builder=cfg["model"]["_component_"],
         model_type=conversion_of(node),
+        **({} if longest is None else {"setting": "max_new_tokens"}),
     )
     return True
 
@@ -99,6 +100,7 @@ def check_architecture(
     longest: int,
     builder: str = "",
     model_type: str | None = None,
+    setting: str = "tokenizer.max_seq_len",
 ) -> None:
     """See that a model computes what the config.json of a checkpoint says.
 
@@ -115,6 +117,7 @@ def check_architecture(
         longest: tokens of the run's longest sequence; 0 if it has none.
         builder: dotted path of what built the model.
         model_type: how the weights are converted, see :func:`conversion_of`.
+        setting: the key that makes sequences as long as ``longest``.
 
     Raises:
         FileNotFoundError: config.json is missing.
@@ -130,7 +133,7 @@ def check_architecture(
         log.warning(f"{builder} was not compared with {folder / 'config.json'}: {error}")
         return
     _warn(found, folder)
-    _check_length(file[0], file[1].values, folder, longest)
+    _check_length(file[0], file[1].values, folder, longest, setting)
     wrong = mismatches(
         file,
         found.architecture,
@@ -178,18 +181,18 @@ def _warn(found: Inspected, folder: Path) -> None:
 
 
 def _check_length(
-    file: Architecture, values: Mapping[str, Any], folder: Path, longest: int
+    file: Architecture, values: Mapping[str, Any], folder: Path, longest: int, setting: str
 ) -> None:
     if longest <= file.max_seq_len:
         return
     words = (
-        f"tokenizer.max_seq_len is {longest}, and max_position_embeddings {file.max_seq_len} in "
-        f"{folder / 'config.json'}"
+        f"Sequences have up to {longest} tokens ({setting}), and max_position_embeddings is "
+        f"{file.max_seq_len} in {folder / 'config.json'}"
     )
     if changes_beyond(values):
         raise ValueError(
             f"{words}: beyond that its rotary embedding is another one (dynamic scaling), which is "
-            f"not supported. Set tokenizer.max_seq_len={file.max_seq_len}."
+            f"not supported. Lower {setting}: {file.max_seq_len} tokens are allowed."
         )
     log.warning(f"{words}: the model was not made for sequences that long.")
 

@@ -6,7 +6,7 @@ Shapes: n tokens, e width of a hidden state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +86,17 @@ class MixtureOfExperts(nn.Module):
         return tokens, place
 
 
+def mixtures_of(module: nn.Module) -> list[MixtureOfExperts]:
+    """The mixtures of experts in a module."""
+    return [inner for inner in module.modules() if isinstance(inner, MixtureOfExperts)]
+
+
 @contextlib.contextmanager
-def only_valid(model: nn.Module, valid: Tensor) -> Iterator[None]:
-    """While active, the experts of a model get the tokens where ``valid [b, s]``, and no padding.
+def only_valid(mixtures: Sequence[MixtureOfExperts], valid: Tensor) -> Iterator[None]:
+    """While active, experts get the tokens where ``valid [b, s]``, and no padding.
 
     Calibration sums over the inputs of an expert, where nothing tells padding from text.
     """
-    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     for mixture in mixtures:
         mixture.valid = valid
     try:

@@ -19,6 +19,8 @@ from kasa_tune.components.models.base_weights import shapes_of
 # The smallest head size that flex attention compiles for a GPU. Below it torch raises
 # NotImplementedError.
 FLEX_HEAD_DIM = 16
+OTHER_CONFIG = "Its config.json is of another model than its weights."
+_TWO_KEYS = "Check model._component_ and checkpointer.checkpoint_dir."
 
 
 def require_adapters(model: nn.Module, name: str) -> None:
@@ -85,9 +87,14 @@ def load_base_weights(
         linear.materialize(device, adapter_dtype)
 
 
-def check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], advice: str = _TWO_KEYS) -> int:
     """See that base weights have the names and shapes of the model's, without reading a tensor
     where the mapping knows them.
+
+    Args:
+        model: on any device.
+        weights: of the base, by name.
+        advice: a sentence on what to do about a difference.
 
     Returns:
         How many there are.
@@ -96,7 +103,7 @@ def check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
         ValueError: they differ; the message lists the first differences.
     """
     expected = {name: tuple(value.shape) for name, value in _base_state(model).items()}
-    _check_same_shapes(expected, shapes_of(weights))
+    _check_same_shapes(expected, shapes_of(weights), advice)
     return len(expected)
 
 
@@ -202,7 +209,7 @@ def weights_loaded(
 
 
 def _check_same_shapes(
-    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], advice: str
 ) -> None:
     wrong = [
         f"{name}: the model has {expected.get(name, 'none')}, the checkpoint {given.get(name, 'none')}"
@@ -211,7 +218,8 @@ def _check_same_shapes(
     ]
     if wrong:
         raise ValueError(
-            f"The checkpoint is not one of this model: {len(wrong)} of {len(expected)} tensors differ ("
+            "The checkpoint is not one of this model: "
+            f"{len(wrong)} of {len(expected.keys() | given.keys())} tensors differ ("
             + "; ".join(wrong[:3])
-            + "). Check model._component_ and checkpointer.checkpoint_dir."
+            + f"). {advice}"
         )

@@ -188,7 +188,7 @@ class QuantizedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, nn.Module]) -> None:
-        self._stored, self._names = find_quantized(checkpoint), list(linears)
+        self._stored, self._names = find_quantized(checkpoint), dict.fromkeys(linears)
         self.folder = self._stored.path
         self._block, self._held = "", {}
 
@@ -243,11 +243,8 @@ def base_bytes(
         Bytes by the names that the dry run prints.
     """
     weights = [linear.weight for linear in linears.values()]
-    others = [
-        p
-        for p in model.parameters()
-        if not p.requires_grad and all(p is not weight for weight in weights)
-    ]
+    quantized = set(map(id, weights))
+    others = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantized]
     sizes = {
         "block_size": block_size,
         "scaler_block_size": scaler_block_size,

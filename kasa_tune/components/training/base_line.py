@@ -12,7 +12,7 @@ from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.architectures.files import weight_files
 from kasa_tune.components.models.base_files import listed_files
 from kasa_tune.components.models.base_weights import read_base
-from kasa_tune.components.models.loading import check_shapes
+from kasa_tune.components.models.loading import OTHER_CONFIG, check_shapes
 
 
 def base_line(cfg: DictConfig, model: nn.Module) -> str:
@@ -48,5 +48,6 @@ def base_line(cfg: DictConfig, model: nn.Module) -> str:
         return f"Base: shapes in {names[0]} were not compared, because that would read it whole."
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
         more = {} if node._component_ == FOLDER else {"output_dir": unused}
-        count = check_shapes(model, read_base(node, **more))
+        advice = {"advice": OTHER_CONFIG} if node._component_ == FOLDER else {}
+        count = check_shapes(model, read_base(node, **more), **advice)
     return f"Base: config.json and {count} shapes in {folder} are those of the model."

@@ -69,8 +69,8 @@ def _warmup_steps(total: int, steps: int | None, ratio: float | None) -> int:
     warmup = steps if steps is not None else math.ceil(total * (ratio or 0.0))
     if warmup >= total:
         log.warning(
-            f"The warm-up takes {warmup} steps and the run has {total}, so the learning rate rises "
-            "to the end and never reaches its highest value. Lower num_warmup_steps or warmup_ratio."
+            f"Steps of warm-up: {warmup}, of the run: {total}. So the learning rate rises to the "
+            "end and never reaches its highest value. Lower num_warmup_steps or warmup_ratio."
         )
     return warmup
 

@@ -10,8 +10,15 @@ from torch import nn
 from torchtune import modules, training
 from torchtune.config import instantiate
 
+from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.components.models.agreement import check_base
-from kasa_tune.components.models.loading import build_on_meta, require_adapters
+from kasa_tune.components.models.base_weights import read_base
+from kasa_tune.components.models.loading import (
+    OTHER_CONFIG,
+    build_on_meta,
+    check_shapes,
+    require_adapters,
+)
 from kasa_tune.components.training.loss import return_hidden_states
 
 
@@ -29,11 +36,15 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters of this package, or config.json describes another
-            model.
+            model than this one or than the weights of its folder.
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
     check_base(model, cfg)
+    if cfg.checkpointer._component_ == FOLDER and not cfg.dry_run:
+        check_shapes(
+            model, read_base(cfg.checkpointer), OTHER_CONFIG
+        )  # of which the headers are read
     return_hidden_states(model)
     if cfg.enable_activation_checkpointing:
         blocks = {modules.TransformerSelfAttentionLayer}

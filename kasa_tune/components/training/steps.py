@@ -119,7 +119,7 @@ class Steps:
         if checkpoint is not None and checkpoint.resumes:
             self._restore(checkpoint)
         count = sum(p.numel() for p in self.trained)
-        log.info(f"{count:,} parameters to train, {data.total_steps} steps in all.")
+        log.info(f"Parameters to train: {count:,}. Steps in all: {data.total_steps:,}.")
 
     # --- the life of a run
 

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint's folder: what is found, what is cut, and a sentence where nothing can be read."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -54,6 +55,14 @@ def test_a_base_model_gets_plain_text_that_ends_in_end_of_text(folder):
     tokens, mask = tokenizer.tokenize_messages(messages)
     assert tokens == [0, 1, 2, 3, tokenizer.eos_id]
     assert mask == [True, True, False, False, False]
+
+
+def test_a_line_says_what_a_missing_chat_template_means(folder, caplog):
+    with caplog.at_level(logging.INFO):
+        tokenizer_from_checkpoint(str(folder))
+    assert "prompts and answers are plain text" in caplog.text
+    assert "end-of-sequence token, <end> (9)" in caplog.text
+    assert "tokenizer.chat_template_path=" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -305,13 +305,35 @@ def test_more_tokens_than_positions_are_warned_of(tmp_path, caplog):
     fits(written(tmp_path, LLAMA), LLAMA_MODEL, longest=64, model_type="LLAMA3")
     assert not caplog.records
     fits(tmp_path, LLAMA_MODEL, longest=65, model_type="LLAMA3")
-    assert "tokenizer.max_seq_len is 65, and max_position_embeddings 64" in caplog.text
+    assert (
+        "up to 65 tokens (tokenizer.max_seq_len), and max_position_embeddings is 64" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(("own", "warned"), [(True, False), (False, True)])
+def test_the_tokenizer_of_the_folder_cuts_where_the_model_ends(own, warned, tmp_path, caplog):
+    folder = written(tmp_path, LLAMA)
+    where = {"checkpoint_dir": str(folder)}
+    builder, tokenizer = (
+        OURS + LLAMA_MODEL[0],
+        "kasa_tune.components.data.tokenizer_from_checkpoint",
+    )
+    hf = {"_component_": "torchtune.training.FullModelHFCheckpointer", "model_type": "LLAMA3"}
+    cfg = {"model": {"_component_": builder}, "checkpointer": hf | where}
+    elsewhere = {} if own else {"checkpoint_dir": "/another"}
+    cfg["tokenizer"] = {"_component_": tokenizer, "max_seq_len": 65} | where | elsewhere
+    assert check_base(built(*LLAMA_MODEL), cfg)
+    assert ("not made for sequences that long" in caplog.text) == warned
+    check_base(built(*LLAMA_MODEL), cfg, longest=70)
+    assert "up to 70 tokens (max_new_tokens), and" in caplog.text
 
 
 def test_more_tokens_than_positions_are_refused_where_the_embedding_changes(tmp_path):
     folder = written(tmp_path, LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     fits(folder, LLAMA_MODEL, longest=64, model_type="LLAMA3")
-    with pytest.raises(ValueError, match=r"dynamic scaling.*Set tokenizer.max_seq_len=64"):
+    with pytest.raises(
+        ValueError, match=r"dynamic scaling.*Lower tokenizer.max_seq_len: 64 tokens"
+    ):
         fits(folder, LLAMA_MODEL, longest=65, model_type="LLAMA3")
 
 

@@ -142,4 +142,4 @@ def test_a_warmup_as_long_as_the_run_is_a_warning(schedule, options, warned, mon
     monkeypatch.setattr(lr_schedules.log, "warning", told.append)
     rates(schedule, 10, num_training_steps=10, **options)
     assert len(told) == warned
-    assert all("the run has 10" in text and "num_warmup_steps" in text for text in told)
+    assert all("of the run: 10." in text and "num_warmup_steps" in text for text in told)
