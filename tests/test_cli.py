@@ -171,6 +171,15 @@ def test_run_a_recipe_of_ones_own(tmp_path, recipe, config):
     assert not note["torch"]
 
 
+def test_components_beside_a_recipe_can_be_imported(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "my.py").write_text(RECIPE)
+    (tmp_path / "my.yaml").touch()
+    done = kasa_tune("run", "scripts/my.py", "--config", "my.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {str(tmp_path), str(tmp_path / "scripts")} <= set(started(tmp_path)["path"])
+
+
 def test_help_of_a_recipe_reaches_the_recipe(tmp_path):
     (tmp_path / "my.py").write_text(RECIPE)
     assert kasa_tune("run", "my.py", "--help", cwd=tmp_path).returncode == 0
