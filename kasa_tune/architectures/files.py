@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
+_LONGEST_JSON = 100_000_000  # bytes; the index of a model with 100,000 tensors has 10,000,000
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -23,7 +24,11 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: it holds no JSON, or JSON that is no object.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(_LONGEST_JSON + 1)
+        if len(text) > _LONGEST_JSON:
+            raise ValueError(f"it has more than {_LONGEST_JSON:,} bytes")
+        content = parse_json(text.decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them

@@ -8,7 +8,14 @@ from typing import Any
 
 # Beyond these, a number is a mistake, and building the model would take all memory.
 _LARGEST = 2**31
-_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+_MOST = {
+    "num_hidden_layers": 1000,
+    "num_experts": 10_000,
+    "num_local_experts": 10_000,
+    "vocab_size": 2**24,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**20),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+}
 
 
 class Settings:
@@ -77,6 +84,17 @@ class Settings:
             raise self.wrong(key, "true or false")
         return value
 
+    def either(self, key: str, other: str, default: int) -> int:
+        """A whole number above 0 under either of two keys.
+
+        Raises:
+            ValueError: it is something else, or the two say different things.
+        """
+        both = [self.size(one) for one in (key, other) if one in self]
+        if len({*both}) > 1:
+            raise self.wrong(key, f"{both[1]}, as {other} is")
+        return both[0] if both else default
+
     def numbers(self, key: str, length: int) -> list[int] | None:
         """A list of ``length`` whole numbers. None if it is absent, null or empty."""
         value = self.get(key)
@@ -140,7 +158,7 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value)
+    return abs(value) < math.inf if isinstance(value, float) else abs(value) < 2**1023
 
 
 def shown(value: Any) -> str:
