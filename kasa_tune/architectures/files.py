@@ -23,6 +23,8 @@ def read_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no JSON, or JSON that is no object.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file.")
     try:
         with open(path, "rb") as file:
             text = file.read(_LONGEST_JSON + 1)
@@ -53,7 +55,8 @@ def shards_of(folder: Path) -> list[str]:
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
+        plain = name.isprintable() and len(name) < 256 and name == Path(name).name
+        if name in ("", ".", "..") or not plain:
             raise ValueError(
                 f"{folder / INDEX} is damaged: its weight_map names {name!r:.80}, which is no file "
                 "of this folder."

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kasa_tune.architectures import families
 from kasa_tune.architectures.architecture import Architecture
 from kasa_tune.architectures.files import read_object
-from kasa_tune.architectures.settings import Settings, shown
+from kasa_tune.architectures.settings import Settings, named, shown
 
 
 class Family(NamedTuple):
@@ -188,8 +188,8 @@ def _check_class(config: Mapping[str, Any], kind: str, name: str) -> None:
         told = _OF_CLASS.get(_plain(one), ())
         if told and kind not in told:
             raise ValueError(
-                f"{name}: architectures says {one[:80]}, and model_type says {kind}. Correct the "
-                "one that is wrong."
+                f"{name}: architectures says {named(one)}, and model_type says {kind}. Correct "
+                "the one that is wrong."
             )
 
 
@@ -222,20 +222,15 @@ def _check_head(config: Mapping[str, Any], name: str) -> None:
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if classes and not any(one.endswith(causal) for one in classes):
         raise UnsupportedArchitectureError(
-            f"{name}: {_title(classes[0])} is not supported. Supported are language models: "
+            f"{name}: {named(classes[0])} is not supported. Supported are language models: "
             f"{_supported()}."
         )
 
 
 def _class_words(config: Mapping[str, Any]) -> str:
     classes = config.get("architectures")
-    words = f" ({_title(classes[0])})" if isinstance(classes, list) and classes else ""
+    words = f" ({named(classes[0])})" if isinstance(classes, list) and classes else ""
     return words + (", because they run code of their own" if config.get("auto_map") else "")
-
-
-def _title(name: str) -> str:
-    """A class's name in a message."""
-    return name if name.isidentifier() and len(name) <= 80 else shown(name)
 
 
 def _supported() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kasa_tune.architectures.architecture import Rotary
-from kasa_tune.architectures.settings import Settings, is_number, shown
+from kasa_tune.architectures.settings import Settings, is_usual, shown
 
 
 def rotary_of(
@@ -48,7 +48,8 @@ def rotary_of(
     if fraction is None and share != 1.0:
         raise settings.wrong("partial_rotary_factor", "1, because this family rotates whole heads")
     width = _width(settings, head_dim, share)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = given.get("rope_type", given.get("type"))
+    kind = "default" if kind is None else kind
     if kind == "dynamic" and "alpha" in values:
         theta, kind = _stretched(settings, values, theta, width), "default"
     if theta <= 1:
@@ -58,9 +59,7 @@ def rotary_of(
     options = _options(settings, values, kind, max_seq_len, level)
     for key in ("short_factor", "long_factor"):
         if len(options.get(key, ())) not in (0, width // 2):
-            raise settings.wrong(
-                f"{key} of the rotary embedding", f"a list of {width // 2} numbers"
-            )
+            raise values.wrong(key, f"a list of {width // 2} numbers")
     # Up to the model's own length a dynamic scaling is none.
     scaling: Any = "none" if kind in ("default", "dynamic") else kind
     return Rotary(theta, share, interleaved, scaling, options)
@@ -213,6 +212,6 @@ def _needed(values: Settings, key: str) -> float:
 
 def _factors(values: Settings, key: str) -> tuple[float, ...]:
     given = values.get(key)
-    if not isinstance(given, Sequence) or not all(is_number(one) and one > 0 for one in given):
+    if not isinstance(given, Sequence) or not all(map(is_usual, given)):
         raise values.wrong(key, "a list of numbers above 0")
     return tuple(map(float, given))

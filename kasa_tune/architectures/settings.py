@@ -8,6 +8,7 @@ from typing import Any
 
 # Beyond these, a number is a mistake, and building the model would take all memory.
 _LARGEST = 2**31
+_FINEST, _GREATEST = 1e-30, 1e30  # of other numbers, well within float32
 _MOST = {
     "num_hidden_layers": 1000,
     "num_experts": 10_000,
@@ -66,6 +67,8 @@ class Settings:
             return default
         if not is_number(value) or value <= 0:
             raise self.wrong(key, "a number above 0")
+        if not is_usual(value):
+            raise self.wrong(key, f"a number from {_FINEST} to {_GREATEST}")
         return float(value)
 
     def optional_number(self, key: str, default: float | None) -> float | None:
@@ -155,10 +158,20 @@ class Settings:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float."""
+    """Whether a value is a finite float, or an int that fits into one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < math.inf if isinstance(value, float) else abs(value) < 2**1023
+
+
+def is_usual(value: Any) -> bool:
+    """Whether a value is a number above 0 with which float32 can compute."""
+    return is_number(value) and _FINEST <= value <= _GREATEST
+
+
+def named(text: str) -> str:
+    """A name from a file in a message: as it is if it is plain and short."""
+    return text if text.isidentifier() and len(text) <= 80 else shown(text)
 
 
 def shown(value: Any) -> str:
