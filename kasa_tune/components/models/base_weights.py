@@ -89,14 +89,15 @@ def _check_tied(weights: StreamedWeights) -> None:
         ValueError: it is another.
     """
     embedding = weights._keys.get("tok_embeddings.weight")
-    others = [key for key in weights.stored if key.endswith("lm_head.weight")]
-    for key in others if embedding else ():
-        shapes = [weights.stored[one].shape for one in (key, embedding)]
-        step = max(1, shapes[0][0] // _ROWS_COMPARED) if shapes[0] else 1
-        same = shapes[0] == shapes[1] and torch.equal(
-            weights.rows(key, step), weights.rows(embedding, step)
-        )
-        if not same:
+    if embedding is None:  # which the comparison of shapes reports
+        return
+    shape = weights.stored[embedding].shape
+    step = max(1, shape[0] // _ROWS_COMPARED) if shape else 1
+    for key in weights.stored:
+        if key.endswith("lm_head.weight") and not (
+            weights.stored[key].shape == shape
+            and torch.equal(weights.rows(key, step), weights.rows(embedding, step))
+        ):
             raise ValueError(
                 f"{weights.folder}: config.json ties the output projection to the embedding, and "
                 f"{key} is another tensor than {embedding}. Set tie_word_embeddings to false there."
