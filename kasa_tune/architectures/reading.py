@@ -146,7 +146,10 @@ def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]
         if not isinstance(text, Mapping):
             raise ValueError(f"{name}: a model of type {kind} has a part text_config.")
         own = {"model_type": _WITH_TEXT_PART[kind]} if _WITH_TEXT_PART[kind] else {}
-        values, kind = {**_tied(values, text, name), **text, **own}, (own or text).get("model_type")
+        # Whether the output projection is the embedding is said outside, whatever stands inside.
+        key = "tie_word_embeddings"
+        tied = {key: values[key]} if values.get(key) is not None else {}
+        values, kind = {**text, **own, **tied}, (own or text).get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedArchitectureError(
             f"{name}: models of type {shown(kind)} are not supported"
@@ -157,18 +160,6 @@ def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]
     settings = Settings(values, name)
     _check_class(values, kind, name)
     return FAMILIES[kind].read(settings), settings
-
-
-def _tied(whole: Mapping[str, Any], text: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Whether the output projection is the embedding, by the key outside the text part."""
-    key = "tie_word_embeddings"
-    outer, inner = whole.get(key), text.get(key)
-    if outer is not None and inner is not None and outer != inner:
-        raise ValueError(
-            f"{name}: {key} is {shown(outer)}, and in text_config it is {shown(inner)}. Correct "
-            "the one that is wrong."
-        )
-    return {} if outer is None else {key: outer}
 
 
 def _check_weights(config: Mapping[str, Any], name: str) -> None:

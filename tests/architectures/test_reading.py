@@ -205,14 +205,6 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
             of("hunyuan_v1_dense", rope_scaling={"type": "dynamic", "alpha": 1e300}),
             "alpha is 1e+300",
         ),
-        (
-            {
-                "model_type": "mistral3",
-                "tie_word_embeddings": True,
-                "text_config": of("mistral", tie_word_embeddings=False),
-            },
-            "tie_word_embeddings is True, and in text_config it is False",
-        ),
         ({"model_type": "mistral3", "text_config": of("mistral", architectures=5)}, "is 5"),
         (
             {
@@ -228,6 +220,14 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 def test_what_a_family_computes_otherwise_or_not_at_all_is_refused(config, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         architecture_of(config)
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+def test_what_stands_outside_the_text_part_ties_the_output_projection(outer):
+    """transformers writes the other value inside."""
+    text = of("mistral", tie_word_embeddings=not outer)
+    config = {"model_type": "mistral3", "tie_word_embeddings": outer, "text_config": text}
+    assert architecture_of(config).tied is (outer is not False)
 
 
 def test_of_mistral_layer_types_say_which_layers_slide():
