@@ -224,7 +224,7 @@ def test_what_a_family_computes_otherwise_or_not_at_all_is_refused(config, words
 
 @pytest.mark.parametrize("outer", [True, False, None])
 def test_what_stands_outside_the_text_part_ties_the_output_projection(outer):
-    """transformers writes the other value inside."""
+    """Transformers writes the other value inside."""
     text = of("mistral", tie_word_embeddings=not outer)
     config = {"model_type": "mistral3", "tie_word_embeddings": outer, "text_config": text}
     assert architecture_of(config).tied is (outer is not False)

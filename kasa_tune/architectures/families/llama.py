@@ -40,13 +40,11 @@ def llama(
         eps: epsilon of the norms.
         max_seq_len: the most tokens of a sequence.
         tied: whether the output projection is the embedding.
-        base: of the rotary embedding.
-        fraction: of each head that it rotates; None if that is the whole head in any case.
+        base, fraction: see :func:`~kasa_tune.architectures.rotary.rotary_of`.
         absent_rotary: the whole of the rotary embedding.
         eps_key: the key of the norms' epsilon.
-        interleaved: see :class:`~kasa_tune.architectures.Rotary`.
+        interleaved, level: as ``base``.
         reads_head_dim: whether the family heeds a key ``head_dim``.
-        level: of the rotary embedding, see :func:`~kasa_tune.architectures.rotary.rotary_of`.
     """
     heads, num_kv_heads, width = _heads(s, kv_heads, head_dim, reads_head_dim)
     longest = s.size("max_position_embeddings", max_seq_len)
