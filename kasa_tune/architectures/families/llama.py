@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,41 +23,26 @@ def llama(
     eps: float = 1e-6,
     max_seq_len: int = 2048,
     tied: bool = False,
-    base: float = 10_000.0,
-    fraction: float | None = None,
-    interleaved: bool = False,
-    absent_rotary: Mapping[str, Any] | None = None,
     reads_head_dim: bool = True,
-    level: str | None = None,
+    **rotary: Any,
 ) -> Architecture:
     """Llama 1 to 3.3, TinyLlama, SmolLM 1 and 2, Yi, Falcon 3, R1-Distill-Llama: the baseline.
 
     Args:
         s: config.json.
-        kv_heads: what an absent key means, as with all arguments but the last four; None for as
+        kv_heads: what an absent key means, as with all arguments but the last three; None for as
             many as heads.
         head_dim: width of a head; None for the hidden size by the heads.
         eps: epsilon of the norms.
         max_seq_len: the most tokens of a sequence.
         tied: whether the output projection is the embedding.
-        base, fraction: see :func:`~kasa_tune.architectures.rotary.rotary_of`.
-        absent_rotary: the whole of the rotary embedding.
         eps_key: the key of the norms' epsilon.
-        interleaved, level: as ``base``.
         reads_head_dim: whether the family heeds a key ``head_dim``.
+        **rotary: of :func:`~kasa_tune.architectures.rotary.rotary_of`.
     """
     heads, num_kv_heads, width = _heads(s, kv_heads, head_dim, reads_head_dim)
     longest = s.size("max_position_embeddings", max_seq_len)
-    rotary = rotary_of(
-        s,
-        base=base,
-        fraction=fraction,
-        interleaved=interleaved,
-        head_dim=width,
-        max_seq_len=longest,
-        absent=absent_rotary,
-        level=level,
-    )
+    layer = Layer(rotary_of(s, head_dim=width, max_seq_len=longest, **rotary))
     return Architecture(
         model_type=str(s.get("model_type")),
         vocab_size=s.size("vocab_size"),
@@ -67,7 +52,7 @@ def llama(
         embed_dim=s.size("hidden_size"),
         intermediate_dim=s.size("intermediate_size"),
         max_seq_len=longest,
-        layers=(Layer(rotary),) * s.size("num_hidden_layers"),
+        layers=(layer,) * s.size("num_hidden_layers"),
         norm_eps=s.number(eps_key, eps),
         biases=_biases(s),
         activation=s.one_of("hidden_act", _ACTIVATIONS, "silu"),
@@ -132,7 +117,7 @@ def ministral3(s: Settings) -> Architecture:
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0}
     yarn |= {"original_max_position_embeddings": 16_384, "beta_slow": 1.0}
     yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    found = llama(s, kv_heads=8, head_dim=128, eps=1e-5, max_seq_len=262_144, absent_rotary=yarn)
+    found = llama(s, kv_heads=8, head_dim=128, eps=1e-5, max_seq_len=262_144, absent=yarn)
     parameters = Settings(s.get("rope_parameters") or s.get("rope_scaling") or yarn, s.name)
     beta = (
         parameters.number("llama_4_scaling_beta", 0.0)
