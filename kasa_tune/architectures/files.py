@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
+_LONGEST_JSON = 100_000_000  # bytes; the index of a model with 100,000 tensors has 10,000,000
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -22,8 +23,14 @@ def read_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no JSON, or JSON that is no object.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file.")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(_LONGEST_JSON + 1)
+        if len(text) > _LONGEST_JSON:
+            raise ValueError(f"it has more than {_LONGEST_JSON:,} bytes")
+        content = parse_json(text.decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them
@@ -48,7 +55,8 @@ def shards_of(folder: Path) -> list[str]:
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from names to files.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
+        plain = name.isprintable() and len(name) < 256 and name == Path(name).name
+        if name in ("", ".", "..") or not plain:
             raise ValueError(
                 f"{folder / INDEX} is damaged: its weight_map names {name!r:.80}, which is no file "
                 "of this folder."

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from kasa_tune.architectures import families
 from kasa_tune.architectures.architecture import Architecture
-from kasa_tune.architectures.settings import Settings, shown
-from kasa_tune.json_text import parse_json
+from kasa_tune.architectures.files import read_object
+from kasa_tune.architectures.settings import Settings, named, shown
 
 
 class Family(NamedTuple):
@@ -108,10 +108,11 @@ def unknown_keys(folder: Path | str) -> list[str]:
         ValueError: as :func:`read_architecture`.
     """
     settings = read_with_settings(folder)[1]
+    known = settings.asked | _HARMLESS
     return sorted(
         key
         for key, value in settings.values.items()
-        if key not in settings.asked | _HARMLESS and value not in (None, False, "", [], {})
+        if key not in known and value not in (None, False, "", [], {})
     )
 
 
@@ -129,16 +130,11 @@ def read_with_settings(folder: Path | str) -> tuple[Architecture, Settings]:
     """As :func:`read_architecture`, with the values that the architecture was read from."""
     path = Path(folder) / "config.json"
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        return _read(read_object(path), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is missing. It says what the model is, and belongs beside the weights."
         ) from None
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 among them
-        raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(config).__name__}, not an object.")
-    return _read(config, str(path))
 
 
 def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]:
@@ -150,20 +146,24 @@ def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]
         if not isinstance(text, Mapping):
             raise ValueError(f"{name}: a model of type {kind} has a part text_config.")
         own = {"model_type": _WITH_TEXT_PART[kind]} if _WITH_TEXT_PART[kind] else {}
-        tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
-        values, kind = {**tied, **text, **own}, (own or text).get("model_type")
+        # Whether the output projection is the embedding is said outside, whatever stands inside.
+        key = "tie_word_embeddings"
+        tied = {key: values[key]} if values.get(key) is not None else {}
+        values, kind = {**text, **own, **tied}, (own or text).get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedArchitectureError(
             f"{name}: models of type {shown(kind)} are not supported"
             f"{_class_words(config)}. Supported are {_supported()}."
         )
+    for one in (config, values):
+        _check_weights(one, name)
     settings = Settings(values, name)
     _check_class(values, kind, name)
     return FAMILIES[kind].read(settings), settings
 
 
-def _check_class(config: Mapping[str, Any], kind: str, name: str) -> None:
-    """Refuse quantized weights, and a file whose class and model_type are of two families."""
+def _check_weights(config: Mapping[str, Any], name: str) -> None:
+    """Refuse quantized weights."""
     if config.get("quantization_config") is not None:
         given = config["quantization_config"]
         method = given.get("quant_method") if isinstance(given, Mapping) else given
@@ -171,37 +171,56 @@ def _check_class(config: Mapping[str, Any], kind: str, name: str) -> None:
             f"{name}: the checkpoint is quantized already ({shown(method)}). Give the unquantized "
             "one, in bfloat16, float16 or float32."
         )
-    for one in config.get("architectures") or []:
-        told = [key for key, row in FAMILIES.items() if _is_one_of(one, row.class_names)]
+
+
+def _check_class(config: Mapping[str, Any], kind: str, name: str) -> None:
+    """Refuse a file whose class and model_type are of two families."""
+    for one in _classes(config, name):
+        told = _OF_CLASS.get(_plain(one), ())
         if told and kind not in told:
             raise ValueError(
-                f"{name}: architectures says {one}, and model_type says {kind}. Correct the one "
-                "that is wrong."
+                f"{name}: architectures says {named(one)}, and model_type says {kind}. Correct "
+                "the one that is wrong."
             )
 
 
-def _is_one_of(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a class has one of the names, however its words are joined."""
-    return any(name.replace("_", "").lower() == one.replace("_", "").lower() for one in names)
+def _plain(name: str) -> str:
+    """A class's name, however its words are joined."""
+    return name.replace("_", "").lower()
+
+
+# The families of a class, by its plain name.
+_OF_CLASS = {
+    _plain(one): [kind for kind, row in FAMILIES.items() if one in row.class_names]
+    for family in FAMILIES.values()
+    for one in family.class_names
+}
+
+
+def _classes(config: Mapping[str, Any], name: str) -> list[str]:
+    """The names of the model's classes."""
+    classes = config.get("architectures")
+    if classes is None:
+        return []
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise ValueError(f"{name}: architectures is {shown(classes)}; it must be a list of names.")
+    return classes
 
 
 def _check_head(config: Mapping[str, Any], name: str) -> None:
     """Refuse a model with another head than that of a language model."""
-    classes = config.get("architectures")
-    if classes is None:
-        return
-    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
-        raise ValueError(f"{name}: architectures is {shown(classes)}; it must be a list of names.")
+    classes = _classes(config, name)
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if classes and not any(one.endswith(causal) for one in classes):
         raise UnsupportedArchitectureError(
-            f"{name}: {classes[0]} is not supported. Supported are language models: {_supported()}."
+            f"{name}: {named(classes[0])} is not supported. Supported are language models: "
+            f"{_supported()}."
         )
 
 
 def _class_words(config: Mapping[str, Any]) -> str:
     classes = config.get("architectures")
-    words = f" ({classes[0]})" if isinstance(classes, list) and classes else ""
+    words = f" ({named(classes[0])})" if isinstance(classes, list) and classes else ""
     return words + (", because they run code of their own" if config.get("auto_map") else "")
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kasa_tune.architectures.architecture import Rotary
-from kasa_tune.architectures.settings import Settings, is_number, shown
+from kasa_tune.architectures.settings import Settings, is_usual, shown
 
 
 def rotary_of(
     settings: Settings,
     *,
     base: float = 10_000.0,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     interleaved: bool = False,
     head_dim: int,
     max_seq_len: int,
@@ -27,7 +27,8 @@ def rotary_of(
     Args:
         settings: of the model.
         base: default of the base in the family.
-        fraction: default of the rotated share of each head.
+        fraction: default of the rotated share of each head. None in a family that rotates whole
+            heads, whatever a file says.
         interleaved: see :class:`~kasa_tune.architectures.Rotary`.
         head_dim: width of a head.
         max_seq_len: the most tokens of a sequence.
@@ -42,32 +43,50 @@ def rotary_of(
     values = Settings(given, settings.name)
     own_base = settings.number("rope_theta", base) if level != "sliding_attention" else base
     theta = values.number("rope_theta", own_base)
-    own_share = settings.number("partial_rotary_factor", fraction)
+    own_share = settings.number("partial_rotary_factor", fraction or 1.0)
     share = values.number("partial_rotary_factor", own_share)
+    if fraction is None and share != 1.0:
+        raise settings.wrong("partial_rotary_factor", "1, because this family rotates whole heads")
     width = _width(settings, head_dim, share)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = given.get("rope_type", given.get("type"))
+    kind = "default" if kind is None else kind
     if kind == "dynamic" and "alpha" in values:
-        theta, kind = theta * values.number("alpha", 1.0) ** (width / (width - 2)), "default"
+        theta, kind = _stretched(settings, values, theta, width), "default"
+    if theta <= 1:
+        raise settings.wrong("rope_theta", "above 1")
     if kind == "su" or (kind == "yarn" and "short_factor" in values):
         kind = "longrope"  # what early files of Phi call it
-    options = _options(settings, values, kind, max_seq_len)
+    options = _options(settings, values, kind, max_seq_len, level)
     for key in ("short_factor", "long_factor"):
         if len(options.get(key, ())) not in (0, width // 2):
-            raise settings.wrong(
-                f"{key} of the rotary embedding", f"a list of {width // 2} numbers"
-            )
+            raise values.wrong(key, f"a list of {width // 2} numbers")
     # Up to the model's own length a dynamic scaling is none.
     scaling: Any = "none" if kind in ("default", "dynamic") else kind
     return Rotary(theta, share, interleaved, scaling, options)
+
+
+def _stretched(settings: Settings, values: Settings, base: float, width: int) -> float:
+    """The base of Hunyuan's kind of scaling, which changes nothing else."""
+    alpha = values.number("alpha", 1.0)
+    if settings.get("model_type") != "hunyuan_v1_dense":
+        raise values.wrong("alpha", "absent: transformers heeds it in Hunyuan alone")
+    if width < 4 or alpha > 1e9:
+        raise values.wrong("alpha", "at most 1e9, and heads must have 4 values or more")
+    return base * alpha ** (width / (width - 2))
 
 
 def _given(settings: Settings, level: str | None) -> dict[str, Any]:
     """What the file says of the scaling, under the new key or under the old one."""
     new = _mapping(settings, "rope_parameters")
     old = _mapping(settings, "rope_scaling") if level != "sliding_attention" else {}
-    if any(isinstance(value, Mapping) for value in new.values()):
-        levels = Settings(new, f"{settings.name}: rope_parameters")
-        new = _mapping(levels, level or "full_attention")
+    has_levels = any(isinstance(value, Mapping) for value in new.values())
+    if new and has_levels != (level is not None):
+        wanted = "by kind of layer" if level else "the same for all layers"
+        raise settings.wrong("rope_parameters", f"an object of values, {wanted} in this family")
+    if level and old and not old.get("rope_type"):
+        raise settings.wrong("rope_scaling", "an object with rope_type in this family")
+    if level:
+        new = _mapping(Settings(new, f"{settings.name}: rope_parameters"), level)
     _check_agree(settings, new, old, level)
     return new or old
 
@@ -120,14 +139,27 @@ def _check_agree(
             )
 
 
-def _options(settings: Settings, values: Settings, kind: Any, max_seq_len: int) -> dict[str, Any]:
+def _original(settings: Settings, values: Settings, max_seq_len: int, level: str | None) -> int:
+    """The most tokens of a sequence before the scaling."""
+    key = "original_max_position_embeddings"
+    outer = None if level else settings.optional_size(key)
+    inner = values.size(key, outer or max_seq_len)
+    if outer is not None and outer != inner:
+        raise settings.wrong(key, f"{inner}, as the scaling of the rotary embedding says")
+    if inner < 2:
+        raise settings.wrong(key, "at least 2")
+    return inner
+
+
+def _options(
+    settings: Settings, values: Settings, kind: Any, max_seq_len: int, level: str | None
+) -> dict[str, Any]:
     """The numbers of a scaling by their names, defaults filled in."""
-    original = settings.optional_size("original_max_position_embeddings")
-    original = values.size("original_max_position_embeddings", original or max_seq_len)
     if kind in ("default", "dynamic"):
         return {}
     if kind == "linear":
         return {"factor": _needed(values, "factor")}
+    original = _original(settings, values, max_seq_len, level)
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
         return {
@@ -144,6 +176,8 @@ def _options(settings: Settings, values: Settings, kind: Any, max_seq_len: int) 
             "original_max_position_embeddings": original,
         }
     if kind == "yarn":
+        if level and not values.flag("truncate", True):
+            raise values.wrong("truncate", "true: transformers ignores it in this family")
         return _yarn(values, original, max_seq_len)
     raise ValueError(
         f"{settings.name}: the rotary embedding is of type {shown(kind)}; supported are default, "
@@ -178,6 +212,6 @@ def _needed(values: Settings, key: str) -> float:
 
 def _factors(values: Settings, key: str) -> tuple[float, ...]:
     given = values.get(key)
-    if not isinstance(given, Sequence) or not all(is_number(one) and one > 0 for one in given):
+    if not isinstance(given, Sequence) or not all(map(is_usual, given)):
         raise values.wrong(key, "a list of numbers above 0")
     return tuple(map(float, given))

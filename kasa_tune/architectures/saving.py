@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from kasa_tune.architectures.architecture import ATTENTION, MLP, Architecture
-from kasa_tune.architectures.settings import shown
+from kasa_tune.architectures.settings import is_number, shown
 
 _MOST_LAYERS = 1000
-_OPTIONS = (float, int, bool)  # and tuples of numbers
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def _fits(kind: Any, value: Any) -> bool:
     if kind is int:
         return type(value) is int and 0 < value < 2**31
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return is_number(value) and value > 0
     return type(value) is str and value in get_args(kind)  # a Literal
 
 
@@ -129,7 +127,7 @@ def _options(value: Any, source: object, name: str) -> dict[str, Any]:
     found = {}
     for key, one in value.items():
         numbers = one if isinstance(one, list) else [one]
-        if not all(type(number) in _OPTIONS and math.isfinite(number) for number in numbers):
+        if not all(isinstance(number, bool) or is_number(number) for number in numbers):
             raise _wrong(source, f"{name}.{key}", one)
         found[key] = tuple(one) if isinstance(one, list) else one
     return found

@@ -8,7 +8,15 @@ from typing import Any
 
 # Beyond these, a number is a mistake, and building the model would take all memory.
 _LARGEST = 2**31
-_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+_FINEST, _GREATEST = 1e-30, 1e30  # of other numbers, well within float32
+_MOST = {
+    "num_hidden_layers": 1000,
+    "num_experts": 10_000,
+    "num_local_experts": 10_000,
+    "vocab_size": 2**24,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**20),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+}
 
 
 class Settings:
@@ -59,6 +67,8 @@ class Settings:
             return default
         if not is_number(value) or value <= 0:
             raise self.wrong(key, "a number above 0")
+        if not is_usual(value):
+            raise self.wrong(key, f"a number from {_FINEST} to {_GREATEST}")
         return float(value)
 
     def optional_number(self, key: str, default: float | None) -> float | None:
@@ -76,6 +86,17 @@ class Settings:
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
+
+    def either(self, key: str, other: str, default: int) -> int:
+        """A whole number above 0 under either of two keys.
+
+        Raises:
+            ValueError: it is something else, or the two say different things.
+        """
+        both = [self.size(one) for one in (key, other) if one in self]
+        if len({*both}) > 1:
+            raise self.wrong(key, f"{both[1]}, as {other} is")
+        return both[0] if both else default
 
     def numbers(self, key: str, length: int) -> list[int] | None:
         """A list of ``length`` whole numbers. None if it is absent, null or empty."""
@@ -137,10 +158,20 @@ class Settings:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float."""
+    """Whether a value is a finite float, or an int that fits into one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value)
+    return abs(value) < math.inf if isinstance(value, float) else abs(value) < 2**1023
+
+
+def is_usual(value: Any) -> bool:
+    """Whether a value is a number above 0 with which float32 can compute."""
+    return is_number(value) and _FINEST <= value <= _GREATEST
+
+
+def named(text: str) -> str:
+    """A name from a file in a message: as it is if it is plain and short."""
+    return text if text.isidentifier() and len(text) <= 80 else shown(text)
 
 
 def shown(value: Any) -> str:

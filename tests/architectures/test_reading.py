@@ -1,6 +1,7 @@
 """config.json that lies, that leaves keys out, or that holds what no model has."""
 
 import json
+import os
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from kasa_tune.architectures import (
     UnsupportedArchitectureError,
     architecture_of,
     differences,
+    files,
     read_architecture,
     unknown_keys,
 )
@@ -139,6 +141,28 @@ def test_old_and_new_rotary_keys_say_the_same():
         ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'; it must be silu"),
+        ({"partial_rotary_factor": 0.5}, "1, because this family rotates whole heads"),
+        ({"rope_theta": 1}, "rope_theta is 1; it must be above 1"),
+        ({"rope_theta": 10**400}, "it must be a number above 0"),
+        ({"rope_theta": 1e300}, "rope_theta is 1e+300; it must be a number from 1e-30 to 1e+30"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size is 2147483647; it must be a whole number"),
+        ({"head_dim": 2**30}, "head_dim is 1073741824; it must be a whole number"),
+        ({"rope_scaling": {"type": {}}}, "of type {}; supported are default"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, "heeds it in Hunyuan alone"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "the same for all layers"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e300}}, "beta_fast"),
+        (
+            {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+            },
+            "original_max_position_embeddings is 64; it must be 128",
+        ),
+        ({"architectures": ["A\n# \0"]}, r"'A\n# \x00' is not supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
     ],
 )
@@ -147,6 +171,96 @@ def test_a_config_that_cannot_be_is_refused_with_its_key(tmp_path, changes, word
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         read_architecture(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (of("gemma2", hidden_activation="gelu"), "hidden_activation is 'gelu'"),
+        (of("gemma2", hidden_act="silu"), "hidden_act is 'silu'"),
+        (of("gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0"),
+        (of("gemma3_text", _sliding_window_pattern=3), "_sliding_window_pattern is 3"),
+        (of("gemma3_text", rope_parameters={"rope_theta": 5e5}), "by kind of layer"),
+        (of("olmo3", rope_scaling={"type": "linear", "factor": 2.0}), "with rope_type"),
+        (
+            of("olmo3", rope_scaling={"rope_type": "yarn", "factor": 2.0, "truncate": False}),
+            "truncate is False",
+        ),
+        (of("mixtral", num_local_experts=4, num_experts=8), "num_local_experts is 4; it must be 8"),
+        (of("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 5}), "the number of experts, 4"),
+        (of("qwen3_moe", mlp_only_layers=3, **EXPERTS), "mlp_only_layers is 3"),
+        (
+            of("qwen3_moe", num_experts=10**4, num_hidden_layers=1000),
+            "10000 experts in each of 1000 layers",
+        ),
+        (
+            of("phi3", original_max_position_embeddings=1, rope_scaling={"type": "longrope"}),
+            "it must be at least 2",
+        ),
+        (of("granite", logits_scaling=5e-324), "logits_scaling is 5e-324"),
+        (
+            of("hunyuan_v1_dense", rope_scaling={"type": "dynamic", "alpha": 1e300}),
+            "alpha is 1e+300",
+        ),
+        ({"model_type": "mistral3", "text_config": of("mistral", architectures=5)}, "is 5"),
+        (
+            {
+                "model_type": "gemma3",
+                "quantization_config": {"quant_method": "fp8"},
+                "text_config": of("gemma3_text"),
+            },
+            "quantized already ('fp8')",
+        ),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral3"}}, "not supported"),
+    ],
+)
+def test_what_a_family_computes_otherwise_or_not_at_all_is_refused(config, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        architecture_of(config)
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+def test_what_stands_outside_the_text_part_ties_the_output_projection(outer):
+    """Transformers writes the other value inside."""
+    text = of("mistral", tie_word_embeddings=not outer)
+    config = {"model_type": "mistral3", "tie_word_embeddings": outer, "text_config": text}
+    assert architecture_of(config).tied is (outer is not False)
+
+
+def test_of_mistral_layer_types_say_which_layers_slide():
+    types = ["full_attention", "sliding_attention"] * 2
+    found = architecture_of(of("mistral", sliding_window=100, layer_types=types))
+    assert [layer.window for layer in found.layers] == [None, 100, None, 100]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "ernie4_5", "internlm3", "smollm3"])
+def test_null_key_value_heads_are_as_many_as_heads(kind):
+    assert architecture_of(of(kind, num_key_value_heads=None)).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(("kind", "given", "width"), [("ernie4_5", None, 8), ("internlm3", 0, 128)])
+def test_a_null_width_of_heads_is_the_usual_one(kind, given, width):
+    config = of(kind, head_dim=given)
+    if given == 0:  # absent
+        del config["head_dim"]
+    assert architecture_of(config).head_dim == width
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="is no file"):
+        read_architecture(tmp_path)
+
+
+def test_of_an_endless_file_no_more_is_read_than_a_config_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LONGEST_JSON", 1000)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA) + " " * 1000)
+    with pytest.raises(ValueError, match="more than 1,000 bytes"):
+        read_architecture(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 5000, '"llama"'])

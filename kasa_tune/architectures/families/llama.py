@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,8 @@ def llama(
     eps: float = 1e-6,
     max_seq_len: int = 2048,
     tied: bool = False,
-    base: float = 10_000.0,
-    fraction: float = 1.0,
-    interleaved: bool = False,
-    absent_rotary: Mapping[str, Any] | None = None,
     reads_head_dim: bool = True,
+    **rotary: Any,
 ) -> Architecture:
     """Llama 1 to 3.3, TinyLlama, SmolLM 1 and 2, Yi, Falcon 3, R1-Distill-Llama: the baseline.
 
@@ -39,24 +36,13 @@ def llama(
         eps: epsilon of the norms.
         max_seq_len: the most tokens of a sequence.
         tied: whether the output projection is the embedding.
-        base: of the rotary embedding.
-        fraction: of each head that it rotates.
-        absent_rotary: the whole of the rotary embedding.
         eps_key: the key of the norms' epsilon.
-        interleaved: see :class:`~kasa_tune.architectures.Rotary`.
         reads_head_dim: whether the family heeds a key ``head_dim``.
+        **rotary: of :func:`~kasa_tune.architectures.rotary.rotary_of`.
     """
     heads, num_kv_heads, width = _heads(s, kv_heads, head_dim, reads_head_dim)
     longest = s.size("max_position_embeddings", max_seq_len)
-    rotary = rotary_of(
-        s,
-        base=base,
-        fraction=fraction,
-        interleaved=interleaved,
-        head_dim=width,
-        max_seq_len=longest,
-        absent=absent_rotary,
-    )
+    layer = Layer(rotary_of(s, head_dim=width, max_seq_len=longest, **rotary))
     return Architecture(
         model_type=str(s.get("model_type")),
         vocab_size=s.size("vocab_size"),
@@ -66,7 +52,7 @@ def llama(
         embed_dim=s.size("hidden_size"),
         intermediate_dim=s.size("intermediate_size"),
         max_seq_len=longest,
-        layers=(Layer(rotary),) * s.size("num_hidden_layers"),
+        layers=(layer,) * s.size("num_hidden_layers"),
         norm_eps=s.number(eps_key, eps),
         biases=_biases(s),
         activation=s.one_of("hidden_act", _ACTIVATIONS, "silu"),
@@ -80,9 +66,12 @@ def _heads(
 ) -> tuple[int, int, int]:
     """Number of heads, number of those with keys and values, and their width."""
     heads, hidden = s.size("num_attention_heads"), s.size("hidden_size")
-    num_kv_heads = s.size("num_key_value_heads", kv_heads or heads)
+    default = heads if kv_heads is None or "num_key_value_heads" in s.values else kv_heads
+    num_kv_heads = s.size("num_key_value_heads", default)  # null stands for as many as heads
     if heads % num_kv_heads:
         raise s.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    if "head_dim" in s.values:
+        head_dim = None  # so null stands for the hidden size by the heads
     if reads_head_dim and (head_dim is not None or "head_dim" in s):
         return heads, num_kv_heads, s.size("head_dim", head_dim)
     if hidden % heads:
@@ -113,10 +102,14 @@ def with_windows(
 
 
 def mistral(s: Settings) -> Architecture:
-    """Mistral 7B, Nemo, Small: every layer slides. An absent ``sliding_window`` is 4096."""
+    """Mistral 7B, Nemo, Small, Ministral 8B: every layer slides unless ``layer_types`` says which.
+    An absent ``sliding_window`` is 4096.
+    """
     found = llama(s, kv_heads=8, max_seq_len=131_072)
     window = s.optional_size("sliding_window", 4096)
-    return with_windows(replace(found, biases=frozenset()), window, lambda layer: True)
+    types = s.layer_types(found.num_layers)
+    slides = types or (lambda layer: True)
+    return with_windows(replace(found, biases=frozenset()), window, slides)
 
 
 def ministral3(s: Settings) -> Architecture:
@@ -124,7 +117,7 @@ def ministral3(s: Settings) -> Architecture:
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0}
     yarn |= {"original_max_position_embeddings": 16_384, "beta_slow": 1.0}
     yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    found = llama(s, kv_heads=8, head_dim=128, eps=1e-5, max_seq_len=262_144, absent_rotary=yarn)
+    found = llama(s, kv_heads=8, head_dim=128, eps=1e-5, max_seq_len=262_144, absent=yarn)
     parameters = Settings(s.get("rope_parameters") or s.get("rope_scaling") or yarn, s.name)
     beta = (
         parameters.number("llama_4_scaling_beta", 0.0)
@@ -160,7 +153,7 @@ def _qwen_windows(s: Settings, found: Architecture) -> Architecture:
 
 def phi3(s: Settings) -> Architecture:
     """Phi-3, 3.5, 4 and 4-mini: every layer slides where there is a window."""
-    found = llama(s, eps=1e-5, max_seq_len=4096)
+    found = llama(s, eps=1e-5, max_seq_len=4096, fraction=1.0)
     found = replace(found, biases=frozenset())
     return with_windows(found, s.optional_size("sliding_window"), lambda layer: True)
 
@@ -233,6 +226,6 @@ def ernie(s: Settings) -> Architecture:
 def internlm3(s: Settings) -> Architecture:
     """InternLM 3: Llama with other keys for its biases."""
     # transformers saves it under Llama's names for the two.
-    found = llama(s, kv_heads=2, eps=1e-5, max_seq_len=32_768)
+    found = llama(s, kv_heads=2, head_dim=128, eps=1e-5, max_seq_len=32_768)
     attention = ATTENTION if s.flag("qkv_bias") else ()
     return replace(found, biases=found.biases | {*attention, *(MLP if s.flag("bias") else ())})

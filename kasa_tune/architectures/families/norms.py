@@ -10,7 +10,8 @@ from kasa_tune.architectures.families.llama import QKV, glm, llama, with_windows
 from kasa_tune.architectures.rotary import rotary_of
 from kasa_tune.architectures.settings import Settings
 
-_GELUS = dict.fromkeys(("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast"), "gelu_tanh")
+_TANH_GELUS = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+_GELUS = _TANH_GELUS | {"gelu": "gelu_tanh"}  # of early files, which mean the former
 
 
 def gemma(s: Settings) -> Architecture:
@@ -19,9 +20,12 @@ def gemma(s: Settings) -> Architecture:
 
 
 def _with_gelu(s: Settings) -> Settings:
-    """The settings for :func:`llama`, without the activation, which Gemma has under two keys."""
-    activation = s.get("hidden_activation") or s.get("hidden_act") or "gelu_pytorch_tanh"
-    Settings({"hidden_act": activation}, s.name).one_of("hidden_act", _GELUS, "gelu")
+    """The settings for :func:`llama`, without the activation, which Gemma has under two keys. The
+    first is Gemma's own, the second that of its successors.
+    """
+    s.one_of("hidden_act", _GELUS, "gelu_pytorch_tanh")
+    own = s.get("model_type") == "gemma"
+    s.one_of("hidden_activation", _GELUS if own else _TANH_GELUS, "gelu_pytorch_tanh")
     plain = Settings({**s.values, "hidden_act": None}, s.name)
     plain.asked = s.asked
     return plain
@@ -73,11 +77,12 @@ def gemma3(s: Settings) -> Architecture:
         max_seq_len=131_072,
         tied=True,
         base=1e6,
+        level="full_attention",
     )
+    s.must_be("attn_logit_softcapping", None)  # transformers has the key and ignores it
     found = replace(
         _gemma_with_norms_after(s, found),
         qk_norm="head",
-        attention_cap=s.optional_number("attn_logit_softcapping", None),
         logit_cap=s.optional_number("final_logit_softcapping", None),
     )
     local = rotary_of(
@@ -87,8 +92,10 @@ def gemma3(s: Settings) -> Architecture:
         max_seq_len=found.max_seq_len,
         level="sliding_attention",
     )
-    pattern = s.size("sliding_window_pattern", s.size("_sliding_window_pattern", 6))
-    slides = s.layer_types(found.num_layers)
+    pattern = s.size("sliding_window_pattern", 6)
+    slides, ignored = s.layer_types(found.num_layers), s.get("_sliding_window_pattern")
+    if slides is None and ignored not in (None, pattern):
+        raise s.wrong("_sliding_window_pattern", "absent: sliding_window_pattern is the key")
     if slides is None:
         slides = [bool((layer + 1) % pattern) for layer in range(found.num_layers)]
     layers = tuple(Layer(local) if one else found.layers[0] for one in slides)
@@ -107,7 +114,7 @@ def olmo2(s: Settings) -> Architecture:
 def olmo3(s: Settings) -> Architecture:
     """OLMo 3: OLMo 2 of which three layers in four slide, without the others' scaling."""
     found = replace(
-        llama(s, eps=1e-5, base=5e5),
+        llama(s, eps=1e-5, base=5e5, level="full_attention"),
         norm_before=False,
         norm_after=True,
         qk_norm="full",
@@ -225,8 +232,8 @@ def exaone4(s: Settings) -> Architecture:
         return found
     slides = s.layer_types(found.num_layers)
     if slides is None:
-        pattern, last = _exaone_pattern(s), found.num_layers - 1
-        slides = [bool((n + 1) % pattern) and n < last for n in range(found.num_layers)]
+        pattern = _exaone_pattern(s)
+        slides = [bool((n + 1) % pattern) for n in range(found.num_layers)]
     layers = tuple(
         layer if one else replace(layer, rotary=None)
         for layer, one in zip(found.layers, slides, strict=True)

@@ -143,7 +143,7 @@ def _first(dataset: Any) -> Mapping[str, Any]:
         return first
     try:
         return {**first, "_component_": builder_of_file(first)}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise NoPromptError(
             f"its data could not be looked at again, to see how prompts were made of it: {error}"
         ) from error

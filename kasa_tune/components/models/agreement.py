@@ -23,11 +23,12 @@ from kasa_tune.architectures.comparing import (
 from kasa_tune.architectures.lengths import longest_row
 from kasa_tune.architectures.reading import read_with_settings, unknown_keys
 from kasa_tune.architectures.saving import to_json
+from kasa_tune.architectures.settings import named
 from kasa_tune.components.models.inspecting import Inspected, architecture_of_model
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 8  # differences in a message
+_SHOWN, _KEYS_NAMED = 8, 12  # differences in a message, and keys
 _OURS = ("kasa_tune.components.models.", "torchtune.models.")
 
 
@@ -174,9 +175,11 @@ def _warn(found: Inspected, folder: Path) -> None:
             f"{folder / 'config.json'}: {told}."
         )
     if keys := unknown_keys(folder):
+        told = ", ".join(map(named, keys[:_KEYS_NAMED]))
+        told += f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
         log.warning(
             f"{folder / 'config.json'} has keys that nothing is known about here: "
-            f"{', '.join(keys)}. If one of them changes what the model computes, results are wrong."
+            f"{told}. If one of them changes what the model computes, results are wrong."
         )
 
 

@@ -34,6 +34,8 @@ from kasa_tune.components.models.digests import digest_line, digest_lines
 from kasa_tune.components.models.from_checkpoint import to_native
 from kasa_tune.components.processes.world import World
 
+_ROWS_COMPARED = 64
+
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 # What safetensors calls the dtypes of unquantized weights.
@@ -68,12 +70,38 @@ class CheckpointFolder:
         paths = [self.folder / name for name in weight_files(self.folder)]
         try:
             convert = partial(to_native, architecture)
-            return StreamedWeights(paths, convert, self.folder, AS_STORED)
+            weights = StreamedWeights(paths, convert, self.folder, AS_STORED)
+            if architecture.tied:
+                _check_tied(weights)
+            return weights
         except SafetensorError as error:
             raise ValueError(
                 f"A file with weights in {self.folder} is damaged or was not fetched whole: "
                 f"{error}. Fetch it again."
             ) from error
+
+
+def _check_tied(weights: StreamedWeights) -> None:
+    """See that an output projection which config.json ties to the embedding is the embedding, if
+    the files hold it too. Of both, some rows are read.
+
+    Raises:
+        ValueError: it is another.
+    """
+    embedding = weights._keys.get("tok_embeddings.weight")
+    if embedding is None:  # which the comparison of shapes reports
+        return
+    shape = weights.stored[embedding].shape
+    step = max(1, shape[0] // _ROWS_COMPARED) if shape else 1
+    for key in weights.stored:
+        if key.endswith("lm_head.weight") and not (
+            weights.stored[key].shape == shape
+            and torch.equal(weights.rows(key, step), weights.rows(embedding, step))
+        ):
+            raise ValueError(
+                f"{weights.folder}: config.json ties the output projection to the embedding, and "
+                f"{key} is another tensor than {embedding}. Set tie_word_embeddings to false there."
+            )
 
 
 def read_base_weights(checkpointer: Any) -> Mapping[str, Tensor]:
@@ -196,7 +224,8 @@ class StreamedWeights(Mapping[str, Tensor]):
         stored: the files' own tensors on the meta device, by their own names.
 
     Raises:
-        ValueError: a tensor is of no unquantized floating dtype.
+        ValueError: a tensor is of no unquantized floating dtype, or the files of a
+            :class:`CheckpointFolder` hold it twice.
     """
 
     def __init__(
@@ -218,6 +247,12 @@ class StreamedWeights(Mapping[str, Tensor]):
                     dtype = _floating(key, header.get_dtype())
                     self.stored[key] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
                     converted = convert({key: self.stored[key]})
+                    twice = converted.keys() & self._keys.keys()
+                    if twice and model_type == AS_STORED:  # torchtune takes the last
+                        raise ValueError(
+                            f"{path} holds {min(twice)} as {key}, and the checkpoint holds it as "
+                            f"{self._keys[min(twice)]} too. Remove the one that is wrong."
+                        )
                     self._paths[key] = path
                     self._keys |= dict.fromkeys(converted, key)
                     self.meta |= converted
@@ -230,6 +265,13 @@ class StreamedWeights(Mapping[str, Tensor]):
         """A tensor of the files as it is there, by its own name."""
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
+
+    def rows(self, key: str, step: int) -> Tensor:
+        """Every ``step``-th row of a matrix of the files, by its own name."""
+        with safe_open(self._paths[key], framework="pt") as file:
+            part = file.get_slice(key)
+            height = self.stored[key].shape[0]
+            return torch.cat([part[row : row + 1] for row in range(0, height, step)])
 
     def digest_lines(self) -> dict[str, str]:
         """Of every tensor of the files its line of :func:`weights_digest`, by its own name."""

@@ -30,9 +30,19 @@ def to_native(architecture: Architecture, tensors: dict[str, Tensor]) -> dict[st
     Args:
         architecture: of the model.
         tensors: by the file's names.
+
+    Raises:
+        ValueError: a tensor that holds several has more or fewer rows than they have.
     """
     converted = {}
     for key, tensor in tensors.items():
-        for name, rows in parts_of(architecture, key):
+        parts = parts_of(architecture, key)
+        last = parts[-1].rows if parts else None
+        if last is not None and len(tensor) != last[1]:
+            raise ValueError(
+                f"{key} has {len(tensor)} rows, and config.json describes a model in which it has "
+                f"{last[1]}."
+            )
+        for name, rows in parts:
             converted[name] = tensor if rows is None else tensor[slice(*rows)]
     return converted
