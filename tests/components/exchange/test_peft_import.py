@@ -683,9 +683,7 @@ def test_another_base_is_refused(llama, adapter, tmp_path):
         match=r"adapts model.layers.0.mlp.gate_proj \(\d+ modules in all\), which the base",
     ):
         opened(("phi3", tmp_path / "phi"), adapter)
-    with pytest.raises(
-        ValueError, match=r"not one of model._component_ .*lora_llama3: .*k_proj is \(64, 64\)"
-    ):
+    with pytest.raises(ValueError, match="num_key_value_heads is 2, and the model has 4"):
         opened(llama, adapter, num_kv_heads=4)
     with pytest.raises(
         ValueError, match=r"must be a builder of kasa_tune.components.models, .* no lora_llama9"
