@@ -25,7 +25,8 @@ from torchtune.modules import (
 
 from kasa_tune.architectures import ATTENTION, MLP, Architecture, Layer, Rotary
 from kasa_tune.components.adapters import AdapterLinear
-from kasa_tune.components.models.gemma import CappedTiedLinear, Gemma2Layer
+from kasa_tune.components.models.decoder import CappedTiedLinear
+from kasa_tune.components.models.gemma import Gemma2Layer, WindowedAttention
 
 _PAIRS_OF_NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 _PAIRS_OF_HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
@@ -189,7 +190,7 @@ class _Inspection:
     def _attention(self) -> dict[str, Any]:
         for attention in self.attentions:
             names = ("attention_scale", "attention_cap", "layers.window", "qk_norm")
-            self._is(attention, (MultiHeadAttention, Gemma2Attention), *names)
+            self._is(attention, (MultiHeadAttention, Gemma2Attention, WindowedAttention), *names)
         scale = self._each(
             "attention_scale",
             self.attentions,
