@@ -1,6 +1,6 @@
 # make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
 # make test    run all tests; PYTEST_ARGS chooses some of them
-# make test-fast  run the tests that are not marked slow, in under 90 seconds on two cores
+# make test-fast  run the tests that are not marked slow, in a few minutes on two cores
 # make fuzz    read FUZZ_EXAMPLES configs made at random, a tenth as many data files, a twentieth as many folders; minutes
 # make typecheck  mypy; the errors of each file may only become fewer
 # make lint    ruff; make format applies its layout
