@@ -118,37 +118,21 @@ def decompose(
         ValueError: a weight or covariance is damaged, or the bounds leave no room.
         CacheError: a file of the cache is damaged or of another run.
     """
+    assert method.decomposition
     how = DECOMPOSITIONS[method.decomposition](method, options["covariance_power"])
     spectra, ranks = {}, {name: linear.rank for name, linear in linears.items()}
     if options["rounds"] > 1 or options["dynamic_ranks"]:
         limit = options["max_selection_dim"] or sys.maxsize
-        spectra = cache.spectra(
-            otherwise=partial(
-                _choose_covariances,
-                linears,
-                covariances,
-                compute,
-                limit,
-                how.spectra,
-                cache.unfinished("spectra"),
-            )
-        )
+        choose = partial(_choose_covariances, linears, covariances, compute, limit, how.spectra)
+        spectra = cache.spectra(otherwise=partial(choose, cache.unfinished("spectra")))
     if options["dynamic_ranks"]:
         sizes = {name: linear.in_dim + linear.out_dim for name, linear in linears.items()}
         bounds = {"min_rank": options["min_rank"], "max_rank": options["max_rank"]}
         ranks = how.allocate(spectra, sizes, rank=max(ranks.values()), **bounds)
+    find = partial(_find_components, linears, covariances, compute, spectra, ranks, how.component)
     name = method.mode or method.decomposition
-    find = partial(
-        _find_components,
-        linears,
-        covariances,
-        compute,
-        spectra,
-        ranks,
-        how.component,
-        cache.unfinished(name),
-    )
-    return cache.components(name, ranks, otherwise=find), spectra
+    found = cache.components(name, ranks, otherwise=partial(find, cache.unfinished(name)))
+    return found, spectra
 
 
 def _choose_covariances(
