@@ -55,7 +55,13 @@ def time_line(flops: int, *, num_tokens: int, gpu: str) -> str:
     """
     seconds = flops / (SHARE_REACHED * PEAK_FLOPS[gpu])
     return (
-        f"A step: {flops / 1e12:,.3g} TFLOP for {num_tokens:,} tokens; on {gpu} about {seconds:,.3g} s, "
-        f"{num_tokens / seconds:,.0f} tokens/s, if {SHARE_REACHED:.0%} of its peak is reached "
+        f"A step: {_short(flops / 1e12)} TFLOP for {num_tokens:,} tokens; on {gpu} about {_short(seconds)} s, "
+        f"{_short(num_tokens / seconds)} tokens/s, if {SHARE_REACHED:.0%} of its peak is reached "
         "(an assumption; communication and waiting for data are left out)"
     )
+
+
+def _short(number: float) -> str:
+    """Three digits that count, and no exponent."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
