@@ -11,6 +11,7 @@ from kasa_tune.architectures.architecture import (
     Experts,
     Layer,
     Rotary,
+    Vision,
     differences,
 )
 from kasa_tune.architectures.names import Part, parts_of
@@ -33,6 +34,7 @@ __all__ = [
     "Part",
     "Rotary",
     "UnsupportedArchitectureError",
+    "Vision",
     "architecture_of",
     "differences",
     "parts_of",

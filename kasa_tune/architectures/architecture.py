@@ -69,6 +69,46 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """A CLIP vision tower and the connector of LLaVA-1.5, which makes a decoder's inputs of an
+    image.
+
+    Args:
+        image_size: pixels of the image's side.
+        patch_size: pixels of a patch's side.
+        embed_dim, intermediate_dim, num_heads: sizes of the tower.
+        num_layers: of the tower that are computed. Later ones of the checkpoint change nothing.
+        norm_eps: what the tower's norms add to a variance.
+        activation: of its MLPs.
+        keeps_class: whether the class token's features are kept beside those of the patches.
+        connector_bias: whether the connector's two linears have a bias.
+        image_token: the token that stands for a feature in a prompt.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    intermediate_dim: int
+    num_heads: int
+    num_layers: int
+    norm_eps: float
+    activation: Literal["quick_gelu", "gelu"]
+    keeps_class: bool
+    connector_bias: bool
+    image_token: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Tokens of a prompt that an image takes."""
+        return self.num_patches + self.keeps_class
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. The defaults are those of Llama.
 
@@ -100,6 +140,7 @@ class Architecture:
         query_temperature: beta and length of Ministral 3: a query at position p is multiplied by
             ``1 + beta · log(1 + floor(p / length))``.
         experts: of the layers whose MLP is a mixture.
+        vision: of a model that also sees.
     """
 
     model_type: str
@@ -132,6 +173,7 @@ class Architecture:
     logit_cap: float | None = None
     query_temperature: tuple[float, int] | None = None
     experts: Experts | None = None
+    vision: Vision | None = None
 
     @property
     def num_layers(self) -> int:

@@ -15,6 +15,7 @@ from kasa_tune.architectures.architecture import (
     Difference,
     Layer,
     Rotary,
+    Vision,
     differences,
 )
 from kasa_tune.architectures.settings import Settings, shown
@@ -348,6 +349,8 @@ def _words(value: Any) -> str:
         return "none"
     if isinstance(value, Rotary):
         return f"one of base {_words(value.base)}"
+    if isinstance(value, Vision):
+        return "a vision tower"
     if isinstance(value, frozenset):
         return ", ".join(sorted(value)) or "none"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kasa_tune.architectures.architecture import Architecture
+from kasa_tune.architectures.vision import vision_name
 
 # How the names of a text model begin: alone, and inside a model that also sees.
 _TEXT = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?")
@@ -106,10 +107,11 @@ def parts_of(architecture: Architecture, key: str) -> list[Part]:
 
     Returns:
         One entry, or several for a tensor that holds several of ours, or none for a tensor that
-        the text model does not need. An unknown name comes back as it is.
+        the model does not need. An unknown name comes back as it is.
     """
     if _OTHER.match(key):
-        return []
+        seeing = architecture.vision and vision_name(architecture.vision, key)
+        return [Part(seeing)] if seeing else []
     prefix = _TEXT.match(key)
     rest = key[prefix.end() if prefix else 0 :]
     module, _, leaf = rest.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from kasa_tune.architectures import families
 from kasa_tune.architectures.architecture import Architecture
 from kasa_tune.architectures.files import read_object
 from kasa_tune.architectures.settings import Settings, named, shown
+from kasa_tune.architectures.vision import read_vision, text_part
 
 
 class Family(NamedTuple):
@@ -141,6 +143,11 @@ def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]
     _check_head(config, name)
     values = dict(config)
     kind = values.get("model_type")
+    if kind == "llava":
+        _check_weights(config, name)
+        vision = read_vision(config, name)
+        found, settings = _read(text_part(config, name), name)
+        return replace(found, vision=vision), settings
     if isinstance(kind, str) and kind in _WITH_TEXT_PART:
         text = values.get("text_config")
         if not isinstance(text, Mapping):
@@ -225,4 +232,4 @@ def _class_words(config: Mapping[str, Any]) -> str:
 
 
 def _supported() -> str:
-    return ", ".join(title for title, _, _ in FAMILIES.values())
+    return ", ".join((*(title for title, _, _ in FAMILIES.values()), "LLaVA 1.5"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.evaluation import beam_search
@@ -26,6 +27,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    images: Sequence[Tensor] = (),
 ) -> list[list[int]]:
     """Continue every prompt until a stop token or ``max_new_tokens``.
 
@@ -41,6 +43,7 @@ def generate(
         batch_size: number of prompts in a batch. Beam search has as many rows a prompt as beams.
         seed: seed of the sampling.
         progress: called after each batch with its number of prompts.
+        images: of each prompt ``[n, 3, h, w]``, for a model that also sees; nothing if no prompt has one.
 
     Returns:
         The new tokens of each prompt in the given order, without the stop token.
@@ -55,11 +58,11 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        batch = [prompts[i] for i in rows]
+        batch, seen = [prompts[i] for i in rows], [images[i] for i in rows] if images else []
         if decoding.num_beams > 1:
-            found = beam_search.search(model, batch, decoding, stop_tokens)
+            found = beam_search.search(model, batch, decoding, stop_tokens, seen)
         else:
-            found = _one_by_one(model, batch, decoding, stop_tokens, is_finished, generator)
+            found = _one_by_one(model, batch, decoding, stop_tokens, is_finished, generator, seen)
         for row, tokens in zip(rows, found, strict=True):
             completions[row] = _before_stop(tokens, stop_tokens)
         if progress:
@@ -126,12 +129,13 @@ def _one_by_one(
     stop_tokens: Sequence[int],
     is_finished: Finished | None,
     generator: torch.Generator,
+    images: Sequence[Tensor],
 ) -> list[list[int]]:
     """Continue one batch of prompts by a token at a time, all rows until the last one ends."""
     stops = frozenset(stop_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    with cached(model, prompts, decoding.max_new_tokens) as growing:
+    with cached(model, prompts, decoding.max_new_tokens, images) as growing:
         logits = growing.start()
         while True:
             if decoding.no_repeat_ngram_size:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from kasa_tune.architectures import Architecture, parts_of, read_architecture
 from kasa_tune.components.models.decoder import Decoder
+from kasa_tune.components.models.llava import Llava
 
 
 def from_checkpoint(checkpoint_dir: str | Path) -> Decoder:
-    """Build the decoder that a checkpoint's config.json describes, without its weights.
+    """Build the decoder that a checkpoint's config.json describes, without its weights. Of a LLaVA
+    model it is a :class:`~kasa_tune.components.models.llava.Llava`, tower and connector included.
 
     Args:
         checkpoint_dir: a folder in Hugging Face's layout.
@@ -20,7 +22,8 @@ def from_checkpoint(checkpoint_dir: str | Path) -> Decoder:
         FileNotFoundError: the folder has no config.json.
         ValueError: the model is of no supported family, or config.json is damaged.
     """
-    return Decoder(read_architecture(checkpoint_dir))
+    architecture = read_architecture(checkpoint_dir)
+    return Llava(architecture) if architecture.vision else Decoder(architecture)
 
 
 def to_native(architecture: Architecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torchtune.config import instantiate
 from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.components.models.agreement import check_base
 from kasa_tune.components.models.base_weights import read_base
+from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.loading import (
     OTHER_CONFIG,
     build_on_meta,
@@ -40,6 +41,7 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
+    _refuse_images(model)
     check_base(model, cfg)
     base = cfg.get("checkpointer")  # a config whose bytes are counted has none
     if base and base._component_ == FOLDER and not cfg.dry_run:
@@ -49,3 +51,18 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
         blocks = {modules.TransformerSelfAttentionLayer}
         training.set_activation_checkpointing(model, blocks)
     return model
+
+
+def _refuse_images(model: nn.Module) -> None:
+    """Refuse a model that also sees: data sets have no images yet, and without them it would lose
+    what it sees.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(model, Llava):
+        raise ValueError(
+            "checkpointer.checkpoint_dir holds a LLaVA model. Such models can be built and asked "
+            "(docs/llava.md), and not be trained yet: training data have no images. Give the folder "
+            "of a language model."
+        )
