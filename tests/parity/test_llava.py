@@ -17,48 +17,10 @@ from kasa_tune.components.evaluation.generation import generate
 from kasa_tune.components.models import kasa_from_checkpoint
 from kasa_tune.components.models.llava import Llava
 from tests.parity.decoder_families import load_ours, saved_tensors
-
-transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
+from tests.toy_llava import FEATURES, SIDE, TEXT, save_llava
 
 TOLERANCE = 1e-4  # of logits that reach 7
-VOCAB, IMAGE, SIDE, FEATURES = 97, 90, 32, 16
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
-TOWER = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": 8,
-}
-
-
-def save_llava(folder, tower=(), **settings):
-    """A random LLaVA of transformers, saved and returned."""
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**TEXT),
-        vision_config=transformers.CLIPVisionConfig(**{**TOWER, **dict(tower)}),
-        **{"image_token_index": IMAGE, "image_seq_length": FEATURES, **settings},
-    )
-    torch.manual_seed(0)
-    kind = transformers.LlavaForConditionalGeneration
-    model = kind._from_config(config, attn_implementation="eager").eval().float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, 0.2)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    model.save_pretrained(folder)
-    return model
+VOCAB, IMAGE = TEXT["vocab_size"], 3
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +43,7 @@ def row(*parts, features=FEATURES):
         ids += (
             [IMAGE] * features
             if part == "image"
-            else torch.randint(3, IMAGE, (part,), generator=words).tolist()
+            else torch.randint(4, VOCAB, (part,), generator=words).tolist()
         )
     return ids
 

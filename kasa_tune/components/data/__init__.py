@@ -27,6 +27,7 @@ from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_dig
 from kasa_tune.components.data.folder_tokenizer import tokenizer_from_checkpoint
 from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
 from kasa_tune.components.data.training_data import Batch, TrainingData
+from kasa_tune.components.data.visual import visual_dataset
 
 __all__ = [
     "Batch",
@@ -59,4 +60,5 @@ __all__ = [
     "tensors_digest",
     "tokenizer_from_checkpoint",
     "versions",
+    "visual_dataset",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import modules, training
@@ -41,7 +42,7 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
-    _refuse_images(model)
+    _check_supported(model, cfg)
     check_base(model, cfg)
     base = cfg.get("checkpointer")  # a config whose bytes are counted has none
     if base and base._component_ == FOLDER and not cfg.dry_run:
@@ -53,16 +54,15 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _refuse_images(model: nn.Module) -> None:
-    """Refuse a model that also sees: data sets have no images yet, and without them it would lose
-    what it sees.
+def _check_supported(model: nn.Module, cfg: DictConfig) -> None:
+    """Refuse a model that also sees where its tower is not dealt with.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it would be held in NF4, or by several processes.
     """
-    if isinstance(model, Llava):
+    if isinstance(model, Llava) and (cfg.get("quantization") or dist.is_initialized()):
         raise ValueError(
-            "checkpointer.checkpoint_dir holds a LLaVA model. Such models can be built and asked "
-            "(docs/llava.md), and not be trained yet: training data have no images. Give the folder "
-            "of a language model."
+            "checkpointer.checkpoint_dir holds a LLaVA model. Such models are trained by "
+            "kasa_finetune_single_device and corda_finetune_single_device; neither the distributed "
+            "recipes nor those with a base in four bits take them yet."
         )
