@@ -145,7 +145,7 @@ def load_ours(folder: Path):
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files, by their names there."""
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    return {k: v for path in Path(folder).glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def config_of(folder: Path) -> dict:

@@ -63,7 +63,7 @@ def write_merged(
         ValueError: ``max_shard_size`` is no size, or a file to be copied is a link out of its folder.
     """
     side_files = _side_files(run)
-    modules = run.modules(run.changed)
+    modules, whole = run.modules(run.changed), run.whole
     weights = {key for key in run.base.stored if _ROTARY not in key}
     stored = {
         key: value.to(dtype) if dtype and key in weights else value
@@ -76,7 +76,10 @@ def write_merged(
     for filename, keys in plan.filename_to_tensors.items():
         shard = {}
         for key in keys:
-            shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
+            if key in whole:
+                shard[key] = whole[key].to(stored[key].dtype)
+            else:
+                shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
         save_file(shard, folder / filename, metadata={"format": "pt"})
         del shard
     if plan.is_sharded:

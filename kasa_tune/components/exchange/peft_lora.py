@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.linalg.low_rank import LowRank
+from kasa_tune.components.models.llava import Llava
 
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may have
@@ -58,7 +59,7 @@ def write_peft(
     Raises:
         ValueError: a layer needs more than ``rank``, or experts are adapted in a way that PEFT does not load.
     """
-    _check_experts(run.linears, rank_pattern=rank_pattern)
+    _check_modules(run.model, run.linears, rank_pattern=rank_pattern)
     updates, norms = _updates(run, tolerance or 0.0)
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
     largest, random = max(ranks.values()), torch.Generator().manual_seed(0)
@@ -85,6 +86,20 @@ def write_peft(
     text = json.dumps(_config(run, ranks, base_model), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return errors
+
+
+def _check_modules(model: nn.Module, names: Iterable[str], *, rank_pattern: bool) -> None:
+    """See that PEFT finds the adapted modules. Of a model that also sees it knows them by other names than its files.
+
+    Raises:
+        ValueError: it does not, or as :func:`_check_experts`.
+    """
+    if isinstance(model, Llava):
+        raise ValueError(
+            "The adapter of a LLaVA model cannot be exported for PEFT yet. Export the model with format=merged, or the "
+            "adapter with format=native."
+        )
+    _check_experts(names, rank_pattern=rank_pattern)
 
 
 def _check_experts(names: Iterable[str], *, rank_pattern: bool) -> None:

@@ -21,6 +21,7 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
 )
+from kasa_tune.components.adapters.whole import whole_parameters
 from kasa_tune.components.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -129,6 +130,12 @@ class TrainedRun:
     def changed(self) -> list[str]:
         """Names of the linears whose weights are not the base's: adapted, or quantized."""
         return list(dict.fromkeys([*self.linears, *self.quantized]))
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Tensors of the base that were trained whole, as trained, by their own names."""
+        names = whole_parameters(self.model)
+        return {self.base.key_of(name): self.adapter[name] for name in names}
 
     def update(self, name: str) -> LowRank:
         """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""

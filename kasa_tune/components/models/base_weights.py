@@ -201,9 +201,7 @@ def open_base(
 
 
 class Location(NamedTuple):
-    """Where a weight lies in a checkpoint: the tensor's name there, and which of its rows ``(d_out,)`` are the
-    weight's, in the weight's order.
-    """
+    """A tensor of a checkpoint by its name, and which of its rows ``(d_out,)`` are a weight's, in its order."""
 
     key: str
     rows: Tensor
@@ -265,6 +263,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         """A tensor of the files as it is there, by its own name."""
         with safe_open(self._paths[key], framework="pt") as file:
             return file.get_tensor(key)
+
+    def key_of(self, name: str) -> str:
+        """The name in the files of the tensor that holds a weight."""
+        return self._keys[name]
 
     def rows(self, key: str, step: int) -> Tensor:
         """Every ``step``-th row of a matrix of the files, by its own name."""

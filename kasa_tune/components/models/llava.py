@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kasa_tune.architectures import Architecture, Vision
+from kasa_tune.components.adapters.whole import train_whole
 from kasa_tune.components.models.attention import Mask
 from kasa_tune.components.models.decoder import Decoder
 
@@ -79,16 +80,20 @@ class Connector(nn.Module):
     Args:
         a: the model, with its vision.
         v: the same vision.
+        is_trained: whether it is trained whole where adapters are attached to the decoder.
     """
 
-    def __init__(self, a: Architecture, v: Vision) -> None:
+    def __init__(self, a: Architecture, v: Vision, is_trained: bool) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(v.embed_dim, a.embed_dim, bias=v.connector_bias)
         self.linear_2 = nn.Linear(a.embed_dim, a.embed_dim, bias=v.connector_bias)
+        if is_trained:
+            train_whole(self.linear_1, self.linear_2)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Two linears with a GELU between them."""
-        return self.linear_2(F.gelu(self.linear_1(features)))
+        """Two linears with a GELU between them, in the dtype of their weights."""
+        x = features.to(self.linear_1.weight.dtype)
+        return self.linear_2(F.gelu(self.linear_1(x)))
 
 
 class Llava(Decoder):
@@ -100,12 +105,13 @@ class Llava(Decoder):
 
     Args:
         architecture: what it computes, with its ``vision``.
+        train_connector: whether the connector is trained where adapters are attached.
 
     Raises:
         ValueError: the placeholder token is beyond the vocabulary.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, train_connector: bool = True) -> None:
         super().__init__(architecture)
         vision = architecture.vision
         assert vision is not None
@@ -117,7 +123,7 @@ class Llava(Decoder):
         self.image_token, self.image_size = vision.image_token, vision.image_size
         self.num_features = vision.num_features
         self.vision = VisionTower(vision)
-        self.connector = Connector(architecture, vision)
+        self.connector = Connector(architecture, vision, train_connector)
 
     def forward(
         self,

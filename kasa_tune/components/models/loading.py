@@ -12,6 +12,7 @@ from torchtune.modules import MultiHeadAttention
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.adapters.whole import is_trained_whole, whole_modules
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.attention import Attention
 from kasa_tune.components.models.base_weights import shapes_of
@@ -85,6 +86,8 @@ def load_base_weights(
                 module.rope_init()
     for _, linear in adapter_linears(model):
         linear.materialize(device, adapter_dtype)
+    for module in whole_modules(model):
+        module.to(adapter_dtype)
 
 
 def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], advice: str = _TWO_KEYS) -> int:
@@ -126,13 +129,17 @@ def read_tensor(
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a frozen tensor in the place of the model's parameter or buffer of that name."""
+    """Put a tensor in the place of the model's parameter or buffer of that name. It is frozen, but
+    for one of a module that is trained whole.
+    """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     setattr(
         module,
         leaf,
-        nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor,
+        nn.Parameter(tensor, requires_grad=is_trained_whole(module))
+        if leaf in module._parameters
+        else tensor,
     )
 
 

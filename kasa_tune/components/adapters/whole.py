@@ -1,0 +1,60 @@
+"""Modules that are trained whole, beside the adapters: LLaVA's connector is one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_MARK = "trained_whole"
+
+
+def train_whole(*modules: nn.Module) -> None:
+    """Mark modules, which have parameters of their own. :func:`~kasa_tune.components.adapters.attach`
+    then leaves them trainable.
+    """
+    for module in modules:
+        setattr(module, _MARK, True)
+
+
+def is_trained_whole(module: nn.Module) -> bool:
+    """Whether a module is marked."""
+    return getattr(module, _MARK, False)
+
+
+def whole_modules(model: nn.Module) -> list[nn.Module]:
+    """The marked modules of a model."""
+    return [module for module in model.modules() if is_trained_whole(module)]
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze a model, but for its marked modules."""
+    model.requires_grad_(False)
+    for module in whole_modules(model):
+        module.requires_grad_(True)
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Their parameters, by their names in the model."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if is_trained_whole(module)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def refuse_whole(model: nn.Module, source: object) -> None:
+    """Refuse an adapter beside which something was trained whole, where others share its base.
+
+    Args:
+        model: of the adapter.
+        source: the checkpoint, for the message.
+
+    Raises:
+        ValueError: there is such a module.
+    """
+    if found := whole_parameters(model):
+        raise ValueError(
+            f"Beside the adapter of {source}, {next(iter(found)).partition('.')[0]} was trained whole, which cannot be "
+            "added to a base that others share: merge it (tune run export_adapter --config merged_export) and load the "
+            "result as a model."
+        )
