@@ -52,7 +52,9 @@ class MuonWithAdamW(Optimizer):
                 "torch.optim.AdamW, or a newer torch."
             )
         given = list(params)
-        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        groups: list[Any] = [{"params": given}]
+        if given and isinstance(given[0], Mapping):
+            groups = given
         muon = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
         adamw = {"betas": tuple(betas), "eps": eps}
         if adamw_lr is not None:
