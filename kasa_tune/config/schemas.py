@@ -35,11 +35,14 @@ from kasa_tune.config.parts import (
     TOKENIZER,
 )
 from kasa_tune.config.parts_of_training import (
+    EARLY_STOPPING,
+    KEEP_BEST,
     LOSS,
     LR_SCHEDULER,
     METRIC_LOGGER,
     OPTIMIZER,
     PROFILER,
+    VALIDATION,
 )
 from kasa_tune.methods import METHODS
 
@@ -153,6 +156,8 @@ FINETUNE: Schema = {
     "batch_size_val": Key(
         int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
+    "validation": VALIDATION,
+    "early_stopping": EARLY_STOPPING,
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
@@ -204,6 +209,7 @@ FINETUNE: Schema = {
     "keep_last": Key(
         int, 2, POSITIVE, help="number of checkpoints kept in `output_dir`; older ones are deleted"
     ),
+    "keep_best": KEEP_BEST,
     "device": DEVICE,
     "dtype": DTYPE,
     "enable_activation_checkpointing": Key(
