@@ -17,6 +17,7 @@ from kasa_tune.config.entries import (
     FilePath,
     Key,
     OneOrMany,
+    Schema,
     Section,
     at_least,
 )
@@ -130,7 +131,7 @@ PROFILER = Component(
     help="torch's profiler; off unless `profiler.enabled=True`",
 )
 
-VALIDATION = Section(
+_VALIDATION = Section(
     {
         "tasks": OneOrMany(
             replace(TASK, default=None),
@@ -154,13 +155,13 @@ VALIDATION = Section(
     },
     help="what the model is asked at every validation besides its loss; answers are greedy",
 )
-KEEP_BEST = Key(
+_KEEP_BEST = Key(
     str | None,
     None,
     help="a validation metric, such as val_loss or `val_<task>_<metric>`: the checkpoint with its "
     "best value is kept besides the last ones, and `checkpoints/best` in `output_dir` leads to it",
 )
-EARLY_STOPPING = Section(
+_EARLY_STOPPING = Section(
     {
         "metric": Key(str | None, None, help="a validation metric; null: the run is not stopped"),
         "patience": Key(
@@ -175,3 +176,8 @@ EARLY_STOPPING = Section(
     },
     help="ends a run whose validation does not get better any more",
 )
+WHILE_TRAINING: Schema = {
+    "validation": _VALIDATION,
+    "keep_best": _KEEP_BEST,
+    "early_stopping": _EARLY_STOPPING,
+}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
     FilePath,
@@ -35,14 +36,12 @@ from kasa_tune.config.parts import (
     TOKENIZER,
 )
 from kasa_tune.config.parts_of_training import (
-    EARLY_STOPPING,
-    KEEP_BEST,
     LOSS,
     LR_SCHEDULER,
     METRIC_LOGGER,
     OPTIMIZER,
     PROFILER,
-    VALIDATION,
+    WHILE_TRAINING,
 )
 from kasa_tune.methods import METHODS
 
@@ -156,8 +155,7 @@ FINETUNE: Schema = {
     "batch_size_val": Key(
         int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
-    "validation": VALIDATION,
-    "early_stopping": EARLY_STOPPING,
+    **WHILE_TRAINING,
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
@@ -209,7 +207,6 @@ FINETUNE: Schema = {
     "keep_last": Key(
         int, 2, POSITIVE, help="number of checkpoints kept in `output_dir`; older ones are deleted"
     ),
-    "keep_best": KEEP_BEST,
     "device": DEVICE,
     "dtype": DTYPE,
     "enable_activation_checkpointing": Key(
@@ -337,6 +334,7 @@ _RECIPES: Mapping[str, Schema] = {
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
+    "compare_methods": COMPARE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
@@ -365,6 +363,8 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return IMPORT
     if "run" in tree:
         return REPORT
+    if "methods" in tree:
+        return COMPARE
     if "tasks" in tree:
         return EVALUATE
     if "quantization" in tree:
