@@ -815,6 +815,7 @@ SCHEMAS_IN_DOCS = {
     "qcorda_finetune_single_device": config.QCORDA,
     "generate_text": config.GENERATE,
     "evaluate_model": config.EVALUATE,
+    "compare_methods": config.COMPARE,
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
     "report_run": config.REPORT,

@@ -11,8 +11,16 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
-from kasa_tune.config.loading import instantiate, load, parse, validate_file
+from kasa_tune.config.loading import (
+    instantiate,
+    load,
+    override_unchecked,
+    parse,
+    read_unchecked,
+    validate_file,
+)
 from kasa_tune.config.schemas import (
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
@@ -24,6 +32,7 @@ from kasa_tune.config.schemas import (
 )
 
 __all__ = [
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
@@ -43,6 +52,8 @@ __all__ = [
     "at_least",
     "instantiate",
     "load",
+    "override_unchecked",
     "parse",
+    "read_unchecked",
     "validate_file",
 ]

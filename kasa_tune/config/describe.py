@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
 from kasa_tune.config.schemas import (
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
@@ -31,6 +32,7 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "qcorda_finetune_single_device": (QCORDA, (FINETUNE, CORDA)),
     "generate_text": (GENERATE, (FINETUNE,)),
     "evaluate_model": (EVALUATE, (FINETUNE,)),
+    "compare_methods": (COMPARE, (FINETUNE, EVALUATE)),
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
     "report_run": (REPORT, ()),

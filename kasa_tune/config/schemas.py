@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
     FilePath,
@@ -40,6 +41,7 @@ from kasa_tune.config.parts_of_training import (
     METRIC_LOGGER,
     OPTIMIZER,
     PROFILER,
+    WHILE_TRAINING,
 )
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
@@ -154,6 +156,7 @@ FINETUNE: Schema = {
     "batch_size_val": Key(
         int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
+    **WHILE_TRAINING,
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
@@ -337,6 +340,7 @@ _RECIPES: Mapping[str, Schema] = {
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
+    "compare_methods": COMPARE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
@@ -365,6 +369,8 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return IMPORT
     if "run" in tree:
         return REPORT
+    if "methods" in tree:
+        return COMPARE
     if "tasks" in tree:
         return EVALUATE
     if "quantization" in tree:

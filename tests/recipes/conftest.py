@@ -97,7 +97,7 @@ class Run:
     def curve(self) -> list[tuple]:
         """What must be reproduced exactly: everything logged but the speed."""
         return [
-            tuple((k, v) for k, v in line.items() if k != "tokens_per_second")
+            tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "seconds"))
             for line in self.metrics
         ]
 
