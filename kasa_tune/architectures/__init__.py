@@ -13,7 +13,7 @@ from kasa_tune.architectures.architecture import (
     Rotary,
     differences,
 )
-from kasa_tune.architectures.names import Part, parts_of
+from kasa_tune.architectures.names import Part, is_transposed, parts_of, usual_name
 from kasa_tune.architectures.reading import (
     FAMILIES,
     UnsupportedArchitectureError,
@@ -35,7 +35,9 @@ __all__ = [
     "UnsupportedArchitectureError",
     "architecture_of",
     "differences",
+    "is_transposed",
     "parts_of",
     "read_architecture",
     "unknown_keys",
+    "usual_name",
 ]

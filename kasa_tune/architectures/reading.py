@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama", ("LlamaForCausalLM",), families.llama),
     "mistral": Family("Mistral", ("MistralForCausalLM",), families.mistral),
     "ministral3": Family("Ministral 3", ("Ministral3ForCausalLM",), families.ministral3),
+    "gpt2": Family("GPT-2", ("GPT2LMHeadModel",), families.gpt2),
     "mixtral": Family("Mixtral", ("MixtralForCausalLM",), families.mixtral),
     "qwen2": Family("Qwen 2 and 2.5", ("Qwen2ForCausalLM",), families.qwen2),
     "qwen3": Family("Qwen 3", ("Qwen3ForCausalLM",), families.qwen3),
@@ -78,6 +79,8 @@ _HARMLESS = frozenset(
     sliding_window_pattern no_rope_layer_interval no_rope_layers use_sliding_window
     hidden_act hidden_activation head_dim original_max_position_embeddings
     num_experts_per_tok mlp_only_layers
+    n_ctx n_special predict_special_tokens summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout
     """.split()
 )
 

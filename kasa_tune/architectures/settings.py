@@ -16,6 +16,7 @@ _MOST = {
     "vocab_size": 2**24,
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**20),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **{"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_inner": 2**20},
 }
 
 

@@ -31,8 +31,9 @@ from kasa_tune.components.linalg.decomposition import (
 )
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
-from kasa_tune.components.models.base_weights import StreamedWeights, weights_digest
+from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.models.loading import block_linears, build_on_meta
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.methods import LINEARS, METHODS, methods_of
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,8 @@ class Attention(nn.Module):
         super().__init__()
         a = architecture
         self.num_heads, self.num_kv_heads, self.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
-        self.scale, self.cap, self.window = a.attention_scale, a.attention_cap, layer.window
+        self.scale = a.attention_scale * layer.attention_scale
+        self.cap, self.window = a.attention_cap, layer.window
         self.temperature = a.query_temperature
         queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         self.q_proj = nn.Linear(a.embed_dim, queries, bias="q_proj" in a.biases)

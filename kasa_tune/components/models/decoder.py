@@ -34,7 +34,9 @@ class ReLUSquared(nn.Module):
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
+    "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
     "relu_squared": ReLUSquared,
 }
 
@@ -132,7 +134,36 @@ class Decoder(TransformerDecoder):
             norm=Norm(a, a.embed_dim, scale=a.logit_scale),
             output=_output(a, embedding),
         )
+        if a.learned_positions:
+            self.position_embeddings = nn.Embedding(a.max_seq_len, a.embed_dim)
         self.architecture = a
+
+    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        """The first layer's input ``[b, s, d]`` for ``tokens [b, s]``.
+
+        Args:
+            tokens: ids.
+            input_pos: their positions, as :class:`Attention` takes them.
+        """
+        h = self.tok_embeddings(tokens)
+        if not self.architecture.learned_positions:
+            return h
+        s = tokens.shape[1]
+        if input_pos is None:
+            input_pos = torch.arange(s, device=tokens.device)
+        return h + self.position_embeddings(input_pos.view(-1, s))
+
+    def forward(
+        self, tokens: Tensor, *, mask: Mask = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """``tokens [b, s]`` to logits ``[b, s, vocab]``; the arguments are those of
+        :class:`Attention`.
+        """
+        self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
+        h = self.embed(tokens, input_pos)
+        for layer in self.layers:
+            h = layer(h, mask=mask, input_pos=input_pos)
+        return self.unembed(h)
 
 
 def _layer(
