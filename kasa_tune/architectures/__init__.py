@@ -8,6 +8,7 @@ from kasa_tune.architectures.architecture import (
     MLP,
     Architecture,
     Difference,
+    Dropouts,
     Experts,
     Layer,
     Rotary,
@@ -19,6 +20,7 @@ from kasa_tune.architectures.reading import (
     UnsupportedArchitectureError,
     architecture_of,
     read_architecture,
+    read_dropouts,
     unknown_keys,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "MLP",
     "Architecture",
     "Difference",
+    "Dropouts",
     "Experts",
     "Layer",
     "Part",
@@ -38,6 +41,7 @@ __all__ = [
     "is_transposed",
     "parts_of",
     "read_architecture",
+    "read_dropouts",
     "unknown_keys",
     "usual_name",
 ]

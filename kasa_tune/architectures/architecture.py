@@ -150,6 +150,21 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Dropouts:
+    """Dropout probabilities of a base model in training. They are no part of what it computes.
+
+    Args:
+        embedding: of the sum of embedding and position.
+        attention: of attention's weights, after the softmax.
+        residual: of the outputs of attention and MLP.
+    """
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+
+
+@dataclass(frozen=True)
 class Difference:
     """A value in which two architectures differ.
 

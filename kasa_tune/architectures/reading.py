@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa_tune.architectures import families
-from kasa_tune.architectures.architecture import Architecture
+from kasa_tune.architectures.architecture import Architecture, Dropouts
 from kasa_tune.architectures.files import read_object
 from kasa_tune.architectures.settings import Settings, named, shown
 
@@ -102,6 +102,26 @@ def read_architecture(folder: Path | str) -> Architecture:
             supported; the message names file and key.
     """
     return read_with_settings(folder)[0]
+
+
+def read_dropouts(folder: Path | str) -> Dropouts:
+    """Read the dropouts that a checkpoint was trained with.
+
+    Args:
+        folder: holds config.json.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the model is of a family whose dropouts are not known here, or as
+            :func:`read_architecture`.
+    """
+    architecture, settings = read_with_settings(folder)
+    if architecture.model_type != "gpt2":
+        raise ValueError(
+            f"{settings.name}: model.base_dropout is for GPT-2; models of type "
+            f"{architecture.model_type} are trained without dropouts of their own here. Leave it out."
+        )
+    return families.gpt2_dropouts(settings)
 
 
 def unknown_keys(folder: Path | str) -> list[str]:

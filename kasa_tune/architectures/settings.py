@@ -72,6 +72,15 @@ class Settings:
             raise self.wrong(key, f"a number from {_FINEST} to {_GREATEST}")
         return float(value)
 
+    def probability(self, key: str, default: float) -> float:
+        """A number from 0 to below 1; ``default`` if it is absent or null."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not is_number(value) or not 0 <= value < 1:
+            raise self.wrong(key, "a number from 0 to below 1")
+        return float(value)
+
     def optional_number(self, key: str, default: float | None) -> float | None:
         """A number above 0, or None for null; ``default`` if the key is absent."""
         self.asked.add(key)

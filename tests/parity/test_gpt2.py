@@ -10,17 +10,32 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torchtune.config import instantiate
 
+from kasa_tune.architectures import Dropouts, read_dropouts
 from kasa_tune.components.adapters.state import load_adapter_state_dict
 from kasa_tune.components.corda.calibration import covariances, shared_inputs
+from kasa_tune.components.evaluation.decoding import Decoding
+from kasa_tune.components.evaluation.generation import generate
 from kasa_tune.components.exchange.merged import write_merged
 from kasa_tune.components.exchange.peft_import import open_peft
 from kasa_tune.components.exchange.peft_lora import write_peft
 from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.models import CheckpointFolder
+from kasa_tune.components.models import gpt2 as sizes_of_gpt2
 from kasa_tune.components.models.agreement import check_architecture
+from kasa_tune.components.models.attention import attend
 from kasa_tune.components.models.from_checkpoint import from_checkpoint
-from kasa_tune.components.models.loading import build_on_meta, load_base_weights
-from tests.parity.decoder_families import load_ours, save_random, tokens, transformers
+from kasa_tune.components.models.loading import (
+    build_on_meta,
+    load_base_weights,
+    needs_dense_mask,
+)
+from tests.parity.decoder_families import (
+    load_ours,
+    save_random,
+    settings_of,
+    tokens,
+    transformers,
+)
 from tests.trained_runs import RANK, trained_run
 
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
@@ -212,3 +227,81 @@ def test_sequences_beyond_the_learned_positions_are_refused(base):
     model = build_on_meta(partial(from_checkpoint, base[0]), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"up to 65 tokens .* n_positions is 64 .* no others"):
         check_architecture(model, base[0], longest=65)
+
+
+PUBLISHED = {"small": 124_439_808, "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_builders_have_the_published_numbers_of_parameters(size):
+    build = getattr(sizes_of_gpt2, f"gpt2_{size}")
+    model = build_on_meta(build, dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[size]
+
+
+@torch.no_grad()
+def test_dropouts_of_the_base_act_in_training_alone_and_only_where_they_are_asked_for(base):
+    """Each of the three leaves out its share, and makes the rest larger by as much."""
+    assert read_dropouts(base[0]) == Dropouts(0.1, 0.1, 0.1)
+    ids = tokens(8)
+    plain, dropped = load_ours(base[0]), from_checkpoint(base[0], base_dropout=True)
+    dropped.load_state_dict(plain.state_dict())
+    assert needs_dense_mask(dropped)
+    torch.testing.assert_close(plain.train()(ids), base[1](ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(dropped.eval()(ids), plain(ids), atol=0, rtol=0)
+
+    torch.manual_seed(0)
+    dropped.train()
+    layer = dropped.layers[1]
+    for found, expected in (
+        (dropped.embed(ids), plain.embed(ids)),
+        (layer.sa_scale(torch.ones(100, 100)), torch.ones(100, 100)),
+        (layer.mlp_scale(torch.ones(100, 100)), torch.ones(100, 100)),
+    ):
+        kept = found != 0
+        assert float(kept.float().mean()) == pytest.approx(0.9, abs=0.02)
+        torch.testing.assert_close(found[kept], expected[kept] / 0.9)
+    # Values that are the unit vectors show attention's weights.
+    q, k = torch.randn(2, 1, 4, 50, 50).unbind()
+    seen = torch.ones(50, 50).tril().bool()
+    options = {"scale": 0.1, "cap": None, "dropout": layer.attn.dropout}
+    found = attend(q, k, torch.eye(50).expand(1, 4, 50, 50), seen[None], **options)
+    weights = (q @ k.mT * 0.1).masked_fill(~seen, -torch.inf).softmax(-1)
+    kept = (found != 0) & seen
+    assert float(kept.sum() / (4 * seen.sum())) == pytest.approx(0.9, abs=0.02)
+    torch.testing.assert_close(found[kept], weights[kept] / 0.9)
+
+
+def test_dropouts_of_other_families_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings_of("llama")))
+    with pytest.raises(ValueError, match="base_dropout is for GPT-2; models of type llama"):
+        from_checkpoint(tmp_path, base_dropout=True)
+
+
+@torch.no_grad()
+def test_beams_with_two_end_tokens_are_those_of_transformers(base):
+    """As E2E is decoded: beams, a length penalty, no repeated n-grams, two tokens that end a text."""
+    prompts = [tokens(3, length)[row].tolist() for row, length in enumerate((9, 9, 9))]
+    first = base[1].generate(torch.tensor(prompts), max_new_tokens=12, do_sample=False)[:, 9:]
+    end, other = int(first[0, 3]), int(first[1, 2])
+    for penalty in (0.8, 0.9):
+        expected = base[1].generate(
+            torch.tensor(prompts),
+            max_new_tokens=12,
+            num_beams=4,
+            length_penalty=penalty,
+            no_repeat_ngram_size=4,
+            eos_token_id=[end, other],
+            pad_token_id=0,
+        )[:, 9:]
+        decoding = Decoding(
+            max_new_tokens=12,
+            num_beams=4,
+            length_penalty=penalty,
+            no_repeat_ngram_size=4,
+            stop_tokens=[other],
+        )
+        found = generate(load_ours(base[0]), prompts, decoding, stop_tokens=[end])
+        for ours, theirs in zip(found, expected.tolist(), strict=True):
+            stops = [i for i, token in enumerate(theirs) if token in (end, other)]
+            assert ours == theirs[: stops[0] if stops else None]

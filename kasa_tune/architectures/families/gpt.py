@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kasa_tune.architectures.architecture import ATTENTION, Architecture, Layer
+from kasa_tune.architectures.architecture import ATTENTION, Architecture, Dropouts, Layer
 from kasa_tune.architectures.settings import Settings
 
 _ACTIVATIONS = {
@@ -42,6 +42,21 @@ def gpt2(s: Settings) -> Architecture:
         tied=s.flag("tie_word_embeddings", True),
         attention_scale=(width // heads) ** -0.5 if s.flag("scale_attn_weights", True) else 1.0,
     )
+
+
+def gpt2_of_size(
+    vocab_size: int, num_layers: int, num_heads: int, embed_dim: int, max_seq_len: int
+) -> Architecture:
+    """GPT-2 as published, of any size."""
+    sizes = {"vocab_size": vocab_size, "n_layer": num_layers, "n_head": num_heads}
+    sizes |= {"n_embd": embed_dim, "n_positions": max_seq_len}
+    return gpt2(Settings(sizes, "GPT-2"))
+
+
+def gpt2_dropouts(s: Settings) -> Dropouts:
+    """The three dropouts of GPT-2. An absent one is 0.1."""
+    names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    return Dropouts(*(s.probability(name, 0.1) for name in names))
 
 
 def _heads(s: Settings) -> int:

@@ -25,6 +25,7 @@ class Decoding:
         length_penalty: beam search divides a completion's log-probability by its length to this power.
         no_repeat_ngram_size: no sequence of so many tokens occurs twice in prompt and completion; 0: any may.
         early_stopping: beam search ends once there are as many finished completions as beams.
+        stop_tokens: ids that end a completion, besides the tokenizer's.
 
     Raises:
         ValueError: a value is out of its range, or two settings exclude each other.
@@ -38,6 +39,7 @@ class Decoding:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     early_stopping: bool = False
+    stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -49,6 +51,8 @@ class Decoding:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name} must be an integer, at least {least}; got {value!r}.")
+        if not all(type(token) is int and token >= 0 for token in self.stop_tokens):
+            raise ValueError(f"stop_tokens must be token ids; got {self.stop_tokens!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more; got {self.temperature!r}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

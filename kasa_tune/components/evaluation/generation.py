@@ -36,7 +36,7 @@ def generate(
         model: a torchtune decoder with its output projection. It is left in eval mode and without caches.
         prompts: token ids of each prompt. Lengths may differ.
         decoding: how tokens are chosen.
-        stop_tokens: generation of a prompt ends before the first of these.
+        stop_tokens: generation of a prompt ends before the first of these and of ``decoding``'s.
         is_finished: generation of a prompt also ends where this says so. Beam search does not ask.
         batch_size: number of prompts in a batch. Beam search has as many rows a prompt as beams.
         seed: seed of the sampling.
@@ -49,6 +49,7 @@ def generate(
         ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the model's length.
     """
     _check_lengths(model, prompts, decoding.max_new_tokens)
+    stop_tokens = [*stop_tokens, *decoding.stop_tokens]
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
