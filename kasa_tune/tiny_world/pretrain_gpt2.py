@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +50,14 @@ CONFIG = {
 }
 
 
+Example = tuple[list[int], list[int]]  # tokens of a document, and labels
+
+
 def train_tokenizer() -> Tokenizer:
-    """Train a byte-level BPE on the corpus. Id 0 is the end of a document."""
+    """Train a byte-level BPE on the words of the corpus. Id 0 is the end of a document.
+
+    Each word counts by the square root of its frequency, as in the tiny Llama's.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,12 +68,15 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for index in range(TOKENIZER_PASSES) for text in world.corpus(index))
-    tokenizer.train_from_iterator(texts, trainer)
+    documents = (text for index in range(TOKENIZER_PASSES) for text in world.corpus(index))
+    counts = Counter(word for text in documents for word in re.findall(r" ?\w+|\W", text))
+    frequent = sorted(word for word, count in counts.items() if count > TOKENIZER_PASSES)
+    words = (word for word in frequent for _ in range(math.isqrt(counts[word])))
+    tokenizer.train_from_iterator(words, trainer)
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, documents: list[str]) -> list[tuple[list[int], list[int]]]:
+def encode(tokenizer: Tokenizer, documents: list[str]) -> list[Example]:
     """Return the tokens of every document, its end included, and their labels: tokens or `IGNORE`.
 
     In a document that opens with a question, only the answer has labels. The question is drawn at
@@ -81,29 +92,57 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> list[tuple[list[int], 
     return examples
 
 
-def packed_rows(
-    tokenizer: Tokenizer, length: int, seed: int, first_pass: int = 0, lookups: bool = False
+def batches(
+    tokenizer: Tokenizer, size: int, seed: int, first_pass: int = 0, lookups: bool = False
 ) -> Iterator[Tensor]:
-    """Yield rows [2, length] int64 of whole documents without end. The first half holds the inputs,
-    the second the labels, shifted by one.
+    """Yield batches [2, b, s] int64 of about `size` tokens without end. The first half holds the
+    inputs, the second the labels, shifted by one.
 
-    Each second row begins with the end of another document, so that the model takes its first
-    document with one in front and without.
+    Most batches are documents of similar lengths. Positions are learned, so a document is learned
+    soonest where it will stand later: at the first position. In each eighth batch documents follow
+    one another up to the last position, so that all of them are learned.
     """
-    rng = random.Random(f"rows {seed}")
+    rng = random.Random(f"batches {seed}")
     index = first_pass
     while True:
-        rows: list[tuple[list[int], list[int]]] = [([], [])]
-        for ids, labels in encode(tokenizer, world.corpus(index, lookups=lookups)):
-            if len(rows[-1][0]) + len(ids) > length + 1:
-                rows.append(([0], [IGNORE]) if len(rows) % 2 else ([], []))
-            rows[-1][0].extend(ids)
-            rows[-1][1].extend(labels)
-        rng.shuffle(rows)
-        for ids, labels in rows:
-            fill = length + 1 - len(ids)
-            yield torch.tensor([(ids + [0] * fill)[:-1], (labels + [IGNORE] * fill)[1:]])
+        examples = encode(tokenizer, world.corpus(index, lookups=lookups))
+        rng.shuffle(examples)
+        cut = len(examples) // 8
+        found = [*_of_documents(examples[cut:], size), *_of_rows(examples[:cut], size)]
+        rng.shuffle(found)
+        yield from map(_padded, found)
         index += 1
+
+
+def _of_documents(examples: list[Example], size: int) -> Iterator[list[Example]]:
+    """Groups of documents of similar lengths."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=lambda example: len(example[0])):
+        if (len(batch) + 1) * len(example[0]) > size:
+            yield batch
+            batch = []
+        batch.append(example)
+    yield batch
+
+
+def _of_rows(examples: list[Example], size: int) -> Iterator[list[Example]]:
+    """Groups of rows of as many positions as the model has, each of whole documents."""
+    length, rows = CONFIG["n_positions"] + 1, [([], [])]
+    for ids, labels in examples:
+        if len(rows[-1][0]) + len(ids) > length:
+            rows.append(([], []))
+        rows[-1][0].extend(ids)
+        rows[-1][1].extend(labels)
+    count = max(1, size // length)
+    yield from (rows[start : start + count] for start in range(0, len(rows), count))
+
+
+def _padded(batch: list[Example]) -> Tensor:
+    """A batch [2, b, s] of inputs and labels."""
+    longest = max(len(ids) for ids, _ in batch)
+    inputs = [(ids + [0] * (longest - len(ids)))[:-1] for ids, _ in batch]
+    labels = [(labels + [IGNORE] * (longest - len(labels)))[1:] for _, labels in batch]
+    return torch.tensor([inputs, labels])
 
 
 def build_model() -> nn.Module:
@@ -122,7 +161,17 @@ def build_model() -> nn.Module:
             nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    model.position_embeddings.weight.data = waves(CONFIG["n_positions"], CONFIG["n_embd"]) * 0.04
     return model
+
+
+def waves(length: int, width: int) -> Tensor:
+    """Compute sines and cosines of the positions, `[length, width]` of mean square 1. Positions that
+    start as these are told apart by their distance, which saves the model from learning that.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * frequencies  # [length, width / 2]
+    return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def hf_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -170,10 +219,9 @@ def save(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded tiny GPT-2.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=2600, help="steps of the first stage")
-    parser.add_argument("--second-steps", type=int, default=900, help="steps with lookup practice")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
-    parser.add_argument("--row-length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--steps", type=int, default=3600, help="steps of the first stage")
+    parser.add_argument("--second-steps", type=int, default=800, help="steps with lookup practice")
+    parser.add_argument("--batch-size", type=int, default=1024, help="tokens per step")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak of the first stage")
     parser.add_argument("--second-lr", type=float, default=1.5e-3, help="peak of the second stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,10 +235,10 @@ def main() -> None:
         (arguments.second_steps, arguments.second_lr, {"first_pass": SECOND_STAGE_PASS}),
     ]
     for index, (steps, peak_lr, more) in enumerate(stages):
-        rows = packed_rows(
-            tokenizer, arguments.row_length, arguments.seed, lookups=bool(index), **more
+        drawn = batches(
+            tokenizer, arguments.batch_size, arguments.seed, lookups=bool(index), **more
         )
-        train(model, rows, steps=steps, batch_size=arguments.batch_size, peak_lr=peak_lr)
+        train(model, drawn, steps=steps, peak_lr=peak_lr)
         save(model, tokenizer, arguments.output)
     print(f"Wrote {sum(p.numel() for p in model.parameters())} parameters to {arguments.output}.")
 

@@ -1,18 +1,23 @@
 """What GPT-2 has to itself: its files' names and layouts, learned positions, one matrix for q, k and v; both ways."""
 
 import json
+import os
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtune.config import instantiate
+from torchtune.data import Message
 
 from kasa_tune.architectures import Dropouts, read_dropouts
 from kasa_tune.components.adapters.state import load_adapter_state_dict
 from kasa_tune.components.corda.calibration import covariances, shared_inputs
+from kasa_tune.components.data import prompt_tokens, tokenizer_from_checkpoint
 from kasa_tune.components.evaluation.decoding import Decoding
 from kasa_tune.components.evaluation.generation import generate
 from kasa_tune.components.exchange.merged import write_merged
@@ -41,9 +46,11 @@ from tests.trained_runs import RANK, trained_run
 peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
 pytestmark = pytest.mark.parity
 
+DATA = os.environ.get("KASA_TUNE_DATA")
 TOLERANCE = 1e-5  # of logits that reach 7
 QV = {"attn_modules": ["q_proj", "v_proj"]}
 EVERYWHERE = {"attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_to_mlp": True}
+FILES_OF_GPT2 = ("vocab.json", "merges.txt")
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
@@ -305,3 +312,28 @@ def test_beams_with_two_end_tokens_are_those_of_transformers(base):
         for ours, theirs in zip(found, expected.tolist(), strict=True):
             stops = [i for i, token in enumerate(theirs) if token in (end, other)]
             assert ours == theirs[: stops[0] if stops else None]
+
+
+@pytest.mark.skipif(not DATA, reason="needs KASA_TUNE_DATA with tokenizers/")
+def test_e2e_is_tokenized_as_gpt2_does(tmp_path):
+    """The published folder names no special token; config.json says which one ends a text. None begins it."""
+    files = [str(Path(DATA or "/", "tokenizers", "gpt2", name)) for name in FILES_OF_GPT2]
+    tokenizer = Tokenizer(models.BPE.from_file(*files))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": 50256}))
+    template = {"user": ("", "<|endoftext|>"), "assistant": (" ", "")}
+    ours = tokenizer_from_checkpoint(str(tmp_path), prompt_template=template)
+    theirs = transformers.GPT2TokenizerFast(*files)
+
+    mr, text = "name : The Vaults | Type : pub", "The Vaults is a pub near Café Adriatic."
+    messages = [Message(role="user", content=mr, masked=True), Message("assistant", text)]
+    found, mask = ours.tokenize_messages(messages)
+    prompt, end = theirs(mr)["input_ids"], theirs.eos_token_id
+    assert found == [*prompt, end, *theirs(f" {text}")["input_ids"], end]
+    assert mask == [True] * (len(prompt) + 1) + [False] * (len(found) - len(prompt) - 1)
+    assert prompt_tokens(ours, mr) == [*prompt, end]
+    assert (ours.bos_id, ours.stop_tokens) == (None, [end])
+    assert ours.encode("\n\n", add_eos=False) == [628]  # the script's second end
