@@ -41,6 +41,7 @@ from kasa_tune.config.parts_of_training import (
     OPTIMIZER,
     PROFILER,
 )
+from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
 
 _TRAINED_BY = {  # adapter.method to the recipe that takes it; the kasa recipe has no such key
@@ -226,6 +227,11 @@ FINETUNE: Schema = {
         bool,
         False,
         help="print how many parameters and bytes the run needs, without reading a weight, and stop",
+    ),
+    "device_flops": Key(
+        Literal[tuple(PEAK_FLOPS)] | None,
+        None,
+        help="with `dry_run`: print how long a step may take on this GPU",
     ),
     "world_size": Key(
         int | None,
