@@ -314,6 +314,27 @@ def test_beams_with_two_end_tokens_are_those_of_transformers(base):
             assert ours == theirs[: stops[0] if stops else None]
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stop_tokens": 628}, "stop_tokens must be a list of token ids; got 628"),
+        ({"stop_tokens": [1, -1]}, "stop_tokens must be a list of token ids"),
+        ({"length_penalty": [1]}, "length_penalty must be a number; got"),
+    ],
+)
+def test_end_tokens_that_are_none_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Decoding(**settings)
+
+
+def test_an_end_token_that_the_model_has_not_is_refused(base):
+    decoding = Decoding(max_new_tokens=4, stop_tokens=[628])
+    with pytest.raises(
+        ValueError, match=r"stop_tokens \[628\] are no tokens of the model, which has 97"
+    ):
+        generate(load_ours(base[0]), [[5, 6]], decoding, stop_tokens=[2])
+
+
 @pytest.mark.skipif(not DATA, reason="needs KASA_TUNE_DATA with tokenizers/")
 def test_e2e_is_tokenized_as_gpt2_does(tmp_path):
     """The published folder names no special token; config.json says which one ends a text. None begins it."""

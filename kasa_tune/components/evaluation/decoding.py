@@ -42,6 +42,7 @@ class Decoding:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, least in (
             ("max_new_tokens", 1),
             ("num_beams", 1),
@@ -51,8 +52,6 @@ class Decoding:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name} must be an integer, at least {least}; got {value!r}.")
-        if not all(type(token) is int and token >= 0 for token in self.stop_tokens):
-            raise ValueError(f"stop_tokens must be token ids; got {self.stop_tokens!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more; got {self.temperature!r}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -64,6 +63,16 @@ class Decoding:
             )
         if (self.top_k or self.top_p) and not self.temperature:
             raise ValueError("top_k and top_p belong to sampling: set a temperature above 0.")
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError if a setting is a list that must be a number, or the other way round."""
+        for name, value in vars(self).items():
+            is_list = isinstance(value, Sequence)
+            if name == "stop_tokens":
+                if not is_list or not all(type(token) is int and token >= 0 for token in value):
+                    raise ValueError(f"stop_tokens must be a list of token ids; got {value!r}.")
+            elif is_list:
+                raise ValueError(f"{name} must be a number; got {value!r}.")
 
     @property
     def is_sampling(self) -> bool:

@@ -46,8 +46,12 @@ def generate(
         The new tokens of each prompt in the given order, without the stop token.
 
     Raises:
-        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the model's length.
+        ValueError: a prompt is empty, ``max_new_tokens`` does not leave room for it in the model's length, or the
+            model has no such token as one of ``decoding.stop_tokens``.
     """
+    vocab_size = model.tok_embeddings.num_embeddings
+    if none := [token for token in decoding.stop_tokens if token >= vocab_size]:
+        raise ValueError(f"stop_tokens {none} are no tokens of the model, which has {vocab_size}.")
     _check_lengths(model, prompts, decoding.max_new_tokens)
     stop_tokens = [*stop_tokens, *decoding.stop_tokens]
     model.eval()
