@@ -31,6 +31,7 @@ from kasa_tune.components.corda.covariance import (
     shortage,
 )
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
+from kasa_tune.components.models.decoder import Decoder
 from kasa_tune.components.models.experts import mixtures_of, only_valid
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
@@ -156,7 +157,11 @@ def covariances(
 
 def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
     """The first block's input for a batch, ``[b, s, d]``."""
-    return model.tok_embeddings(batch["tokens"].to(model.tok_embeddings.weight.device))
+    device = model.tok_embeddings.weight.device
+    tokens, positions = batch["tokens"].to(device), batch.get("input_pos")
+    if not isinstance(model, Decoder):
+        return model.tok_embeddings(tokens)
+    return model.embed(tokens, None if positions is None else positions.to(device))
 
 
 def _run_block(

@@ -33,7 +33,6 @@ from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
-    StreamedWeights,
     read_base_weights,
     weights_digest,
     weights_fingerprint,
@@ -44,6 +43,7 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 

@@ -6,21 +6,30 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kasa_tune.architectures import Architecture, parts_of, read_architecture
+from kasa_tune.architectures import (
+    Architecture,
+    Dropouts,
+    parts_of,
+    read_architecture,
+    read_dropouts,
+)
 from kasa_tune.components.models.decoder import Decoder
 
 
-def from_checkpoint(checkpoint_dir: str | Path) -> Decoder:
+def from_checkpoint(checkpoint_dir: str | Path, base_dropout: bool = False) -> Decoder:
     """Build the decoder that a checkpoint's config.json describes, without its weights.
 
     Args:
         checkpoint_dir: a folder in Hugging Face's layout.
+        base_dropout: whether the dropouts that GPT-2's config.json names act in training, besides
+            that of the adapters.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
         ValueError: the model is of no supported family, or config.json is damaged.
     """
-    return Decoder(read_architecture(checkpoint_dir))
+    dropouts = read_dropouts(checkpoint_dir) if base_dropout else Dropouts()
+    return Decoder(read_architecture(checkpoint_dir), dropouts)
 
 
 def to_native(architecture: Architecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
