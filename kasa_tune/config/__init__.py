@@ -19,8 +19,10 @@ from kasa_tune.config.schemas import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
     "ConfigError",

@@ -44,8 +44,10 @@ from kasa_tune.config.schemas import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
     schema_of,
 )
 from kasa_tune.errors import is_expected, sentence
@@ -57,9 +59,11 @@ __all__ = [
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
 ]

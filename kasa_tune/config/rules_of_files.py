@@ -200,10 +200,21 @@ def task_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     tasks = cfg.get("tasks") or []
     for i, node in enumerate(tasks if isinstance(tasks, list) else [tasks]):
         key = f"tasks.{i}.data_file" if isinstance(tasks, list) else "tasks.data_file"
-        if isinstance(node.get("data_file"), str):
+        if isinstance(node, dict) and isinstance(node.get("data_file"), str):
             yield from _missing(key, node["data_file"])
     for name, path in (cfg.get("adapters") or {}).items():
         yield from _missing(f"adapters.{name}", path)
+
+
+def asked_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What a model behind an address is asked with is there."""
+    if "endpoint" not in cfg:
+        return
+    for key in ("seeds", "tests", "template", "templates", "questions", "references"):
+        if isinstance(cfg.get(key), str):
+            yield from _missing(key, cfg[key])
+    for i, path in enumerate(cfg.get("evaluations") or []):
+        yield from _missing(f"evaluations.{i}", path)
 
 
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
@@ -309,6 +320,7 @@ FILES = (
     checkpoint_folder,
     data_files,
     task_files,
+    asked_files,
     results_to_load,
     output_folder,
     tracker,
