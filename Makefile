@@ -19,6 +19,7 @@ FUZZ_EXAMPLES ?= 10000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+WITH_SERVER := $(BIN)/python -m kasa_tune.tiny_world.endpoint --port 0 --faults 0.3 --run
 PINS := pyproject.toml constraints.txt hatch_build.py Makefile
 # One thread is several times faster than many on models this small.
 export OMP_NUM_THREADS ?= 1
@@ -34,7 +35,14 @@ demo: $(VENV)/.installed
 
 demo-synthesis: $(VENV)/.installed-synthesis
 	rm -rf $(DEMO_OUTPUT)
-	$(BIN)/python benchmarks/demo_synthesis.py $(DEMO_OUTPUT)
+	$(WITH_SERVER) $(BIN)/kasa-tune run synthesize_data --config tiny_synthesize output_dir=$(DEMO_OUTPUT)/data \
+	    endpoint.timeout=1
+	$(BIN)/kasa-tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)/run \
+	    dataset._component_=kasa_tune.components.data.by_columns_dataset dataset.data_files=$(DEMO_OUTPUT)/data/rows.jsonl
+	$(BIN)/kasa-tune run evaluate_model --config tiny_evaluate adapters.kasa=$(DEMO_OUTPUT)/run \
+	    output_dir=$(DEMO_OUTPUT)/evaluation
+	$(WITH_SERVER) $(BIN)/kasa-tune run judge_responses --config tiny_judge output_dir=$(DEMO_OUTPUT)/judged \
+	    'evaluations=[$(DEMO_OUTPUT)/evaluation]' endpoint.timeout=1
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

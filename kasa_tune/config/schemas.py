@@ -42,6 +42,7 @@ from kasa_tune.config.parts_of_training import (
     PROFILER,
 )
 from kasa_tune.config.services import JUDGE, SYNTHESIZE
+from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
 
 _TRAINED_BY = {  # adapter.method to the recipe that takes it; the kasa recipe has no such key
@@ -228,6 +229,11 @@ FINETUNE: Schema = {
         False,
         help="print how many parameters and bytes the run needs, without reading a weight, and stop",
     ),
+    "device_flops": Key(
+        Literal[tuple(PEAK_FLOPS)] | None,
+        None,
+        help="with `dry_run`: print how long a step may take on this GPU",
+    ),
     "world_size": Key(
         int | None,
         None,
@@ -346,14 +352,9 @@ SCHEMAS: Mapping[str, Schema] = {
 }
 
 _BY_KEY: Mapping[str, Schema] = {
-    "format": EXPORT,
-    "peft_adapter": IMPORT,
-    "run": REPORT,
-    "seeds": SYNTHESIZE,
-    "evaluations": JUDGE,
-    "tasks": EVALUATE,
-    "quantization": QCORDA,
-}
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "seeds": SYNTHESIZE,
+    "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
+}  # fmt: skip
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:

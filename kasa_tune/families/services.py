@@ -38,7 +38,8 @@ def service_texts() -> Iterator[tuple[str, str]]:
         "synthesize",
         _synthesis(
             "A training set from a few seeds: a model writes pairs like them, and what is new is kept. The "
-            "number of rows and the generator are those of KaSA's paper (arXiv 2412.06071), which had 245 to 395 seeds for each task.",
+            "number of rows and the generator are those of KaSA's paper (arXiv 2412.06071), which had 245 "
+            "to 395 seeds for each task.",
             "synthesize",
             (
                 f"{_SERVER}",

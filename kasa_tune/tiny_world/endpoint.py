@@ -3,7 +3,9 @@ shared words, and fails as often as it is told to.
 
     python -m kasa_tune.tiny_world.endpoint --port 8123 --faults 0.3
     export OPENAI_BASE_URL=http://127.0.0.1:8123/v1 OPENAI_API_KEY=none
+    python -m kasa_tune.tiny_world.endpoint --port 0 --run kasa-tune run synthesize_data --config tiny_synthesize
 
+The last line serves while a command runs, and tells it the address.
 An answer depends on the request alone. Whether a call fails depends on the request and on how often it came.
 """
 
@@ -13,8 +15,11 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -203,13 +208,17 @@ def _pairwise(prompt: str) -> str:
 
 
 def main() -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted, or while a command runs."""
     parser = argparse.ArgumentParser(description="An OpenAI-compatible server of the tiny world.")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--faults", type=float, default=0.0, help="share of calls that fail")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="serve while this command runs")
     args = parser.parse_args()
     with Server(args.port, faults=args.faults, delay=args.delay).start() as server:
+        if args.run:
+            told = {"OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "none"}
+            sys.exit(subprocess.run(args.run, env=os.environ | told, check=False).returncode)
         print(f"Serving at {server.base_url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()

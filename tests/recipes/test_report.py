@@ -107,8 +107,9 @@ def test_singular_values_of_a_product(m, n, r, load_recipe):
 
 
 def test_a_config_that_trains_nothing(run_main, tmp_path):
+    folders = [f"adapter_checkpoint={tmp_path}", f"output_dir={tmp_path}"]
     with pytest.raises(ValueError, match=r"trains nothing.*--config report run="):
-        run_main("report_run", "--config", "tiny_corda_generate", f"output_dir={tmp_path}")
+        run_main("report_run", "--config", "tiny_corda_generate", *folders)
 
 
 def test_a_run_with_other_settings_than_the_config_is_named(finetune, report):

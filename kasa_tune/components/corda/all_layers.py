@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
+from torchtune import utils
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.corda.allocation import (
@@ -22,7 +24,7 @@ from kasa_tune.components.corda.allocation import (
     more_compact,
     ranks_by_explained_variance,
 )
-from kasa_tune.components.corda.cache import DecompositionCache
+from kasa_tune.components.corda.cache import DecompositionCache, Unfinished
 from kasa_tune.components.corda.calibration import Wanted
 from kasa_tune.components.linalg.decomposition import (
     Component,
@@ -32,6 +34,8 @@ from kasa_tune.components.linalg.decomposition import (
 )
 from kasa_tune.components.processes.world import Job
 from kasa_tune.methods import Method
+
+log = utils.get_logger("INFO")  # prints on rank 0
 
 # Yields layers that share an input, a round, and the covariance (d_in, d_in) of that input in that round, or None for
 # a method without calibration. It is given which layers want which round, and a title for its progress bar. The
@@ -104,6 +108,9 @@ def decompose(
             ``max_rank``.
         compute: does the work; :func:`~kasa_tune.components.processes.distribute_jobs` shares it out.
 
+    What is found is kept in the cache layer by layer, so a decomposition that is stopped goes on at the layer where it
+    was stopped.
+
     Returns:
         Components on the CPU, and the spectra they were chosen by; none where nothing was to choose.
 
@@ -111,21 +118,21 @@ def decompose(
         ValueError: a weight or covariance is damaged, or the bounds leave no room.
         CacheError: a file of the cache is damaged or of another run.
     """
+    assert method.decomposition
     how = DECOMPOSITIONS[method.decomposition](method, options["covariance_power"])
     spectra, ranks = {}, {name: linear.rank for name, linear in linears.items()}
     if options["rounds"] > 1 or options["dynamic_ranks"]:
         limit = options["max_selection_dim"] or sys.maxsize
-        spectra = cache.spectra(
-            otherwise=partial(
-                _choose_covariances, linears, covariances, compute, limit, how.spectra
-            )
-        )
+        choose = partial(_choose_covariances, linears, covariances, compute, limit, how.spectra)
+        spectra = cache.spectra(otherwise=partial(choose, cache.unfinished("spectra")))
     if options["dynamic_ranks"]:
         sizes = {name: linear.in_dim + linear.out_dim for name, linear in linears.items()}
         bounds = {"min_rank": options["min_rank"], "max_rank": options["max_rank"]}
         ranks = how.allocate(spectra, sizes, rank=max(ranks.values()), **bounds)
     find = partial(_find_components, linears, covariances, compute, spectra, ranks, how.component)
-    return cache.components(method.mode or method.decomposition, ranks, otherwise=find), spectra
+    name = method.mode or method.decomposition
+    found = cache.components(name, ranks, otherwise=partial(find, cache.unfinished(name)))
+    return found, spectra
 
 
 def _choose_covariances(
@@ -134,12 +141,17 @@ def _choose_covariances(
     compute: Compute,
     limit: int,
     spectra: Callable[[Mapping[str, Tensor], Tensor, int], dict[str, LayerSpectrum]],
+    unfinished: Unfinished,
 ) -> dict[str, LayerSpectrum]:
     """Of every layer the spectrum in the round that makes it most compact; wider inputs than ``limit`` are pooled."""
+    before = unfinished.spectra()
+    seen = {(name, s.round) for found in before for name, s in found.items()}
+    _say_what_is_there(len({name for name, _ in seen}), len(linears))
     best: dict[str, LayerSpectrum] = {}
 
     def wanted(name: str, round: int) -> bool:
-        return (round == POOLED) == (linears[name].in_dim > limit)
+        fits = (round == POOLED) == (linears[name].in_dim > limit)
+        return fits and (name, round) not in seen
 
     def jobs() -> Iterator[Job]:
         for layers, round, covariance in covariances(wanted, "Selecting covariances"):
@@ -148,7 +160,12 @@ def _choose_covariances(
             yield cost, partial(spectra, weights, covariance, round)
             del weights, covariance  # whoever does the job holds them
 
-    for found in compute(jobs()):
+    def new() -> Iterator[dict[str, LayerSpectrum]]:
+        for found in compute(jobs()):
+            unfinished.keep_spectra(found)
+            yield found
+
+    for found in chain(before, new()):
         for name, newest in found.items():
             best[name] = more_compact(best.get(name), newest)
     return {name: best[name] for name in linears}
@@ -161,19 +178,26 @@ def _find_components(
     spectra: Mapping[str, LayerSpectrum],
     ranks: Mapping[str, int],
     component: Callable[[Tensor, Tensor | None, int], Component],
+    unfinished: Unfinished,
 ) -> dict[str, Component]:
     """The component of every layer, under the covariance of its chosen round."""
     order: list[str] = []
+    found = {
+        name: before.first(ranks[name])
+        for name, before in unfinished.components().items()
+        if before.rank >= ranks[name]
+    }
+    _say_what_is_there(len(found), len(linears))
 
     def wanted(name: str, round: int) -> bool:
-        return round == (spectra[name].round if spectra else 0)
+        return name not in found and round == (spectra[name].round if spectra else 0)
 
     def find(name: str, weight: Tensor, covariance: Tensor | None) -> Component:
         return component(weight, covariance, ranks[name]).to("cpu")
 
     def jobs() -> Iterator[Job]:
         for layers, _, covariance in covariances(wanted, "Decomposing"):
-            for name in layers:
+            for name in (name for name in layers if name not in found):
                 order.append(name)
                 yield (
                     _cost(linears[name].weight),
@@ -181,8 +205,18 @@ def _find_components(
                 )
             del covariance
 
-    found = list(compute(jobs()))  # fills `order` as well
-    return dict(zip(order, found, strict=True))
+    new = compute(jobs())  # fills `order` as well, so it comes first
+    for result, name in zip(new, order, strict=True):
+        unfinished.keep_component(name, result)
+        found[name] = result
+    return found
+
+
+def _say_what_is_there(done: int, num_layers: int) -> None:
+    if done:
+        log.info(
+            f"A decomposition that was stopped goes on: {done} of {num_layers} layers were begun or done before."
+        )
 
 
 def _cost(weight: Tensor) -> float:

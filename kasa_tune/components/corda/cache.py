@@ -1,34 +1,33 @@
 """Decompositions on disk: found once, read by every later run on the same weights and the same calibration.
 
 A folder holds ``spectra`` (of every layer, from which any mode and budget can be allocated) and one file of components
-for each mode, from which any smaller rank can be cut. Each file carries the key it was made under.
+for each mode, from which any smaller rank can be cut. Each file carries the key it was made under. While they are
+searched for, what has been found waits in a folder ``<name>.unfinished-<key>``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kasa_tune.architectures import read_architecture
-from kasa_tune.components.checkpoints.files import sync_folder, write_synced
+from kasa_tune.components.checkpoints.files import write_synced
 from kasa_tune.components.corda.allocation import LayerSpectrum
+from kasa_tune.components.corda.cache_files import CacheError, KeyedFiles
 from kasa_tune.components.linalg.decomposition import Component
 from kasa_tune.methods import Method
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 PARTS = ("vectors", "singular_values", "projection")
 
 
@@ -38,21 +37,6 @@ OPTIONS = (
     "method", "dtype", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
     "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim",
 )  # fmt: skip
-
-
-UNREADABLE = (
-    OSError,
-    SafetensorError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
-
-
-class CacheError(ValueError):
-    """A cached decomposition is damaged or belongs to another run."""
 
 
 def decomposition_key(
@@ -120,18 +104,15 @@ class DecompositionCache:
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], *, writes: bool = True) -> None:
-        self.folder, self.key, self.writes = folder, json.loads(json.dumps(key)), writes
-        for path in sorted(
-            folder.glob("[!.]*.safetensors")
-        ):  # now, and not after a pass over the calibration rows
-            self._metadata(path)
+        self.files, self.writes = KeyedFiles(folder, key), writes
+        self.files.check()  # now, and not after a pass over the calibration rows
 
     def content(self) -> str:
         """Names and sizes of the files there are, for processes to compare."""
-        return " ".join(
-            f"{path.name}:{path.stat().st_size}"
-            for path in sorted(self.folder.glob("[!.]*.safetensors"))
-        )
+        folder = self.files.folder
+        paths = [self.files.path(name) for name in self.files.names()]
+        paths += sorted(folder.glob("*.unfinished-*/[!.]*.safetensors"))
+        return " ".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in paths)
 
     def spectra(
         self, *, otherwise: Callable[[], dict[str, LayerSpectrum]]
@@ -141,15 +122,11 @@ class DecompositionCache:
         Raises:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
-        if read := self._read("spectra"):
-            with self._well_formed("spectra"):
+        if read := self.files.read("spectra"):
+            with self.files.well_formed("spectra"):
                 return _spectra(*read)
         spectra = otherwise()
-        about = {
-            name: {"log_compactness": s.log_compactness, "round": s.round, "scores": s.scores}
-            for name, s in spectra.items()
-        }
-        self._write("spectra", {name: s.singular_values for name, s in spectra.items()}, about)
+        self._write("spectra", *_of_spectra(spectra))
         return spectra
 
     def components(
@@ -162,8 +139,8 @@ class DecompositionCache:
             CacheError: the file is damaged or of another key; the message says what differs.
         """
         stored: dict[str, Component] = {}
-        if read := self._read(mode):
-            with self._well_formed(mode):
+        if read := self.files.read(mode):
+            with self.files.well_formed(mode):
                 stored = _components(*read)
         if not all(name in stored and stored[name].rank >= rank for name, rank in ranks.items()):
             found = {name: component.to("cpu") for name, component in otherwise().items()}
@@ -172,106 +149,113 @@ class DecompositionCache:
                 name: max(found[name], stored.get(name, found[name]), key=lambda c: c.rank)
                 for name in ranks
             }
-            about = {name: {"rank": c.rank, "solver": c.solver} for name, c in stored.items()}
-            tensors = {
-                f"{name}.{part}": getattr(c, part) for name, c in stored.items() for part in PARTS
-            }
-            self._write(mode, tensors, about)
+            self._write(mode, *_of_components(stored))
             return {name: found[name] for name in ranks}
         return {name: stored[name].first(rank) for name, rank in ranks.items()}
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+    def unfinished(self, name: str) -> Unfinished:
+        """What a search that was stopped has found so far.
+
+        Args:
+            name: ``spectra``, or a mode. What is found is dropped when that file is written.
+        """
+        key = json.dumps(self.files.key, sort_keys=True).encode()
+        folder = f"{name}.unfinished-{hashlib.sha256(key).hexdigest()[:12]}"
+        files = KeyedFiles(self.files.folder / folder, self.files.key)
+        return Unfinished(files, writes=self.writes)
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """All or nothing: another run may read the folder, and this one may be killed."""
         if not self.writes:
             return
-        content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        metadata = {
-            "version": FORMAT_VERSION,
-            "key": self.key,
-            "layers": about,
-            "sha256": _digest(content, about),
-        }
-        temporary = self._path(f".{name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_synced(temporary, save(content, metadata={"decomposition": json.dumps(metadata)}))
-            temporary.replace(self._path(name))
-            sync_folder(self.folder)
+            self.files.write(name, tensors, about)
         except (
             OSError
         ) as error:  # the run has what it needs; only later ones will have to find it again
             log.warning(
-                f"The decomposition could not be kept in {self.folder} ({error}); the run goes on without."
+                f"The decomposition could not be kept in {self.files.folder} ({error}); the run goes on without."
             )
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            return
+        self.unfinished(name).drop()
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        path = self._path(name)
-        if not path.exists():
-            return None
-        metadata = self._metadata(path)
+
+class Unfinished:
+    """Results of a search over all layers that has not ended, each in a file of its own. A search that is stopped, by
+    whatever, goes on from them.
+
+    Args:
+        files: in a folder of their own.
+        writes: whether this process writes what is found; of several, one does.
+    """
+
+    def __init__(self, files: KeyedFiles, *, writes: bool) -> None:
+        self._files, self._writes = files, writes
+
+    def spectra(self) -> list[dict[str, LayerSpectrum]]:
+        """The spectra found so far, in the order of the rounds."""
+        found = self._read(_spectra)
+        return sorted(found, key=lambda spectra: min(s.round for s in spectra.values()))
+
+    def components(self) -> dict[str, Component]:
+        """The components found so far, by layer."""
+        return {name: part for found in self._read(_components) for name, part in found.items()}
+
+    def keep_spectra(self, found: Mapping[str, LayerSpectrum]) -> None:
+        """Store the spectra of layers in one round."""
+        name, spectrum = next(iter(found.items()))
+        self._write(f"round_{spectrum.round}_{name}", *_of_spectra(found))
+
+    def keep_component(self, name: str, component: Component) -> None:
+        """Store the component of a layer."""
+        self._write(name, *_of_components({name: component}))
+
+    def drop(self) -> None:
+        """Delete what was found."""
+        shutil.rmtree(self._files.folder, ignore_errors=True)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            about, intact = (
-                metadata["layers"],
-                _digest(tensors, metadata["layers"]) == metadata["sha256"],
+            self._files.write(name, tensors, about)
+        except OSError as error:
+            log.warning(
+                f"What has been decomposed could not be kept in {self._files.folder} ({error}); if the run is "
+                "stopped now, it starts over."
             )
-        except UNREADABLE as error:
-            raise self._unreadable(path, error) from error
-        if not intact:
-            raise CacheError(f"{path} is damaged: its content is not what was written. Delete it.")
-        return tensors, about
+            self._writes = False
 
-    def _metadata(self, path: Path) -> dict[str, Any]:
-        """What a file says of itself, which costs its header alone; of another key it is refused."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["decomposition"])
-            (
-                metadata["version"],
-                metadata["key"].items(),
-                metadata["layers"].items(),
-                metadata["sha256"],
-            )
-        except UNREADABLE as error:
-            raise self._unreadable(path, error) from error
-        self._check_key(path, metadata)
-        return metadata
+    def _read(self, content: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+        """The content of every file. A damaged one is as good as none: its layers are decomposed again."""
+        found = []
+        for name in self._files.names():
+            try:
+                if read := self._files.read(name):
+                    with self._files.well_formed(name):
+                        found.append(content(*read))
+            except CacheError as error:
+                log.warning(f"{error} Its layers are decomposed again.")
+        return [each for each in found if each]
 
-    @contextlib.contextmanager
-    def _well_formed(self, name: str) -> Iterator[None]:
-        """Reading what a file holds, which may have the right digest and another form."""
-        try:
-            yield
-        except KeyError as error:
-            lacking = ValueError(f"it lacks {error}")
-            raise self._unreadable(self._path(name), lacking) from error
-        except UNREADABLE as error:
-            raise self._unreadable(self._path(name), error) from error
 
-    def _unreadable(self, path: Path, error: Exception) -> CacheError:
-        return CacheError(
-            f"{path} is no readable decomposition ({error}). Delete it, or set another calibration.cache_dir."
-        )
+def _of_spectra(
+    spectra: Mapping[str, LayerSpectrum],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    about = {
+        name: {"log_compactness": s.log_compactness, "round": s.round, "scores": s.scores}
+        for name, s in spectra.items()
+    }
+    return {name: s.singular_values for name, s in spectra.items()}, about
 
-    def _check_key(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        stored = metadata["key"] if metadata["version"] == FORMAT_VERSION else {}
-        wrong = [
-            f"{part}: stored {stored.get(part, 'none')}, now {self.key.get(part, 'none')}"
-            for part in sorted(stored.keys() | self.key.keys())
-            if stored.get(part) != self.key.get(part)
-        ]
-        if wrong:
-            raise CacheError(
-                f"{path} was found under other conditions and is not used. Different: {'; '.join(wrong)}. Set "
-                "another calibration.cache_dir, or delete it."
-            )
+
+def _of_components(
+    components: Mapping[str, Component],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    about = {name: {"rank": c.rank, "solver": c.solver} for name, c in components.items()}
+    tensors = {
+        f"{name}.{part}": getattr(c, part) for name, c in components.items() for part in PARTS
+    }
+    return tensors, about
 
 
 def _spectra(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, LayerSpectrum]:
@@ -294,14 +278,6 @@ def _components(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict
             raise ValueError(f"the shapes of {name} do not fit each other")
         components[name] = Component(vectors, values, projection, layer["solver"])
     return components
-
-
-def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} ".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_decomposition(

@@ -199,7 +199,7 @@ class Asker:
     def _body(self, question: Question, attempt: int) -> dict[str, Any]:
         body = self._settings | {"messages": [{"role": "user", "content": question.prompt}]}
         if self._send_seed:
-            text = f"{self._seed} {question.sample} {attempt}"
+            text = f"{self._seed} {question.prompt} {question.sample} {attempt}"
             body["seed"] = random.Random(text).randrange(2**31)
         return body
 

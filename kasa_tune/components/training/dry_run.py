@@ -18,6 +18,7 @@ from torchtune.modules import TransformerDecoder
 from kasa_tune.components.corda import calibration_bytes, shared_inputs
 from kasa_tune.components.quantized import base_bytes
 from kasa_tune.components.training.base_line import base_line
+from kasa_tune.components.training.costs import step_flops, time_line
 from kasa_tune.components.training.memory import budget_report, memory_budget, per_process
 from kasa_tune.methods import method_of
 
@@ -52,7 +53,13 @@ def dry_run_report(
     )
     report = budget_report(model, per_process(budget, model, shards))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return [*report, f"Parameters of the base: {frozen:,}", base_line(cfg, model)]
+    report += [f"Parameters of the base: {frozen:,}", base_line(cfg, model)]
+    if cfg.device_flops is not None:
+        times = cfg.gradient_accumulation_steps
+        flops = times * step_flops(model, batch_size=cfg.batch_size, seq_len=seq_len)
+        num_tokens = times * cfg.batch_size * seq_len
+        report.append(time_line(flops, num_tokens=num_tokens, gpu=cfg.device_flops))
+    return report
 
 
 def rows_at_hand(cfg: DictConfig) -> bool:

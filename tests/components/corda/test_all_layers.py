@@ -1,11 +1,13 @@
 """Decomposing all layers of a model: each as if it were alone, chosen as brute force chooses, found once."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from kasa_tune.components.adapters import CorDALinear
+from kasa_tune.components.corda import cache_files
 from kasa_tune.components.corda.all_layers import decompose
 from kasa_tune.components.corda.allocation import POOLED, LayerSpectrum
 from kasa_tune.components.corda.cache import CacheError, DecompositionCache
@@ -324,3 +326,116 @@ def test_what_was_found_for_others_is_refused(tmp_path):
             method=METHODS["corda"],
             options=OPTIONS,
         )
+
+
+# --------------------------------------------------------------------------------- stopped and gone on
+
+
+class Stopped(BaseException):
+    """The process ends here; like a kill, it is no Exception."""
+
+
+def counted(jobs, *, done, limit):
+    """Do each job when it comes, until ``limit`` are done; note what was found."""
+    for _, work in jobs:
+        if len(done) == limit:
+            raise Stopped
+        done.append(work())
+        yield done[-1]
+
+
+def decompose_until(limit, folder, options, *, writes=True):
+    """A new process: its linears, and a cache that knows the folder alone. Returns what it found, or None, and the
+    number of jobs it did.
+    """
+    world, done = World(options["rounds"]), []
+    store = DecompositionCache(folder, {"base weights": "these"}, writes=writes)
+    try:
+        found = decompose(
+            world.linears,
+            world.source,
+            store,
+            method=METHODS["corda"],
+            options=options,
+            compute=partial(counted, done=done, limit=limit),
+        )
+    except Stopped:
+        found = None
+    return found, len(done)
+
+
+def assert_same(found, expected):
+    assert list(found[0]) == list(expected[0])
+    for name, component in found[0].items():
+        for part in ("vectors", "singular_values", "projection"):
+            assert torch.equal(getattr(component, part), getattr(expected[0][name], part)), part
+    assert list(found[1]) == list(expected[1])
+    for name, spectrum in found[1].items():
+        assert torch.equal(spectrum.singular_values, expected[1][name].singular_values)
+        assert (spectrum.round, spectrum.scores) == (
+            expected[1][name].round,
+            expected[1][name].scores,
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rounds": NUM_ROUNDS, "dynamic_ranks": True, "max_selection_dim": 15}],
+    ids=["CorDA", "CorDA++"],
+)
+def test_a_decomposition_that_is_stopped_anywhere_goes_on_there(changes, tmp_path):
+    options = OPTIONS | changes
+    undisturbed, total = decompose_until(None, tmp_path / "undisturbed", options)
+    left = sorted(path.name for path in (tmp_path / "undisturbed").iterdir())
+    assert left == (["ipm.safetensors", "spectra.safetensors"] if changes else ["ipm.safetensors"])
+    for limit in range(1, total):
+        folder = tmp_path / f"stopped after {limit}"
+        stopped, first = decompose_until(limit, folder, options)
+        found, rest = decompose_until(None, folder, options)
+        assert stopped is None
+        assert first + rest == total  # no layer twice
+        assert_same(found, undisturbed)
+        assert sorted(path.name for path in folder.iterdir()) == left
+
+
+def test_a_damaged_part_is_decomposed_again_and_another_decompositions_is_not_looked_at(
+    tmp_path, caplog
+):
+    undisturbed, total = decompose_until(None, tmp_path / "undisturbed", OPTIONS)
+    folder = tmp_path / "stopped"
+    decompose_until(2, folder, OPTIONS)
+    (parts,) = folder.iterdir()
+    one, _ = sorted(parts.iterdir())
+    one.write_bytes(one.read_bytes()[:-1] + b"x")
+    other = folder / "ipm.unfinished-000000000000"
+    other.mkdir()
+    (other / "layers.0.q.safetensors").write_bytes(b"of another run")
+    found, rest = decompose_until(None, folder, OPTIONS)
+    assert rest == total - 1
+    assert f"{one} is damaged" in caplog.text
+    assert_same(found, undisturbed)
+    assert sorted(path.name for path in folder.iterdir()) == ["ipm.safetensors", other.name]
+
+
+def test_a_larger_rank_is_not_cut_from_smaller_parts(tmp_path, monkeypatch):
+    decompose_until(2, tmp_path, OPTIONS)
+    monkeypatch.setitem(globals(), "RANK", 4)
+    found, rest = decompose_until(None, tmp_path, OPTIONS)
+    assert {component.rank for component in found[0].values()} == {4}
+    assert rest == sum(len(names) for names, _, _ in GROUPS)
+
+
+def test_a_full_disk_while_parts_are_kept_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    undisturbed, _ = decompose_until(None, tmp_path / "undisturbed", OPTIONS)
+    monkeypatch.setattr(cache_files, "write_synced", full)
+    found, _ = decompose_until(None, tmp_path / "full", OPTIONS)
+    assert_same(found, undisturbed)
+    assert caplog.text.count("if the run is stopped now, it starts over") == 1  # not once a layer
+
+
+def test_who_does_not_write_keeps_no_parts(tmp_path):
+    decompose_until(2, tmp_path / "reader", OPTIONS, writes=False)
+    assert not (tmp_path / "reader").exists()

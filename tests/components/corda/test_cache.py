@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from kasa_tune.components.corda import cache as decomposition_cache
+from kasa_tune.components.corda import cache_files
 from kasa_tune.components.corda.allocation import POOLED, LayerSpectrum
 from kasa_tune.components.corda.cache import (
     OPTIONS,
@@ -190,7 +190,7 @@ def test_other_weights_data_and_layers_are_refused_with_what_differs(tmp_path):
 
 def test_another_version_of_the_format_is_refused(tmp_path, monkeypatch):
     DecompositionCache(tmp_path, key()).components("ipm", ranks_of(3, 2), otherwise=components)
-    monkeypatch.setattr(decomposition_cache, "FORMAT_VERSION", 999)
+    monkeypatch.setattr(cache_files, "FORMAT_VERSION", 999)
     with pytest.raises(CacheError):
         DecompositionCache(tmp_path, key()).components("ipm", ranks_of(3, 2), otherwise=never)
 
@@ -235,7 +235,7 @@ def read_back(cache, name):
 @pytest.mark.parametrize("name", ["ipm", "spectra"])
 def test_a_truncated_file_is_refused_at_any_length(stored, name):
     cache, _, _ = stored
-    path = cache.folder / f"{name}.safetensors"
+    path = cache.files.folder / f"{name}.safetensors"
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 13), len(whole) - 1]:
         path.write_bytes(whole[:length])
@@ -250,7 +250,7 @@ def test_a_truncated_file_is_refused_at_any_length(stored, name):
 @pytest.mark.parametrize("name", ["ipm", "spectra"])
 def test_a_flipped_byte_anywhere_is_refused_or_harmless(stored, name, flip):
     cache, one, spectrum = stored
-    path = cache.folder / f"{name}.safetensors"
+    path = cache.files.folder / f"{name}.safetensors"
     whole, believed = path.read_bytes(), []
 
     def same(found):
@@ -288,16 +288,16 @@ def test_another_kind_of_file_is_refused(tmp_path):
 def test_a_file_with_the_right_digest_and_another_form_is_refused(stored, name):
     """Somebody made it up, or another program wrote it."""
     cache, _, _ = stored
-    tensors, about = cache._read(name)
+    tensors, about = cache.files.read(name)
     first = next(iter(tensors))
     for changed, words in (
         ({key: value for key, value in tensors.items() if key != first}, f"it lacks '{first}'"),
         (tensors | {first: torch.ones(2, 2, 2)}, "w"),
     ):
-        cache._write(name, changed, about)
+        cache.files.write(name, changed, about)
         with pytest.raises(CacheError, match=f"no readable decomposition .*{words}.*Delete it"):
             read_back(cache, name)
-    cache._write(name, tensors, {"w": {}})
+    cache.files.write(name, tensors, {"w": {}})
     with pytest.raises(CacheError, match=r"no readable decomposition .*it lacks"):
         read_back(cache, name)
 
@@ -321,7 +321,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, caplog,
             path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(decomposition_cache, step, full)
+    monkeypatch.setattr(cache_files, step, full)
     found = cache.components("ipm", ranks_of(4, 4), otherwise=lambda: components((4, 4)))
     assert_same_components(found, components((4, 4)))  # the run goes on with what it has
     assert "No space left" in caplog.text
