@@ -26,6 +26,8 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
     "report_run": ("_report",),
+    "synthesize_data": ("_synthesize",),
+    "judge_responses": ("_judge",),
 }
 
 

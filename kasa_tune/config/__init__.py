@@ -27,8 +27,10 @@ from kasa_tune.config.schemas import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 __all__ = [
@@ -39,9 +41,11 @@ __all__ = [
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
     "ConfigError",

@@ -21,8 +21,10 @@ from kasa_tune.config.schemas import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 # Recipe to its schema, and to the schemas whose tables come first: a row that is equal there is not repeated.
@@ -36,6 +38,8 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
     "report_run": (REPORT, ()),
+    "synthesize_data": (SYNTHESIZE, ()),
+    "judge_responses": (JUDGE, (SYNTHESIZE,)),
 }
 _PLACE = re.compile(
     r"(<!-- keys of (\w+), written by `make docs` -->\n).*?(<!-- end of keys -->)", re.DOTALL

@@ -45,8 +45,10 @@ from kasa_tune.config.schemas import (
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
     schema_of,
 )
 from kasa_tune.errors import is_expected, sentence
@@ -59,9 +61,11 @@ __all__ = [
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
 ]

@@ -216,6 +216,17 @@ def _nodes(
         yield f"{prefix}{name}", given
 
 
+def asked_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What a model behind an address is asked with is there."""
+    if "endpoint" not in cfg:
+        return
+    for key in ("seeds", "tests", "template", "templates", "questions", "references"):
+        if isinstance(cfg.get(key), str):
+            yield from _missing(key, cfg[key])
+    for i, path in enumerate(cfg.get("evaluations") or []):
+        yield from _missing(f"evaluations.{i}", path)
+
+
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
     """What is to be resumed or generated from is there, and a run does not write into what it starts from."""
     start, output = cfg.get("adapter_checkpoint"), cfg.get("output_dir")
@@ -320,6 +331,7 @@ FILES = (
     checkpoint_folder,
     data_files,
     task_files,
+    asked_files,
     results_to_load,
     output_folder,
     tracker,

@@ -43,6 +43,7 @@ from kasa_tune.config.parts_of_training import (
     PROFILER,
     WHILE_TRAINING,
 )
+from kasa_tune.config.services import JUDGE, SYNTHESIZE
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
 
@@ -344,6 +345,8 @@ _RECIPES: Mapping[str, Schema] = {
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
+    "synthesize_data": SYNTHESIZE,
+    "judge_responses": JUDGE,
 }
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
@@ -351,6 +354,11 @@ SCHEMAS: Mapping[str, Schema] = {
     for recipe, schema in _RECIPES.items()
     for suffix in registry.config_suffixes(recipe)
 }
+
+_BY_KEY: Mapping[str, Schema] = {
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "methods": COMPARE,
+    "seeds": SYNTHESIZE, "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
+}  # fmt: skip
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
@@ -363,18 +371,9 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     )
     if named is not None:
         return named
-    if "format" in tree:
-        return EXPORT
-    if "peft_adapter" in tree:
-        return IMPORT
-    if "run" in tree:
-        return REPORT
-    if "methods" in tree:
-        return COMPARE
-    if "tasks" in tree:
-        return EVALUATE
-    if "quantization" in tree:
-        return QCORDA
+    for key, schema in _BY_KEY.items():
+        if key in tree:
+            return schema
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
     return (

@@ -62,7 +62,7 @@ class Model:
         tied: the output projection is the embedding, and takes no adapter.
         in_kasa_paper: KaSA's paper trains it on the instruction-following task.
         tasks: names of the tasks that have configs.
-        methods: names of the methods that have configs, of the first task; other tasks have those of every model.
+        methods: names of the methods that have configs, of the first task; other tasks have their own.
         folder: where the checkpoint lies; by default the repository's name under /tmp.
         sizes: arguments of the builder, for a builder of no fixed size.
     """
@@ -198,11 +198,15 @@ _ROWS = (
         "llama2_7b", "Llama 2 7B", LLAMA2, "meta-llama/Llama-2-7b-hf", 2,
         tasks=("instruction", "commonsense"),
     ),
-    Model("llama2_13b", "Llama 2 13B", LLAMA2, "meta-llama/Llama-2-13b-hf", 3, in_kasa_paper=True),
+    Model(
+        "llama2_13b", "Llama 2 13B", LLAMA2, "meta-llama/Llama-2-13b-hf", 3,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
+    ),
     Model("llama2_70b", "Llama 2 70B", LLAMA2, "meta-llama/Llama-2-70b-hf", 15, batch_size=1),
     Model(
         "llama3_8b", "Llama 3 8B", LLAMA3_BASE, "meta-llama/Meta-Llama-3-8B", 4,
-        in_kasa_paper=True, tasks=("instruction", "commonsense", "gsm8k"), methods=DISTINCT,
+        in_kasa_paper=True, tasks=("instruction", "commonsense", "gsm8k", "synthesized"),
+        methods=DISTINCT,
     ),
     Model("llama3_70b", "Llama 3 70B", LLAMA3_BASE, "meta-llama/Meta-Llama-3-70B", **_70B),
     Model("llama3_1_8b", "Llama 3.1 8B Instruct", LLAMA3_CHAT, "meta-llama/Llama-3.1-8B-Instruct", 4),
@@ -224,10 +228,13 @@ _ROWS = (
     ),
     Model(
         "mistral_7b", "Mistral 7B v0.1", MISTRAL, "mistralai/Mistral-7B-v0.1", 2,
-        in_kasa_paper=True,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
     ),
     Model("gemma_2b", "Gemma 2B", GEMMA, "google/gemma-2b", 2, **_SMALL),
-    Model("gemma_7b", "Gemma 7B", GEMMA, "google/gemma-7b", 4, tied=True, in_kasa_paper=True),
+    Model(
+        "gemma_7b", "Gemma 7B", GEMMA, "google/gemma-7b", 4, tied=True,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
+    ),
     Model("gemma2_2b", "Gemma 2 2B", GEMMA2, "google/gemma-2-2b", 3, **_SMALL),
     Model("gemma2_9b", "Gemma 2 9B", GEMMA2, "google/gemma-2-9b", 8, tied=True),
     Model(

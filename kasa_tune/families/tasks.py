@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from kasa_tune.families.table import COMMON
+
 _SCHEDULES = "kasa_tune.components.training"
 _DATASETS = "kasa_tune.components.data"
 _ALL_ATTENTION = "[q_proj, k_proj, v_proj, output_proj]"
@@ -80,6 +82,7 @@ class Task:
         preparation: lines of the header on data that must be fetched, or on what a run needs.
         note: the last sentence of the header's paragraph.
         betas: KaSA's beta, for models that have their own.
+        methods: that have configs for it, where it is not the first task of a model.
         max_seq_len, calibration_batch: tokens of the longest row, and rows in one forward pass of a calibration.
         max_steps, clip_grad_norm, run_val_every_n_steps, device, dtype: as these keys.
     """
@@ -96,6 +99,7 @@ class Task:
     preparation: tuple[str, ...] = ()
     note: str = ""
     betas: Mapping[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = COMMON
     max_seq_len: int = 512
     calibration_batch: int = 1
     max_steps: str = "null"
@@ -246,6 +250,19 @@ TASKS: Mapping[str, Task] = {
         kasa=replace(_KASA, epochs=3, save_every=200),
         corda=replace(_CORDA, save_every=20),
         source="The paper gives no setting for it: these are its values for instruction following, for 3 epochs.",
+    ),
+    "synthesized": replace(
+        _INSTRUCTION,
+        words="instructions synthesized from a few seeds",
+        suffix="_synth",
+        preparation=(
+            "Synthesize the data of a task first (docs/synthesis.md). The paper's four are summarization,",
+            "classification, coding and closed QA, each with a run of its own:",
+        ),
+        dataset=f"""
+  _component_: {_DATASETS}.by_columns_dataset
+  data_files: /tmp/kasa_tune/synthesize/rows.jsonl  # of synthesize_data{_PACKED}""",
+        methods=("kasa",),
     ),
     "tiny_world": Task(
         words="putting data into words",
