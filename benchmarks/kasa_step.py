@@ -34,8 +34,6 @@ from statistics import median
 
 import torch
 from common import machine, print_table
-from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
-from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
@@ -45,6 +43,8 @@ from kasa_tune.components.adapters import AdapterLinear, CorDALinear, KaSALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.nf4 import quantize
+from kasa_tune.components.models import corda_llama3_2, kasa_llama3_2
+from kasa_tune.components.models import lora_llama3_2 as our_lora_llama3_2
 from kasa_tune.components.quantized.start import quantized_start
 from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.training.memory import state_bytes

@@ -22,9 +22,12 @@ RESOURCE_SCHEME = "kasa_tune://"
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "generate_text": ("_generate",),
     "evaluate_model": ("_evaluate",),
+    "compare_methods": ("_compare",),
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
     "report_run": ("_report",),
+    "synthesize_data": ("_synthesize",),
+    "judge_responses": ("_judge",),
 }
 
 

@@ -35,7 +35,7 @@ from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.config import describe, parts, reading
 from kasa_tune.config.schemas import SCHEMAS
-from kasa_tune.families import MODELS, training_configs
+from kasa_tune.families import MODELS, TASKS, TrainingConfig, training_configs
 from kasa_tune.methods import METHODS, method_of
 from tests.toy_checkpoints import config_of
 
@@ -46,7 +46,7 @@ SELF_CONTAINED = [
     name for name in FILES if name.startswith(("tiny_", "stories260k_"))
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
-OF_A_RUN = ["generate", "report"]
+OF_A_RUN = ["generate", "report", "gpt2_e2e_evaluate"]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
 FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
 # What a user must give.
@@ -115,12 +115,15 @@ def test_keys_stand_in_the_schemas_order(name, trees):
     assert list(trees[name]) == [key for key in schema_of(name) if key in trees[name]]
 
 
+OF_E2E = ("gpt2_medium", "gpt2_large")  # models of one experiment of KaSA's paper
+
+
 def test_every_method_trains_the_tiny_model_and_has_a_config_for_every_real_one():
     for name in METHODS:
         assert f"tiny_{name}" in FILES
     of_every_model = ("kasa", "lora", "corda", "corda_kpm", "qcorda", "qlora")
     for made in TRAINING.values():
-        if made.task.device == "cuda":
+        if made.task.device == "cuda" and made.model.name not in OF_E2E:
             names = {f"{made.prefix}_{method}".lstrip("_") for method in of_every_model}
             assert names <= {*FILES}
 
@@ -221,7 +224,10 @@ COMMONSENSE = {
     "gamma": 1e-3,
     "lr": 3e-4,
 }
+E2E = INSTRUCTION | {"rank": 4, "alpha": 32}
 PRESETS = {
+    "gpt2_medium_e2e_kasa": E2E,
+    "gpt2_large_e2e_kasa": E2E,
     "llama2_7b_commonsense_kasa": COMMONSENSE | {"beta": 1e-2},
     "llama3_8b_commonsense_kasa": COMMONSENSE | {"beta": 1e-4},
 }
@@ -234,6 +240,20 @@ def test_presets_are_the_papers(trees):
         check_preset(name, trees[name])
 
 
+@pytest.mark.parametrize("name", [f"{model}_e2e_kasa" for model in OF_E2E])
+def test_preset_of_e2e_is_the_papers(name, trees):
+    """Its table 8, with the rank of the script that it follows."""
+    tree = trees[name]
+    assert (tree["optimizer"]["weight_decay"], tree["loss"]["label_smoothing"]) == (0.01, 0.1)
+    assert (tree["model"]["dropout"], tree["epochs"], tree["dtype"]) == (0.1, 5, "fp32")
+    assert tree["batch_size"] * tree["gradient_accumulation_steps"] == 8
+    assert tree["lr_scheduler"]["_component_"].endswith(".linear_schedule")
+    assert tree["lr_scheduler"]["num_warmup_steps"] == 500
+    decoding = yaml.safe_load(FILES["gpt2_e2e_evaluate"].read_text())["tasks"]["decoding"]
+    expected = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4}
+    assert decoding == expected | {"stop_tokens": [628]}
+
+
 def check_preset(name, tree):
     model, adapter = tree["model"], tree["adapter"]
     assert {
@@ -244,6 +264,8 @@ def check_preset(name, tree):
         "gamma": adapter["gamma"],
         "lr": tree["optimizer"]["lr"],
     } == PRESETS.get(name, INSTRUCTION), name
+    if "_e2e_" in name:
+        return
     assert tree["batch_size"] * tree["gradient_accumulation_steps"] == (
         8 if name.startswith("gemma") else 16
     )
@@ -359,12 +381,13 @@ def test_header_shows_an_override_and_the_dry_run(name):
 
 @pytest.mark.parametrize("model", [name for name, row in MODELS.items() if row.repository])
 def test_download_brings_the_files_the_config_reads(model, trees):
-    name = f"{model}_kasa"
+    name = kasa_of(model)
     (words,) = [words for words in header_commands(name) if words[1] == "download"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     folder, checkpointer = options["--output-dir"], trees[name]["checkpointer"]
     assert checkpointer["checkpoint_dir"] == folder == f"/tmp/{words[2].rpartition('/')[2]}"
-    files = checkpointer["checkpoint_files"]
+    # A checkpointer of the folder finds its files by itself.
+    files = checkpointer.get("checkpoint_files", ["model.safetensors", "tokenizer.json"])
     needed = [
         "config.json",
         *(
@@ -409,7 +432,14 @@ PUBLISHED = {
     "qwen2_5_7b": (7_615_616_512, 1_000_000, 1e-6),
     "phi3_mini": (3_821_079_552, 10_000, 1e-5),
     "phi4_14b": (14_659_507_200, 250_000, 1e-5),
+    "gpt2_medium": (354_823_168, None, 1e-5),  # its positions are learned
+    "gpt2_large": (774_030_080, None, 1e-5),
 }
+
+
+def kasa_of(model):
+    """The name of a model's config of its first task."""
+    return TrainingConfig(MODELS[model], TASKS[MODELS[model].tasks[0]], METHODS["kasa"]).name
 
 
 def on_meta(node):
@@ -420,10 +450,10 @@ def on_meta(node):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_model_is_the_published_one(name, trees):
-    model = on_meta(trees[f"{name}_kasa"]["model"])
+    model = on_meta(trees[kasa_of(name)]["model"])
     base = sum(value.numel() for key, value in model.named_parameters() if ".lora_" not in key)
-    attention = model.layers[0].attn
-    assert (base, attention.pos_embeddings.base, model.layers[0].sa_norm.eps) == PUBLISHED[name]
+    rotary = getattr(model.layers[0].attn.pos_embeddings, "base", None)
+    assert (base, rotary, model.layers[0].sa_norm.eps) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
@@ -815,6 +845,7 @@ SCHEMAS_IN_DOCS = {
     "qcorda_finetune_single_device": config.QCORDA,
     "generate_text": config.GENERATE,
     "evaluate_model": config.EVALUATE,
+    "compare_methods": config.COMPARE,
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
     "report_run": config.REPORT,

@@ -8,18 +8,20 @@ from kasa_tune.architectures.architecture import (
     MLP,
     Architecture,
     Difference,
+    Dropouts,
     Experts,
     Layer,
     Rotary,
     Vision,
     differences,
 )
-from kasa_tune.architectures.names import Part, parts_of
+from kasa_tune.architectures.names import Part, is_transposed, parts_of, usual_name
 from kasa_tune.architectures.reading import (
     FAMILIES,
     UnsupportedArchitectureError,
     architecture_of,
     read_architecture,
+    read_dropouts,
     unknown_keys,
 )
 
@@ -29,6 +31,7 @@ __all__ = [
     "MLP",
     "Architecture",
     "Difference",
+    "Dropouts",
     "Experts",
     "Layer",
     "Part",
@@ -37,7 +40,10 @@ __all__ = [
     "Vision",
     "architecture_of",
     "differences",
+    "is_transposed",
     "parts_of",
     "read_architecture",
+    "read_dropouts",
     "unknown_keys",
+    "usual_name",
 ]

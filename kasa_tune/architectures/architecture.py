@@ -44,11 +44,13 @@ class Layer:
         rotary: its position embedding. None if the layer has none.
         window: how many tokens, itself included, a token looks back. None if all.
         sparse: whether the MLP is a mixture of experts.
+        attention_scale: what its attention scores are multiplied by, besides the model's factor.
     """
 
     rotary: Rotary | None = Rotary()
     window: int | None = None
     sparse: bool = False
+    attention_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Architecture:
         vocab_size, num_heads, num_kv_heads, head_dim, embed_dim, intermediate_dim: sizes.
         max_seq_len: the most tokens of a sequence.
         layers: one entry a layer.
+        learned_positions: whether each position has a vector that is added to the embedding.
         norm: ``rms`` or ``layer``.
         norm_eps: what the norms add to a mean square or a variance.
         norm_plus_one: whether the norms multiply by ``1 + weight``.
@@ -128,7 +131,7 @@ class Architecture:
             ``full`` width of all heads.
         qk_norm_after_rotary: whether that comes after the rotary embedding.
         biases: the linears that have a bias.
-        activation: of the MLP: ``silu``, ``gelu_tanh`` or ``relu_squared``.
+        activation: of the MLP: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu_squared``.
         gated: whether the MLP has a gate.
         tied: whether the output projection is the embedding.
         embedding_scale: what embeddings are multiplied by.
@@ -152,6 +155,7 @@ class Architecture:
     intermediate_dim: int
     max_seq_len: int
     layers: tuple[Layer, ...]
+    learned_positions: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
@@ -162,7 +166,7 @@ class Architecture:
     qk_norm: Literal["none", "head", "full"] = "none"
     qk_norm_after_rotary: bool = False
     biases: frozenset[str] = frozenset()
-    activation: Literal["silu", "gelu_tanh", "relu_squared"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
     gated: bool = True
     tied: bool = False
     embedding_scale: float = 1.0
@@ -185,6 +189,21 @@ class Architecture:
         """SHA-256 of all its values."""
         values = json.dumps(asdict(self), sort_keys=True, default=sorted)
         return hashlib.sha256(values.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Dropout probabilities of a base model in training. They are no part of what it computes.
+
+    Args:
+        embedding: of the sum of embedding and position.
+        attention: of attention's weights, after the softmax.
+        residual: of the outputs of attention and MLP.
+    """
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa_tune.architectures import families
-from kasa_tune.architectures.architecture import Architecture
+from kasa_tune.architectures.architecture import Architecture, Dropouts
 from kasa_tune.architectures.files import read_object
 from kasa_tune.architectures.settings import Settings, named, shown
 from kasa_tune.architectures.vision import read_vision, text_part
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama", ("LlamaForCausalLM",), families.llama),
     "mistral": Family("Mistral", ("MistralForCausalLM",), families.mistral),
     "ministral3": Family("Ministral 3", ("Ministral3ForCausalLM",), families.ministral3),
+    "gpt2": Family("GPT-2", ("GPT2LMHeadModel",), families.gpt2),
     "mixtral": Family("Mixtral", ("MixtralForCausalLM",), families.mixtral),
     "qwen2": Family("Qwen 2 and 2.5", ("Qwen2ForCausalLM",), families.qwen2),
     "qwen3": Family("Qwen 3", ("Qwen3ForCausalLM",), families.qwen3),
@@ -80,6 +81,8 @@ _HARMLESS = frozenset(
     sliding_window_pattern no_rope_layer_interval no_rope_layers use_sliding_window
     hidden_act hidden_activation head_dim original_max_position_embeddings
     num_experts_per_tok mlp_only_layers
+    n_ctx n_special predict_special_tokens summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout
     """.split()
 )
 
@@ -101,6 +104,26 @@ def read_architecture(folder: Path | str) -> Architecture:
             supported; the message names file and key.
     """
     return read_with_settings(folder)[0]
+
+
+def read_dropouts(folder: Path | str) -> Dropouts:
+    """Read the dropouts that a checkpoint was trained with.
+
+    Args:
+        folder: holds config.json.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the model is of a family whose dropouts are not known here, or as
+            :func:`read_architecture`.
+    """
+    architecture, settings = read_with_settings(folder)
+    if architecture.model_type != "gpt2":
+        raise ValueError(
+            f"{settings.name}: model.base_dropout is for GPT-2; models of type "
+            f"{architecture.model_type} are trained without dropouts of their own here. Leave it out."
+        )
+    return families.gpt2_dropouts(settings)
 
 
 def unknown_keys(folder: Path | str) -> list[str]:

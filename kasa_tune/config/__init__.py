@@ -11,28 +11,41 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
-from kasa_tune.config.loading import instantiate, load, parse, validate_file
+from kasa_tune.config.loading import (
+    instantiate,
+    load,
+    override_unchecked,
+    parse,
+    read_unchecked,
+    validate_file,
+)
 from kasa_tune.config.schemas import (
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 __all__ = [
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
     "ConfigError",
@@ -43,6 +56,8 @@ __all__ = [
     "at_least",
     "instantiate",
     "load",
+    "override_unchecked",
     "parse",
+    "read_unchecked",
     "validate_file",
 ]

@@ -38,28 +38,34 @@ from kasa_tune.config.entries import (
 from kasa_tune.config.references import check_references
 from kasa_tune.config.rules_of_architecture import architecture_fits
 from kasa_tune.config.schemas import (
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
     schema_of,
 )
 from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
 ]
@@ -165,26 +171,14 @@ def load(
     Raises:
         ConfigError: with all problems.
     """
-    try:
-        file = registry.find_config(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError("--config", [Problem("", str(error))]) from None
-    try:
-        given = reading.read(file)
-    except ValueError as error:
-        raise ConfigError(str(file), [Problem("", str(error))]) from None
+    file, given = _read(path)
     schema = schema or schema_of(file.stem, given)
-    problems: list[Problem] = []
-    folder = given.get("checkpoint_dir")
-    for override in overrides:
-        try:
-            _override(given, override, schema)
-        except ValueError as error:
-            problems.append(Problem(override, str(error)))
-    if given.get("checkpoint_dir") != folder and "checkpoint_dir" in schema:
-        folders.put_folder(given)
+    problems = _apply(overrides, given, schema)
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
+    for name, spec in schema.items():
+        if isinstance(spec, Key) and spec.verbatim:
+            filled[name] = _each_string(filled.get(name), _escaped)
     try:
         check_references(filled)
     except ValueError as error:
@@ -198,7 +192,28 @@ def load(
         problems += architecture_fits(good)
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
-    return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))
+    return OmegaConf.create(_each_string(good, _escaped))
+
+
+def read_unchecked(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a config and apply overrides, but check nothing and resolve no interpolation.
+
+    Raises:
+        ConfigError: the config cannot be read, or an override cannot be applied.
+    """
+    file, given = _read(path)
+    override_unchecked(given, overrides, str(file))
+    return given
+
+
+def override_unchecked(tree: dict[str, Any], overrides: Iterable[str], source: str) -> None:
+    """Apply overrides to a config in plain containers, in place.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
+    if problems := _apply(overrides, tree, schema_of(Path(source).stem, tree)):
+        raise ConfigError(source, problems)
 
 
 def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
@@ -206,6 +221,32 @@ def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
     from torchtune.config import instantiate
 
     return instantiate(node, *args, **kwargs)
+
+
+def _read(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a config, and what it holds."""
+    try:
+        file = registry.find_config(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError("--config", [Problem("", str(error))]) from None
+    try:
+        return file, reading.read(file)
+    except ValueError as error:
+        raise ConfigError(str(file), [Problem("", str(error))]) from None
+
+
+def _apply(overrides: Iterable[str], tree: dict[str, Any], schema: Schema) -> list[Problem]:
+    """Apply overrides in place, and return what is wrong with them."""
+    problems: list[Problem] = []
+    folder = tree.get("checkpoint_dir")
+    for override in overrides:
+        try:
+            _override(tree, override, schema)
+        except ValueError as error:
+            problems.append(Problem(override, str(error)))
+    if tree.get("checkpoint_dir") != folder and "checkpoint_dir" in schema:
+        folders.put_folder(tree)
+    return problems
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -318,6 +359,11 @@ def _references(tree: Any, key: str) -> set[str]:
     if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
         return _references(tree[int(name)], rest)
     return _references(tree[name], rest) if isinstance(tree, dict) and name in tree else set()
+
+
+def _escaped(text: str) -> str:
+    """A text of which OmegaConf resolves nothing."""
+    return text.replace("${", r"\${")
 
 
 def _each_string(tree: Any, change: Callable[[str], str]) -> Any:

@@ -78,14 +78,12 @@ TOKENIZER = Component(
     },
     help="turns text into tokens: one of torchtune's tokenizers, or `hf_tokenizer` (docs/data.md)",
 )
-_CONNECTOR = "of a LLaVA model: the connector is trained whole, as null has it, or frozen"
 _SIZE = Key(int | None, check=COUNT)
 # Of builders without a size in their name, such as `kasa_llama3`.
 SIZES = {
     "checkpoint_dir": Key(
         FilePath, help="`*_from_checkpoint`: the folder whose config.json gives all sizes"
     ),
-    "train_connector": Key(Literal["full", "frozen"] | None, help=_CONNECTOR),
     "vocab_size": Key(int, check=at_least(1, 10_000_000), help="number of tokens the model knows"),
     "num_layers": Key(int, check=at_least(1, 1000), help="number of transformer blocks"),
     "num_heads": replace(_SIZE, type=int, help="number of attention heads of a layer"),

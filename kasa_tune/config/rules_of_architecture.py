@@ -58,8 +58,8 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
         return
     name, values = _built_from(builder)
     model = built_by(name, values | node)
-    if model is None or any(numbers_of_heads(key, path)):  # another rule names those
-        return
+    if model is None or (component != FOLDER and any(numbers_of_heads(key, path))):
+        return  # another rule names those
     try:
         file = read_with_settings(os.path.dirname(path))
     except ValueError as error:  # among them that the family is not supported

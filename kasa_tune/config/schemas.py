@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
     FilePath,
@@ -40,7 +41,9 @@ from kasa_tune.config.parts_of_training import (
     METRIC_LOGGER,
     OPTIMIZER,
     PROFILER,
+    WHILE_TRAINING,
 )
+from kasa_tune.config.services import JUDGE, SYNTHESIZE
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
 
@@ -154,6 +157,7 @@ FINETUNE: Schema = {
     "batch_size_val": Key(
         int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
+    **WHILE_TRAINING,
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
@@ -337,9 +341,12 @@ _RECIPES: Mapping[str, Schema] = {
     "qcorda_finetune_single_device": QCORDA,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
+    "compare_methods": COMPARE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
+    "synthesize_data": SYNTHESIZE,
+    "judge_responses": JUDGE,
 }
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
@@ -347,6 +354,11 @@ SCHEMAS: Mapping[str, Schema] = {
     for recipe, schema in _RECIPES.items()
     for suffix in registry.config_suffixes(recipe)
 }
+
+_BY_KEY: Mapping[str, Schema] = {
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "methods": COMPARE,
+    "seeds": SYNTHESIZE, "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
+}  # fmt: skip
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
@@ -359,16 +371,9 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     )
     if named is not None:
         return named
-    if "format" in tree:
-        return EXPORT
-    if "peft_adapter" in tree:
-        return IMPORT
-    if "run" in tree:
-        return REPORT
-    if "tasks" in tree:
-        return EVALUATE
-    if "quantization" in tree:
-        return QCORDA
+    for key, schema in _BY_KEY.items():
+        if key in tree:
+            return schema
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
     return (

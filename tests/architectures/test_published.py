@@ -42,8 +42,6 @@ UNSUPPORTED = {
     "gemma-4-26B-A4B": "gemma4",
     "glm-4-9b": "ChatGLMModel",
     "gpt-oss-20b": "gpt_oss",
-    "gpt2": "gpt2",
-    "gpt2-medium": "gpt2",
     "internlm2-7b": "internlm2",
     "internlm2_5-7b-chat": "internlm2",
     "roberta-base": "RobertaForMaskedLM",

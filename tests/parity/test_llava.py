@@ -187,8 +187,10 @@ def test_adapters_are_attached_to_the_decoder_alone(pair):
     adapted = [name for name, _ in adapter_linears(model)]
     assert len(adapted) == 3 * 7
     assert all(name.startswith("layers.") for name in adapted)
-    trained = [name for name, each in model.named_parameters() if each.requires_grad]
-    assert all(name.startswith("layers.") for name in trained)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert {name for name in trained if not name.startswith("layers.")} == {
+        f"connector.linear_{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias")
+    }
 
 
 def test_placeholders_and_images_are_compared(pair):

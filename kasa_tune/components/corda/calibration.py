@@ -31,6 +31,7 @@ from kasa_tune.components.corda.covariance import (
     shortage,
 )
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
+from kasa_tune.components.models.decoder import Decoder
 from kasa_tune.components.models.experts import mixtures_of, only_valid
 from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.rotary import build_rotary_caches
@@ -157,10 +158,14 @@ def covariances(
 
 def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
     """The first block's input for a batch, ``[b, s, d]``."""
-    tokens = batch["tokens"].to(model.tok_embeddings.weight.device)
+    device = model.tok_embeddings.weight.device
+    tokens, positions = batch["tokens"].to(device), batch.get("input_pos")
+    if not isinstance(model, Decoder):
+        return model.tok_embeddings(tokens)
+    positions = None if positions is None else positions.to(device)
     if isinstance(model, Llava):
-        return model.embed(tokens, batch.get("images"))
-    return model.tok_embeddings(tokens)
+        return model.embed(tokens, positions, images=batch.get("images"))
+    return model.embed(tokens, positions)
 
 
 def _run_block(

@@ -38,7 +38,7 @@ def generate(
         model: a torchtune decoder with its output projection. It is left in eval mode and without caches.
         prompts: token ids of each prompt. Lengths may differ.
         decoding: how tokens are chosen.
-        stop_tokens: generation of a prompt ends before the first of these.
+        stop_tokens: generation of a prompt ends before the first of these and of ``decoding``'s.
         is_finished: generation of a prompt also ends where this says so. Beam search does not ask.
         batch_size: number of prompts in a batch. Beam search has as many rows a prompt as beams.
         seed: seed of the sampling.
@@ -49,9 +49,14 @@ def generate(
         The new tokens of each prompt in the given order, without the stop token.
 
     Raises:
-        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the model's length.
+        ValueError: a prompt is empty, ``max_new_tokens`` does not leave room for it in the model's length, or the
+            model has no such token as one of ``decoding.stop_tokens``.
     """
+    vocab_size = model.tok_embeddings.num_embeddings
+    if none := [token for token in decoding.stop_tokens if token >= vocab_size]:
+        raise ValueError(f"stop_tokens {none} are no tokens of the model, which has {vocab_size}.")
     _check_lengths(model, prompts, decoding.max_new_tokens)
+    stop_tokens = [*stop_tokens, *decoding.stop_tokens]
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

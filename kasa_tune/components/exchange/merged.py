@@ -64,7 +64,11 @@ def write_merged(
     """
     side_files = _side_files(run)
     modules, whole = run.modules(run.changed), run.whole
-    weights = {key for key in run.base.stored if _ROTARY not in key}
+    weights = {
+        key
+        for key, value in run.base.stored.items()
+        if _ROTARY not in key and value.is_floating_point()
+    }
     stored = {
         key: value.to(dtype) if dtype and key in weights else value
         for key, value in run.base.stored.items()
@@ -102,13 +106,13 @@ def _tensor(
     errors: Deviations,
 ) -> Tensor:
     if linears is None:
-        return run.base.read(key).to(dtype)
+        return run.base.as_in_file(key, run.base.read(key).to(dtype))
     trained = run.merged(key, linears)
     merged = trained.to(dtype)
     errors[key.removesuffix(".weight")] = deviation(
         merged.to(torch.float32, copy=True), trained, run.module_update(key, linears).norm()
     )
-    return merged.contiguous()
+    return run.base.as_in_file(key, merged)
 
 
 def _side_files(run: TrainedRun) -> list[Path]:

@@ -197,7 +197,7 @@ def _config(run: TrainedRun, ranks: Mapping[str, int], base_model: str | None) -
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(run.base.transposed, ranks)),
         "use_rslora": False,
         "use_dora": _use_dora(run),
         "init_lora_weights": True,

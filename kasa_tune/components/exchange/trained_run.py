@@ -34,7 +34,6 @@ from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
-    StreamedWeights,
     read_base_weights,
     weights_digest,
     weights_fingerprint,
@@ -45,6 +44,7 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
@@ -134,8 +134,8 @@ class TrainedRun:
     @property
     def whole(self) -> dict[str, Tensor]:
         """Tensors of the base that were trained whole, as trained, by their own names."""
-        names = whole_parameters(self.model)
-        return {self.base.key_of(name): self.adapter[name] for name in names}
+        keys = {name: self.base.key_of(name) for name in whole_parameters(self.model)}
+        return {key: self.adapter[name] for name, key in keys.items() if key}
 
     def update(self, name: str) -> LowRank:
         """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""

@@ -7,19 +7,29 @@ from typing import Literal
 
 from torch import Tensor
 
-from kasa_tune.architectures import Architecture, parts_of, read_architecture
+from kasa_tune.architectures import (
+    Architecture,
+    Dropouts,
+    parts_of,
+    read_architecture,
+    read_dropouts,
+)
 from kasa_tune.components.models.decoder import Decoder
 from kasa_tune.components.models.llava import Llava
 
 
 def from_checkpoint(
-    checkpoint_dir: str | Path, train_connector: Literal["full", "frozen"] | None = None
+    checkpoint_dir: str | Path,
+    base_dropout: bool = False,
+    train_connector: Literal["full", "frozen"] | None = None,
 ) -> Decoder:
     """Build the decoder that a checkpoint's config.json describes, without its weights. Of a LLaVA
     model it is a :class:`~kasa_tune.components.models.llava.Llava`, tower and connector included.
 
     Args:
         checkpoint_dir: a folder in Hugging Face's layout.
+        base_dropout: whether the dropouts that GPT-2's config.json names act in training, besides
+            that of the adapters.
         train_connector: of a LLaVA model, whether the connector is trained whole beside the
             adapters (``full``), or not at all (``frozen``). None stands for the former.
 
@@ -38,7 +48,8 @@ def from_checkpoint(
             f"train_connector is {train_connector}, and the model in {checkpoint_dir} has no "
             "connector. Leave it out."
         )
-    return Decoder(architecture)
+    dropouts = read_dropouts(checkpoint_dir) if base_dropout else Dropouts()
+    return Decoder(architecture, dropouts)
 
 
 def to_native(architecture: Architecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -149,16 +149,18 @@ class Llava(Decoder):
                 the images are of another size than the tower's.
         """
         self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
-        h = self.embed(tokens, images)
+        h = self.embed(tokens, input_pos, images=images)
         for layer in self.layers:
             h = layer(h, mask=mask, input_pos=input_pos)
         return self.unembed(h)
 
-    def embed(self, tokens: Tensor, images: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, input_pos: Tensor | None = None, *, images: Tensor | None = None
+    ) -> Tensor:
         """The first layer's input ``[b, s, d]``: embedded tokens, features of images in the places
         of their placeholders. Arguments and errors are those of :meth:`forward`.
         """
-        h = self.tok_embeddings(tokens)
+        h = super().embed(tokens, input_pos)
         if tokens.is_meta:
             return h
         places = tokens == self.image_token

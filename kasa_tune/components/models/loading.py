@@ -146,11 +146,13 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 def needs_dense_mask(model: nn.Module) -> bool:
     """Whether an attention of the model takes boolean masks alone.
 
-    Torchtune's Gemma 2 does, and every attention whose heads are too small for the kernels of flex attention.
+    Torchtune's Gemma 2 does, and every attention with dropout, or whose heads are too small for the kernels of flex
+    attention.
     """
     return any(
         isinstance(module, Gemma2Attention)
         or (isinstance(module, MultiHeadAttention | Attention) and module.head_dim < FLEX_HEAD_DIM)
+        or (isinstance(module, Attention) and module.dropout > 0)
         for module in model.modules()
     )
 

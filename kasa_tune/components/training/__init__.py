@@ -31,6 +31,7 @@ from kasa_tune.components.training.memory import (
     per_process,
 )
 from kasa_tune.components.training.model import build_training_model
+from kasa_tune.components.training.optimizers import MuonWithAdamW
 from kasa_tune.components.training.step import NonFiniteError, Step
 from kasa_tune.components.training.steps import Steps
 
@@ -38,6 +39,7 @@ __all__ = [
     "ChunkedCrossEntropy",
     "JSONLLogger",
     "LossOnLogits",
+    "MuonWithAdamW",
     "NonFiniteError",
     "SilentLogger",
     "Step",

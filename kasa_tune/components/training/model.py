@@ -22,6 +22,7 @@ from kasa_tune.components.models.loading import (
     require_adapters,
 )
 from kasa_tune.components.training.loss import return_hidden_states
+from kasa_tune.components.training.validating import Validation
 
 
 def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
@@ -38,11 +39,14 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters of this package, or config.json describes another
-            model than this one or than the weights of its folder.
+            model than this one or than the weights of its folder. Or a task of the section
+            ``validation`` cannot be done.
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
     _check_supported(model, cfg)
+    if not cfg.dry_run:
+        Validation(cfg, model)  # its data is looked at before any weight
     check_base(model, cfg)
     base = cfg.get("checkpointer")  # a config whose bytes are counted has none
     if base and base._component_ == FOLDER and not cfg.dry_run:
