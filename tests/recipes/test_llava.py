@@ -159,6 +159,33 @@ def test_the_first_loss_is_that_of_transformers(train, place, tmp_path):
     assert found == pytest.approx(total / count, rel=1e-4)
 
 
+def test_base_and_tuned_model_answer_about_images(train, place, tmp_path, load_recipe):
+    """The base's answers are those of the base's folder, though the connector was trained whole."""
+    run = train("lora", tmp_path / "run", "optimizer.lr=3e-2")
+
+    def answers(*given):
+        data = json.dumps(
+            {
+                "_component_": "kasa_tune.components.data.visual_dataset",
+                "source": "json",
+                "split": "train",
+                "data_files": str(place / "rows.jsonl"),
+            }
+        )
+        small = ["device=cpu", "dtype=fp32", "max_new_tokens=4", "num_samples=5", "prompts=[]"]
+        module = load_recipe("generate_text")
+        cfg = config.load("generate", [*given, *small, f"dataset={data}"], about_to_run=True)
+        cfg = module.complete_config(cfg)
+        recipe = module.GenerateTextRecipe(cfg)
+        recipe.setup(cfg)
+        return recipe.generate(cfg)
+
+    found, alone = answers(f"adapter_checkpoint={run}"), answers(f"checkpoint_dir={place}")
+    assert [row["reference"].strip() for row in found] == ["red", "green", "blue", "red", "green"]
+    assert [row["base"] for row in found] == [row["base"] for row in alone]
+    assert [row["tuned"] for row in found] != [row["base"] for row in found]
+
+
 def test_a_frozen_connector_stays_as_it_was(train, tmp_path, place, call):
     run = train("lora", tmp_path / "run", "model.train_connector=frozen", "max_steps=1")
     assert all(".lora_" in name for name in find_checkpoint(run).adapter)

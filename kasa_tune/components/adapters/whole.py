@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
 
 _MARK = "trained_whole"
 
@@ -40,6 +44,27 @@ def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if is_trained_whole(module)
         for key, parameter in module.named_parameters(recurse=False)
     }
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, parameters that are trained whole have the values of ``state``, which holds theirs
+    meanwhile.
+    """
+
+    @torch.no_grad()
+    def exchange() -> None:
+        parameters = whole_parameters(model)
+        for name, tensor in state.items():
+            own = parameters[name].clone()
+            parameters[name].copy_(tensor)
+            tensor.copy_(own)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def refuse_whole(model: nn.Module, source: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,6 +63,11 @@ class ImageFile(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def load_images(images: Sequence[ImageFile]) -> Tensor:
+    """Images as :meth:`ImageFile.load` gives them, ``[n, 3, side, side]``; empty if there are none."""
+    return torch.stack([image.load() for image in images]) if images else torch.empty(0)
 
 
 def _padded(image: Image.Image, side: int) -> Image.Image:

@@ -31,7 +31,11 @@ class CachedRows:
         images: Sequence[Tensor] = (),
     ) -> None:
         self._model, self._device = model, next(model.parameters()).device
-        self._images = {"images": torch.cat([*images])} if sum(map(len, images)) else {}
+        self._images = (
+            {"images": torch.cat([each for each in images if len(each)])}
+            if sum(map(len, images))
+            else {}
+        )
         width = max(map(len, prompts))
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         columns = torch.arange(length, device=self._device)
@@ -82,7 +86,7 @@ def cached(
         model: a torchtune decoder, or one that also sees.
         prompts: token ids of each row.
         max_new_tokens: of a row.
-        images: of each prompt ``[n, 3, h, w]``; nothing if no prompt has one.
+        images: of each prompt ``[n, 3, h, w]``, empty of one without; nothing if no prompt has one.
     """
     length = max(map(len, prompts)) + max_new_tokens
     with next(model.parameters()).device:

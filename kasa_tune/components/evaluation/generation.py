@@ -86,6 +86,7 @@ def complete(
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    images: Sequence[Tensor] = (),
 ) -> list[list[int]]:
     """Continue every prompt, greedily or by sampling: :func:`generate` with the settings one by one.
 
@@ -104,6 +105,7 @@ def complete(
         batch_size=batch_size,
         seed=seed,
         progress=progress,
+        images=images,
     )
 
 
