@@ -44,6 +44,12 @@ _STRATEGIES = {"default": False, "full": True}
 
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)")
 _CONNECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
+# How names begin in files, and in the model that transformers builds of them.
+_IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head": "lm_head",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _TOP = {
     "embeddings.class_embedding": "class_embedding",
@@ -176,3 +182,15 @@ def vision_name(vision: Vision, key: str) -> str | None:
     if int(layer[1]) >= vision.num_layers:
         return None
     return f"vision.layers.{layer[1]}.{_IN_LAYER[layer[2]]}.{layer[3]}"
+
+
+def name_in_memory(key: str) -> str:
+    """What a module or tensor of a LLaVA file is called in transformers' model, since 4.52.
+
+    Args:
+        key: its name in the file, in any of the four layouts.
+    """
+    for stored, now in _IN_MEMORY.items():
+        if key.startswith(stored):
+            return now + key.removeprefix(stored)
+    return key

@@ -18,6 +18,7 @@ from tests.parity.decoder_families import load_ours, saved_tensors
 from tests.toy_llava import FEATURES, SIDE, save_llava, write_images, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra `parity`)")
+peft = pytest.importorskip("peft", reason="needs peft (extra `parity`)")
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
@@ -27,6 +28,14 @@ SMALL += ["model.rank=4", "model.alpha=8", "save_every_n_steps=2"]
 CALIBRATION = ["calibration.max_seq_len=64", "calibration.num_samples=8"]
 CALIBRATION += ["calibration.concatenate=False"]
 METHODS = {"kasa": "kasa", "lora": "kasa", "corda_kpm": "corda"}
+
+
+@pytest.fixture(autouse=True)
+def _peft_beside_torchtune(monkeypatch):
+    """PEFT refuses the torchao that torchtune needs, although a LoRA uses none of it."""
+    import peft.tuners.lora.torchao
+
+    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +87,11 @@ def inputs():
     return ids, torch.randn(2, 3, SIDE, SIDE, generator=random)
 
 
-def of_transformers(folder):
-    """Logits of the exported model, or of the base."""
+def of_transformers(folder, adapter=None):
+    """Logits of the exported model, or of the base, or of that with the exported adapter."""
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter)
     ids, images = inputs()
     with torch.no_grad():
         return model.eval()(input_ids=ids, pixel_values=images).logits
@@ -111,9 +122,13 @@ def test_a_trained_model_is_exported_with_its_connector(
     }
     ours = of_run(load_recipe, run)
     assert (ours - of_transformers(place)).abs().max() > 100 * TOLERANCE
+    call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
+    with_adapter = of_transformers(place, f"{run}_peft")
+    atol = TOLERANCE * float(ours.abs().max())
+    torch.testing.assert_close(with_adapter, ours, rtol=0, atol=atol)
     call("export_adapter", "merged_export", f"adapter_checkpoint={run}")
     found = of_transformers(f"{run}_merged")
-    torch.testing.assert_close(found, ours, rtol=0, atol=TOLERANCE * float(ours.abs().max()))
+    torch.testing.assert_close(found, ours, rtol=0, atol=atol)
     stored, kept = saved_tensors(f"{run}_merged"), saved_tensors(place)
     assert stored.keys() == kept.keys()
     tower = [name for name in kept if "vision_tower" in name]
@@ -193,6 +208,10 @@ def test_a_frozen_connector_stays_as_it_was(train, tmp_path, place, call):
     stored, kept = saved_tensors(f"{run}_merged"), saved_tensors(place)
     names = [name for name in kept if "multi_modal_projector" in name]
     assert len(names) == 4
+    call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu", f"peft_adapter={run}_peft"]
+    with pytest.raises(ValueError, match="cannot be imported yet"):
+        call("import_adapter", "lora", *given, f"output_dir={tmp_path / 'imported'}")
     assert all(torch.equal(stored[name], kept[name]) for name in names)
 
 
@@ -239,10 +258,13 @@ def test_recipes_that_do_not_take_llava_say_so(call, place, tmp_path, load_recip
         build_training_model(cfg, dtype=torch.float32)
 
 
-def test_exports_that_cannot_hold_the_connector_say_so(train, call, place, tmp_path):
+def test_what_cannot_hold_the_connector_says_so(train, call, place, tmp_path):
     run = train("lora", tmp_path / "run", "max_steps=1")
-    with pytest.raises(ValueError, match="cannot be exported for PEFT yet"):
-        call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
+    call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
+    given += [f"peft_adapter={run}_peft", f"output_dir={tmp_path / 'imported'}"]
+    with pytest.raises(ValueError, match="modules_to_save is"):
+        call("import_adapter", "lora", *given)
     adapters = AdapterSet(load_ours(place), checkpoint_dir=str(place))
     with pytest.raises(ValueError, match="connector was trained whole"):
         adapters.add("own", run)

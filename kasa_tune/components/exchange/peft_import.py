@@ -32,6 +32,7 @@ from kasa_tune.components.linalg.decomposition import (
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_weights import weights_digest
+from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.methods import LINEARS, METHODS, methods_of
@@ -382,4 +383,9 @@ def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -
 
 def _build(section: Mapping[str, Any]) -> nn.Module:
     build: Callable[[], nn.Module] = partial(build_allowed, section, "model", "The adapter")
-    return build_on_meta(build, dtype=torch.float32)
+    model = build_on_meta(build, dtype=torch.float32)
+    if isinstance(model, Llava):
+        raise ValueError(
+            "checkpointer.checkpoint_dir holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
+        )
+    return model

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from kasa_tune.architectures.vision import name_in_memory
 from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.linalg.low_rank import LowRank
@@ -59,7 +60,7 @@ def write_peft(
     Raises:
         ValueError: a layer needs more than ``rank``, or experts are adapted in a way that PEFT does not load.
     """
-    _check_modules(run.model, run.linears, rank_pattern=rank_pattern)
+    _check_experts(run.linears, rank_pattern=rank_pattern)
     updates, norms = _updates(run, tolerance or 0.0)
     ranks = _ranks(updates, rank, rank_pattern, at_least=int(_use_dora(run)))
     largest, random = max(ranks.values()), torch.Generator().manual_seed(0)
@@ -82,24 +83,30 @@ def write_peft(
             magnitude = _scale_rows(exported, base, magnitudes)
             tensors[f"{PREFIX}{_module(key)}.lora_magnitude_vector"] = magnitude
         errors[_module(key)] = deviation(exported, trained, norms.get(key, 0.0))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(_config(run, ranks, base_model), indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    _save(run, folder, tensors, _config(run, ranks, base_model))
     return errors
 
 
-def _check_modules(model: nn.Module, names: Iterable[str], *, rank_pattern: bool) -> None:
-    """See that PEFT finds the adapted modules. Of a model that also sees it knows them by other names than its files.
-
-    Raises:
-        ValueError: it does not, or as :func:`_check_experts`.
+def _save(
+    run: TrainedRun, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Write both files. Of a model that also sees, PEFT knows the modules by other names than its files have, and a
+    connector that was trained whole is among the modules to save.
     """
-    if isinstance(model, Llava):
-        raise ValueError(
-            "The adapter of a LLaVA model cannot be exported for PEFT yet. Export the model with format=merged, or the "
-            "adapter with format=native."
-        )
-    _check_experts(names, rank_pattern=rank_pattern)
+    if isinstance(run.model, Llava):
+        whole = {f"{PREFIX}{key}": tensor for key, tensor in run.whole.items()}
+        tensors = {
+            f"{PREFIX}{name_in_memory(key.removeprefix(PREFIX))}": tensor
+            for key, tensor in {**tensors, **whole}.items()
+        }
+        config |= {
+            "target_modules": [name_in_memory(name) for name in config["target_modules"]],
+            "rank_pattern": {name_in_memory(n): r for n, r in config["rank_pattern"].items()},
+            "modules_to_save": ["multi_modal_projector"] if whole else None,
+        }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def _check_experts(names: Iterable[str], *, rank_pattern: bool) -> None:
