@@ -82,6 +82,17 @@ def test_cp_recipe_and_parents(package, tmp_path):
     assert (tmp_path / "work/a/b/mine.py").read_text() == RECIPE
 
 
+def test_cp_copies_prompts_of_the_package(package, tmp_path):
+    prompts = package / "prompts"
+    (prompts / "judge").mkdir(parents=True)
+    for name in ("synthesis.txt", "judge/single.txt"):
+        (prompts / name).write_text(name)
+    assert cli.main(["cp", "kasa_tune://prompts/synthesis.txt", "mine"]) == 0
+    assert (tmp_path / "work/mine.txt").read_text() == "synthesis.txt"
+    assert cli.main(["cp", "kasa_tune://prompts/judge", "mine_too"]) == 0
+    assert (tmp_path / "work/mine_too/single.txt").read_text() == "judge/single.txt"
+
+
 def test_cp_of_a_read_only_file_can_be_edited(package, tmp_path):
     (package / "configs" / "toy_kasa.yaml").chmod(0o444)
     assert cli.main(["cp", "toy_kasa", "mine"]) == 0

@@ -94,7 +94,7 @@ def folder_given(cfg: dict[str, Any]) -> Iterator[Problem]:
 def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Generation and evaluation know their model: from their own sections, from a run, or from a folder."""
     run = "adapter_checkpoint" if "max_new_tokens" in cfg else "adapters"
-    if run == "adapters" and (not {"tasks", "adapters"} <= cfg.keys() or "evaluations" in cfg):
+    if run == "adapters" and (not {"tasks", "adapters"} <= cfg.keys() or "protocol" in cfg):
         return
     lacking = [name for name in SECTIONS if not cfg.get(name)]
     if len(lacking) == len(SECTIONS):
