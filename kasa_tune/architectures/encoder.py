@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kasa_tune.architectures.files import read_object
+from kasa_tune.architectures.reading import read_architecture
 from kasa_tune.architectures.settings import Settings, named, shown
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -140,6 +141,17 @@ def encoder_of(
         if key not in known and value not in (None, False, "", [], {})
     ]
     return found, sorted(unknown)
+
+
+def digest_of(folder: Path | str) -> str:
+    """SHA-256 of the architecture in a folder, of an encoder or a decoder.
+
+    Raises:
+        ValueError: as :func:`read_encoder` or
+            :func:`~kasa_tune.architectures.reading.read_architecture`.
+    """
+    kind = read_object(Path(folder) / "config.json").get("model_type")
+    return (read_encoder(folder) if kind in ENCODERS else read_architecture(folder)).digest
 
 
 def _common(s: Settings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kasa_tune.config.entries import (
 )
 from kasa_tune.config.loading import instantiate, load, parse, validate_file
 from kasa_tune.config.schemas import (
+    CLASSIFY,
     CORDA,
     EVALUATE,
     EXPORT,
@@ -24,6 +25,7 @@ from kasa_tune.config.schemas import (
 )
 
 __all__ = [
+    "CLASSIFY",
     "CORDA",
     "EVALUATE",
     "EXPORT",

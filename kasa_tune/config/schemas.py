@@ -273,6 +273,54 @@ def _with_adapter(adapter: Section, **after: Section) -> Schema:
 CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=CALIBRATION)
 QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calibration=CALIBRATION)
 
+_OF_DECODERS = (
+    "loss run_val_every_n_steps max_steps_per_epoch num_workers compile device_flops dry_run "
+    "enable_activation_checkpointing enable_activation_offloading world_size "
+    "data_parallel_shard_dim fsdp_cpu_offload timeout"
+).split()
+_OF_ENCODERS: Schema = {
+    "metric": Key(
+        Literal["accuracy", "f1", "matthews", "pearson", "spearman"],
+        help="the metric that chooses the best epoch; all metrics of the task are reported, of the "
+        "best and of the last epoch (docs/encoders.md)",
+    ),
+    "head_lr": Key(
+        float | None,
+        None,
+        at_least(0, 1000),
+        help="highest learning rate of the head; null: `optimizer.lr`",
+    ),
+    "evaluate_only": Key(
+        bool,
+        False,
+        help="print the metrics of the validation set for the model of `resume_from_checkpoint` or "
+        "`adapter_checkpoint`, and stop",
+    ),
+}
+
+
+def _classify() -> Schema:
+    """The keys of both kinds of methods, without those of decoders, and those of encoders."""
+    names = ["kasa", *(m.setting for m in METHODS.values() if m.setting and not m.quantized)]
+    because = {
+        m.setting or m.name: "it has no recipe for encoders" for m in METHODS.values() if m.quantized
+    }
+    method = Key(
+        Literal[tuple(dict.fromkeys(names))],
+        "kasa",
+        Check("", lambda value: True, because),
+        help="how the adapters start: as the methods of kasa_finetune_single_device (kasa, lora) "
+        "and of corda_finetune_single_device do",
+    )
+    keys = {**_CORDA_ADAPTER.keys, "method": method, **REGULARIZERS}
+    schema = _with_adapter(replace(_CORDA_ADAPTER, keys=keys), calibration=CALIBRATION)
+    schema["dataset_val"] = OneOrMany(DATASET, help="the rows that each epoch is evaluated on")
+    left = {name: spec for name, spec in schema.items() if name not in _OF_DECODERS}
+    return left | _OF_ENCODERS
+
+
+CLASSIFY: Schema = _classify()
+
 _OF_RUN = " Null: as the run of `adapter_checkpoint` says"
 GENERATE: Schema = {
     "checkpoint_dir": CHECKPOINT_DIR,
@@ -335,6 +383,7 @@ _RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
+    "classify_finetune_single_device": CLASSIFY,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
     "export_adapter": EXPORT,
@@ -351,6 +400,8 @@ SCHEMAS: Mapping[str, Schema] = {
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     """The schema a config belongs to: that of its `adapter.method`, of its name, or of a key that no other has."""
+    if "metric" in tree:
+        return CLASSIFY
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
         return _RECIPES[trains]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -176,3 +177,21 @@ def check_encoder(model: Encoder, folder: str | Path) -> None:
             f"{path} has keys that nothing is known about here: {', '.join(unknown)}. If one of "
             "them changes what the model computes, results are wrong."
         )
+
+
+def fit_tokenizer(model: Encoder, tokenizer: Any) -> None:
+    """Tell a model its tokenizer's separator, and see that both have the same padding.
+
+    Args:
+        model: on any device.
+        tokenizer: with ``pad_id`` and ``sep_id``.
+
+    Raises:
+        ValueError: the padding is another token.
+    """
+    if tokenizer.pad_id != model.architecture.pad_id:
+        raise ValueError(
+            f"The tokenizer does not fit the model: it pads with token {tokenizer.pad_id}, and "
+            f"pad_token_id is {model.architecture.pad_id} in config.json."
+        )
+    model.tok_embeddings.sep_id = tokenizer.sep_id
