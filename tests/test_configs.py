@@ -48,7 +48,12 @@ SELF_CONTAINED = [
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 OF_A_RUN = ["generate", "report"]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
-FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
+OF_ENCODERS = [name for name in FILES if name.endswith("_classify")]
+FINETUNED = [
+    name
+    for name in FILES
+    if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY + OF_ENCODERS
+]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
 GIVEN = dict.fromkeys(OF_ANY, TWO)
@@ -330,6 +335,7 @@ HEADERS = one_of_each(
     HEADERS
     + EXCHANGED
     + [name for name in FILES if name.endswith(("_generate", "_evaluate"))]
+    + ["tiny_roberta_kasa_classify", "deberta_v3_base_cola_kasa_classify"]
     + OF_A_RUN,
 )
 def test_commands_of_the_header_run_this_config(name):
@@ -773,7 +779,7 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in SELF_CONTAINED if not name.endswith(("_generate", "_evaluate"))],
+    [name for name in SELF_CONTAINED if not name.endswith(("_generate", "_evaluate", "_classify"))],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)

@@ -84,12 +84,6 @@ SIZES = {
     "checkpoint_dir": Key(
         FilePath, help="`*_from_checkpoint`: the folder whose config.json gives all sizes"
     ),
-    "num_labels": Key(
-        int, 2, at_least(1, 100_000), help="encoders: number of labels; 1 for a regression"
-    ),
-    "train_pooler": Key(
-        bool, True, help="encoders: train the first linear of the head too (docs/encoders.md)"
-    ),
     "vocab_size": Key(int, check=at_least(1, 10_000_000), help="number of tokens the model knows"),
     "num_layers": Key(int, check=at_least(1, 1000), help="number of transformer blocks"),
     "num_heads": replace(_SIZE, type=int, help="number of attention heads of a layer"),

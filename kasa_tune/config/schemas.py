@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.classification import of_encoders
 from kasa_tune.config.entries import (
     Check,
     FilePath,
@@ -17,7 +18,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.evaluation import EVALUATE
-from kasa_tune.config.exchange import EXPORT, OF_IMPORT
+from kasa_tune.config.exchange import EXPORT, OF_IMPORT, REPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
     CHECKPOINT_DIR,
@@ -273,53 +274,7 @@ def _with_adapter(adapter: Section, **after: Section) -> Schema:
 CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=CALIBRATION)
 QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calibration=CALIBRATION)
 
-_OF_DECODERS = (
-    "loss run_val_every_n_steps max_steps_per_epoch num_workers compile device_flops dry_run "
-    "enable_activation_checkpointing enable_activation_offloading world_size "
-    "data_parallel_shard_dim fsdp_cpu_offload timeout"
-).split()
-_OF_ENCODERS: Schema = {
-    "metric": Key(
-        Literal["accuracy", "f1", "matthews", "pearson", "spearman"],
-        help="the metric that chooses the best epoch; all metrics of the task are reported, of the "
-        "best and of the last epoch (docs/encoders.md)",
-    ),
-    "head_lr": Key(
-        float | None,
-        None,
-        at_least(0, 1000),
-        help="highest learning rate of the head; null: `optimizer.lr`",
-    ),
-    "evaluate_only": Key(
-        bool,
-        False,
-        help="print the metrics of the validation set for the model of `resume_from_checkpoint` or "
-        "`adapter_checkpoint`, and stop",
-    ),
-}
-
-
-def _classify() -> Schema:
-    """The keys of both kinds of methods, without those of decoders, and those of encoders."""
-    names = ["kasa", *(m.setting for m in METHODS.values() if m.setting and not m.quantized)]
-    because = {
-        m.setting or m.name: "it has no recipe for encoders" for m in METHODS.values() if m.quantized
-    }
-    method = Key(
-        Literal[tuple(dict.fromkeys(names))],
-        "kasa",
-        Check("", lambda value: True, because),
-        help="how the adapters start: as the methods of kasa_finetune_single_device (kasa, lora) "
-        "and of corda_finetune_single_device do",
-    )
-    keys = {**_CORDA_ADAPTER.keys, "method": method, **REGULARIZERS}
-    schema = _with_adapter(replace(_CORDA_ADAPTER, keys=keys), calibration=CALIBRATION)
-    schema["dataset_val"] = OneOrMany(DATASET, help="the rows that each epoch is evaluated on")
-    left = {name: spec for name, spec in schema.items() if name not in _OF_DECODERS}
-    return left | _OF_ENCODERS
-
-
-CLASSIFY: Schema = _classify()
+CLASSIFY: Schema = of_encoders(CORDA)
 
 _OF_RUN = " Null: as the run of `adapter_checkpoint` says"
 GENERATE: Schema = {
@@ -364,15 +319,6 @@ GENERATE: Schema = {
         DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
     ),
 }
-REPORT: Schema = {
-    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
-    "checkpoint_dir": Key(
-        FilePath | None,
-        None,
-        help="folder of the base model's files; null: where the run read them",
-    ),
-}
-
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = {
     **OF_IMPORT,

@@ -114,7 +114,9 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     rng = random.Random("tokenizer")
-    tokenizer.train_from_iterator((" ".join(_parts(t)) for _ in range(6) for t in documents(rng)), trainer)
+    tokenizer.train_from_iterator(
+        (" ".join(_parts(t)) for _ in range(6) for t in documents(rng)), trainer
+    )
     tokenizer.add_special_tokens([MASK])
     tokenizer.post_processor = processors.RobertaProcessing(
         ("</s>", 2), ("<s>", 0), add_prefix_space=False
@@ -170,9 +172,7 @@ def cloze_accuracy(model: Encoder, tokenizer: Tokenizer, limit: int | None = Non
         text = fact.relation.statements[held_out(fact)].format(n=fact.person, v=fact.value)
         begin = text.index(fact.value)
         encoded = tokenizer.encode(text)
-        hidden = [
-            start < begin + len(fact.value) and begin < end for start, end in encoded.offsets
-        ]
+        hidden = [start < begin + len(fact.value) and begin < end for start, end in encoded.offsets]
         ids, chosen = torch.tensor(encoded.ids), torch.tensor(hidden)
         tokens = torch.where(chosen, mask_id, ids)[None]
         right += bool((model(tokens)[0, chosen].argmax(-1) == ids[chosen]).all())
@@ -208,7 +208,9 @@ def pretrain(tokenizer: Tokenizer, minutes: float) -> Encoder:
         if step % 400 == 0:
             known = cloze_accuracy(model.eval(), tokenizer, 200)
             model.train()
-            print(f"step {step}, {spent:.0%}: loss {loss.item():.3f}, cloze {known:.1%}", flush=True)
+            print(
+                f"step {step}, {spent:.0%}: loss {loss.item():.3f}, cloze {known:.1%}", flush=True
+            )
     return model.eval()
 
 

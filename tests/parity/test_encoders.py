@@ -1,4 +1,4 @@
-"""Logits of RoBERTa, BERT and DeBERTaV3 against transformers, with padding and pairs."""
+"""RoBERTa, BERT and DeBERTaV3 against transformers and PEFT: logits with padding and pairs, exports, tokens."""
 
 from unittest import mock
 
@@ -8,8 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from kasa_tune.architectures.encoder import read_encoder
 from kasa_tune.architectures.encoder_names import encoder_name, hub_name
+from kasa_tune.components.adapters import adapter_linears, adapter_state_dict, adapter_tensors
+from kasa_tune.components.checkpoints import save_checkpoint
+from kasa_tune.components.data import encoder_tokenizer
+from kasa_tune.components.exchange import classifier
+from kasa_tune.components.exchange.trained_run import open_run
 from kasa_tune.components.models import EncoderFolder, disentangled
+from kasa_tune.components.models.base_weights import weights_fingerprint
 from kasa_tune.components.models.encoder import Encoder
+from kasa_tune.registry import resource
+from kasa_tune.tiny_world import sentences
 from tests.toy_encoders import KINDS, batch_of, our_model, random_model
 
 pytestmark = pytest.mark.parity
@@ -127,3 +135,105 @@ def test_positions_types_and_activations_count(kind, change, tmp_path):
     with torch.no_grad():
         got = model(batch_of(kind)[0])
     assert (got - logits_of(theirs, kind)).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------ exports
+
+
+def trained_checkpoint(base, folder, adapter):
+    """A checkpoint of a classifier on a toy base, all of whose trained parameters are random."""
+    options = {"attn_modules": ["q_proj", "v_proj"], "apply_to_mlp": ["w1"], "rank": 3}
+    model = our_model(base, adapter=adapter, **options)
+    torch.manual_seed(3)
+    for _, linear in adapter_linears(model):
+        linear.initialize()
+    with torch.no_grad():
+        for name, tensor in adapter_tensors(model).items():
+            if "lora_edit" not in name:
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+    component = f"kasa_tune.components.models.{adapter}_encoder_from_checkpoint"
+    node = {"_component_": component, "checkpoint_dir": str(base), "num_labels": 3, **options}
+    reader = "kasa_tune.components.models.EncoderFolder"
+    config = {
+        "model": node,
+        "adapter": {"method": adapter},
+        "checkpointer": {"_component_": reader, "checkpoint_dir": str(base)},
+        "dtype": "fp32",
+    }
+    state = {"step": 1, "base": weights_fingerprint(EncoderFolder(base).open()), "config": config}
+    parts = {"adapter": adapter_state_dict(model), "run": state}
+    save_checkpoint(folder / "checkpoints", 1, parts)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [*zip(KINDS, ("kasa", "lora", "kasa"), strict=True)])
+def test_exports_have_the_trained_logits(kind, adapter, tmp_path):
+    """PEFT with its head, and the merged model in transformers. The base has no prefix of the family in one case."""
+    import peft
+    import transformers
+
+    theirs = random_model(kind, num_labels=3)
+    theirs.save_pretrained(tmp_path / "base")
+    if kind == "bert":
+        file = tmp_path / "base" / "model.safetensors"
+        save_file(
+            {key.removeprefix("bert."): value for key, value in load_file(file).items()},
+            file,
+            metadata={"format": "pt"},
+        )
+    model = trained_checkpoint(tmp_path / "base", tmp_path / "run", adapter)
+    with torch.no_grad():
+        expected = model(batch_of(kind)[0])
+    run = open_run(tmp_path / "run")
+    (tmp_path / "peft").mkdir()
+    errors = classifier.write_classifier_peft(run, tmp_path / "peft", base_model=None)
+    assert max(error.of_weight for error in errors.values()) < 1e-5
+    loaded = peft.PeftModel.from_pretrained(random_model(kind, num_labels=3), tmp_path / "peft")
+    torch.testing.assert_close(logits_of(loaded.eval(), kind), expected, rtol=1e-4, atol=1e-4)
+    assert (logits_of(theirs, kind) - expected).abs().max() > 1e-2
+    (tmp_path / "merged").mkdir()
+    classifier.write_classifier_merged(run, tmp_path / "merged")
+    automatic = transformers.AutoModelForSequenceClassification
+    merged = automatic.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(merged, kind), expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+
+def test_sentencepiece_tokens_equal_those_of_transformers(tmp_path):
+    import sentencepiece
+    import transformers
+
+    from kasa_tune.tiny_world import world
+
+    text = "\n".join(world.corpus(0)[:600])
+    (tmp_path / "corpus.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=300,
+        model_type="unigram", pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]",
+        bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
+    )  # fmt: skip
+    ours = encoder_tokenizer(str(tmp_path), max_seq_len=20)
+    theirs = transformers.DebertaV2Tokenizer.from_pretrained(str(tmp_path))
+    texts = text.splitlines()[:40]
+    for first, second in zip(texts, reversed(texts), strict=True):
+        for pair in (None, second):
+            expected = theirs(first, pair, truncation="longest_first", max_length=20)["input_ids"]
+            assert ours(first, pair).tolist() == expected
+    assert (ours.pad_id, ours.sep_id, ours.mask_id) == (0, 2, 300)
+
+
+def test_tokens_of_tokenizer_json_equal_those_of_transformers():
+    import transformers
+
+    folder = resource("kasa_tune://tiny_world/roberta")
+    ours, theirs = (
+        encoder_tokenizer(str(folder), max_seq_len=24),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+    rows = sentences.rows("alike", "val")[:30]
+    for row in rows:
+        for pair in ((row["sentence1"],), (row["sentence1"], row["sentence2"])):
+            expected = theirs(*pair, truncation="longest_first", max_length=24)["input_ids"]
+            assert ours(*pair).tolist() == expected

@@ -31,7 +31,8 @@ def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor, and the parameters of what is
-    trained whole: all that a base needs to become the model. Factors of which every process holds a part are gathered: all processes must call.
+    trained whole: all that a base needs to become the model. Factors of which every process holds a part are gathered:
+    all processes must call.
     """
     return {name: full_tensor(value.detach()) for name, value in adapter_tensors(model).items()}
 

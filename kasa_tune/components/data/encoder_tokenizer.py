@@ -89,7 +89,9 @@ def encoder_tokenizer(checkpoint_dir: str, max_seq_len: int | None = None) -> En
         FileNotFoundError: the folder holds neither.
         ValueError: the file is damaged, or of another kind.
     """
-    return EncoderTokenizer(Path(local_path(checkpoint_dir, "tokenizer.checkpoint_dir")), max_seq_len)
+    return EncoderTokenizer(
+        Path(local_path(checkpoint_dir, "tokenizer.checkpoint_dir")), max_seq_len
+    )
 
 
 class _FromJson:
@@ -128,11 +130,23 @@ class _FromSentencePiece:
     def encode(self, text: str, pair: str | None, longest: int) -> list[int]:
         """Token ids with special tokens."""
         parts = [self._model.encode(part) for part in (text, pair) if part is not None]
-        room = longest - 1 - len(parts)
-        while sum(map(len, parts)) > room:
-            max(reversed(parts), key=len).pop()
+        parts = _cut_longest(parts, longest - 1 - len(parts))
         separator = self.ids["[SEP]"]
         return [self.ids["[CLS]"], *(i for part in parts for i in (*part, separator))]
+
+
+def _cut_longest(parts: list[list[int]], room: int) -> list[list[int]]:
+    """Cut one or two texts to ``room`` tokens together, as the tokenizers library does: the longer
+    one first, and then both to a half each, of which the longer one has the odd token.
+    """
+    lengths = [len(part) for part in parts]
+    if sum(lengths) <= room or len(parts) == 1:
+        return [part[:room] for part in parts]
+    short = min(lengths)
+    if 2 * short > room:
+        short = room // 2
+    cuts = (short, room - short) if lengths[0] <= lengths[1] else (room - short, short)
+    return [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
 
 
 def _named(ids: dict[str, int], names: Sequence[str], folder: Path) -> int:

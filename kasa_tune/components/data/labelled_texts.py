@@ -66,24 +66,23 @@ class LabelledTexts(Dataset):
                 model's. The message names row and column.
         """
 
-
-        def refuse(column: str, what: str) -> NoReturn:
+        def refuse(index: int, column: str, what: str) -> NoReturn:
             raise ValueError(
                 f"{name}: row {index}, column {self.columns[column]!r}: {what} "
                 f"{place_of(node, index)}"
             )
 
-        index, tokens = 0, []
+        tokens = []
         for index, texts in enumerate(zip(*self._texts, strict=True)):
             for column, text in zip(COLUMNS, texts, strict=False):
                 if not isinstance(text, str):
-                    refuse(column, f"{text!r:.60} is no text.")
+                    refuse(index, column, f"{text!r:.60} is no text.")
                 if not text.strip():
-                    refuse(column, "the text is empty.")
+                    refuse(index, column, "the text is empty.")
             try:
                 tokens.append(self._tokenizer(*texts))
             except ValueError as error:
-                refuse("text", str(error))
+                refuse(index, "text", str(error))
         if num_labels is None:
             return tokens, np.zeros(len(self), dtype=np.int64)
         if self.labels is not None and 1 < num_labels < len(self.labels):
@@ -95,7 +94,7 @@ class LabelledTexts(Dataset):
         for index, label in enumerate(self.rows[self.columns["label"]]):
             value = self._label(label, num_labels)
             if isinstance(value, str):
-                refuse("label", value)
+                refuse(index, "label", value)
             labels.append(value)
         return tokens, np.array(labels, dtype=np.int64 if num_labels > 1 else np.float32)
 
