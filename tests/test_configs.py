@@ -49,8 +49,21 @@ EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  #
 OF_A_RUN = ["generate", "report", "gpt2_e2e_evaluate"]
 SERVED = [name for name in FILES if f"_{name}".endswith(("_synthesize", "_judge"))]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
+OF_ENCODERS = [name for name in FILES if name.endswith("_classify")]
+COMPARING = [name for name in FILES if f"_{name}".endswith("_compare")]
 FINETUNED = [
-    name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + SERVED + OF_ANY
+    name
+    for name in FILES
+    if name
+    not in [
+        *SELF_CONTAINED,
+        *EXCHANGED,
+        *OF_A_RUN,
+        *OF_ANY,
+        *SERVED,
+        *OF_ENCODERS,
+        *COMPARING,
+    ]  # fmt: skip
 ]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
@@ -359,6 +372,7 @@ HEADERS = one_of_each(
     HEADERS
     + EXCHANGED
     + [name for name in FILES if name.endswith(("_generate", "_evaluate"))]
+    + ["tiny_roberta_kasa_classify", "deberta_v3_base_cola_kasa_classify"]
     + OF_A_RUN
     + SERVED,
 )
@@ -813,7 +827,12 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in SELF_CONTAINED if not n.endswith(("_generate", "_evaluate")) and n not in SERVED],
+    [
+        name
+        for name in SELF_CONTAINED
+        if not name.endswith(("_generate", "_evaluate", "_classify"))
+        and name not in SERVED + COMPARING
+    ],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)

@@ -16,14 +16,15 @@ from kasa_tune.architectures import (
     UnsupportedArchitectureError,
     read_architecture,
 )
+from kasa_tune.architectures.encoder import read_encoder
 from kasa_tune.architectures.files import check_folder, weight_files
 from kasa_tune.config.entries import Problem, show
 from kasa_tune.config.file_kinds import kind_of
 
 SECTIONS = ("model", "tokenizer", "checkpointer")
-_READERS = ("_from_checkpoint", ".CheckpointFolder")
+_READERS = ("_from_checkpoint", ".CheckpointFolder", ".EncoderFolder", ".encoder_tokenizer")
 _DOCS = "docs/checkpoints.md"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spm.model")
 
 
 def name_of(path: str | None) -> str:
@@ -117,16 +118,17 @@ def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
         if reads_folder(cfg.get(name)) and (folder := _folder(cfg[name])):
             places.setdefault(folder, []).append(name)
     for folder, names in places.items():
-        if wrong := _fault(Path(folder), [] if cfg.get("dry_run") else names):
+        read = read_encoder if "metric" in cfg else read_architecture
+        if wrong := _fault(Path(folder), [] if cfg.get("dry_run") else names, read):
             own = f"{names[0]}.checkpoint_dir"
             yield Problem("checkpoint_dir" if folder == cfg.get("checkpoint_dir") else own, wrong)
 
 
-def _fault(folder: Path, sections: list[str]) -> str | None:
+def _fault(folder: Path, sections: list[str], read: Callable[[Path], Any]) -> str | None:
     """What is wrong with a folder that these sections read besides config.json."""
     try:
         check_folder(folder)
-        read_architecture(folder)
+        read(folder)
         if "checkpointer" in sections:
             weight_files(folder)
     except UnsupportedArchitectureError as error:

@@ -38,6 +38,7 @@ from kasa_tune.config.entries import (
 from kasa_tune.config.references import check_references
 from kasa_tune.config.rules_of_architecture import architecture_fits
 from kasa_tune.config.schemas import (
+    CLASSIFY,
     COMPARE,
     CORDA,
     EVALUATE,
@@ -54,6 +55,7 @@ from kasa_tune.config.schemas import (
 from kasa_tune.errors import is_expected, sentence
 
 __all__ = [
+    "CLASSIFY",
     "COMPARE",
     "CORDA",
     "EVALUATE",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.classification import of_encoders
 from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
@@ -18,7 +19,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.evaluation import EVALUATE
-from kasa_tune.config.exchange import EXPORT, OF_IMPORT
+from kasa_tune.config.exchange import EXPORT, OF_IMPORT, REPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
     CHECKPOINT_DIR,
@@ -277,6 +278,8 @@ def _with_adapter(adapter: Section, **after: Section) -> Schema:
 CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=CALIBRATION)
 QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calibration=CALIBRATION)
 
+CLASSIFY: Schema = of_encoders(CORDA)
+
 _OF_RUN = " Null: as the run of `adapter_checkpoint` says"
 GENERATE: Schema = {
     "checkpoint_dir": CHECKPOINT_DIR,
@@ -320,15 +323,6 @@ GENERATE: Schema = {
         DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
     ),
 }
-REPORT: Schema = {
-    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
-    "checkpoint_dir": Key(
-        FilePath | None,
-        None,
-        help="folder of the base model's files; null: where the run read them",
-    ),
-}
-
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = {
     **OF_IMPORT,
@@ -339,6 +333,7 @@ _RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
+    "classify_finetune_single_device": CLASSIFY,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
     "compare_methods": COMPARE,
@@ -363,6 +358,8 @@ _BY_KEY: Mapping[str, Schema] = {
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     """The schema a config belongs to: that of its `adapter.method`, of its name, or of a key that no other has."""
+    if "metric" in tree:
+        return CLASSIFY
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
         return _RECIPES[trains]

@@ -101,7 +101,7 @@ class Steps:
         checkpoint: Checkpoint | None,
         fingerprints: Mapping[str, Any],
         device: torch.device,
-        ignore_index: int = -100,
+        ignore_index: float = -100,
         processes: World | SingleProcess | None = None,
     ) -> None:
         self.cfg, self.model, self.data, self.device = cfg, model, data, device
@@ -295,7 +295,7 @@ class Steps:
         self._profiler.step()
         if cfg.log_peak_memory_stats and self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        last, every = self.step == self.data.total_steps, cfg.run_val_every_n_steps
+        last, every = self.step == self.data.total_steps, cfg.get("run_val_every_n_steps")
         try:
             if every and (last or self.step % every == 0) and not self.stopping:
                 metrics |= self._validation_metrics()
@@ -315,7 +315,7 @@ class Steps:
         """
         self._logger.log_config(self.cfg)
         self._logger.rewind(self.step if self._resumed else -1)
-        if self.step == 0 and self.cfg.run_val_every_n_steps:
+        if self.step == 0 and self.cfg.get("run_val_every_n_steps"):
             with disable_adapter(self.model):
                 base_loss = self.validate()
             metrics = {"val_loss_base": base_loss, **self._validation_metrics()}
