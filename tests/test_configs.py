@@ -63,7 +63,7 @@ FINETUNED = [
         *SERVED,
         *OF_ENCODERS,
         *COMPARING,
-    ]  # fmt: skip
+    ]
 ]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
