@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
-from kasa_tune.config import folders, reading, rules, rules_of_files, sizes
+from kasa_tune.config import data_kinds, folders, reading, rules, rules_of_files, sizes
 from kasa_tune.config.checker import Checker
 from kasa_tune.config.entries import (
     REQUIRED,
@@ -35,8 +35,9 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
+from kasa_tune.config.recipe_schemas import of_another_recipe
 from kasa_tune.config.references import check_references
-from kasa_tune.config.rules_of_architecture import architecture_fits
+from kasa_tune.config.rules_of_architecture import OF_ARCHITECTURE
 from kasa_tune.config.schemas import (
     CLASSIFY,
     COMPARE,
@@ -52,7 +53,7 @@ from kasa_tune.config.schemas import (
     SYNTHESIZE,
     schema_of,
 )
-from kasa_tune.errors import is_expected, sentence
+from kasa_tune.errors import INTERRUPTED, STATUS_INTERRUPTED, is_expected, sentence
 
 __all__ = [
     "CLASSIFY",
@@ -111,14 +112,13 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
                 )
                 return 0
             try:
-                name, overrides = _command_line(sys.argv[1:])
-                cfg = load(name, overrides, schema, about_to_run=True)
-            except ConfigError as error:
+                return recipe_main(_given_config(schema))
+            except KeyboardInterrupt:
+                if os.environ.get("KASA_TUNE_TRACEBACK"):
+                    raise
                 if os.environ.get("RANK", "0") == "0":
-                    print(error, file=sys.stderr)
-                sys.exit(2)
-            try:
-                return recipe_main(cfg)
+                    print(INTERRUPTED, file=sys.stderr)
+                sys.exit(STATUS_INTERRUPTED)
             except Exception as error:
                 if not is_expected(error):
                     raise
@@ -137,7 +137,7 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
 
 def validate_file(
     path: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     schema: Schema | None = None,
     *,
     check_files: bool = True,
@@ -152,7 +152,7 @@ def validate_file(
 
 def load(
     path: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     schema: Schema | None = None,
     *,
     check_files: bool = True,
@@ -174,8 +174,10 @@ def load(
         ConfigError: with all problems.
     """
     file, given = _read(path)
-    schema = schema or schema_of(file.stem, given)
+    own = schema_of(file.stem, given)
+    schema = schema or own
     problems = _apply(overrides, given, schema)
+    data_kinds.infer_sources(given)
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
     for name, spec in schema.items():
@@ -186,12 +188,13 @@ def load(
     except ValueError as error:
         raise ConfigError(str(file), [*problems, Problem("", str(error))]) from None
     good = check.mapping(check.resolve(_create(file, filled)), schema)
+    sizes.shorten_calibration(good, overrides)
     of_files = rules_of_files.FILES * check_files + rules_of_files.MACHINE * about_to_run
-    of_sizes = (sizes.rank_fits, sizes.heads_divide, sizes.output_is_free, sizes.rows_fit)
-    for rule in rules.BETWEEN_KEYS + of_sizes + of_files:
+    for rule in rules.BETWEEN_KEYS + sizes.RULES + of_files:
         problems += rule(good)
-    if check_files and not problems:
-        problems += architecture_fits(good)
+    for rule in OF_ARCHITECTURE if check_files else ():
+        problems += () if problems else rule(good)
+    problems = of_another_recipe(own, schema, problems) or problems
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
     return OmegaConf.create(_each_string(good, _escaped))
@@ -252,6 +255,17 @@ def _apply(overrides: Iterable[str], tree: dict[str, Any], schema: Schema) -> li
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _given_config(schema: Schema | None) -> DictConfig:
+    """The config of this process's command line; problems of it are printed, and end the process."""
+    try:
+        name, overrides = _command_line(sys.argv[1:])
+        return load(name, overrides, schema, about_to_run=True)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _command_line(arguments: list[str]) -> tuple[str, list[str]]:

@@ -329,7 +329,7 @@ IMPORT: Schema = {
     **{name: Ignored() for name in QCORDA if name not in OF_IMPORT},
 }
 
-_RECIPES: Mapping[str, Schema] = {
+RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
@@ -346,7 +346,7 @@ _RECIPES: Mapping[str, Schema] = {
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     suffix: schema
-    for recipe, schema in _RECIPES.items()
+    for recipe, schema in RECIPES.items()
     for suffix in registry.config_suffixes(recipe)
 }
 
@@ -362,7 +362,7 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return CLASSIFY
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
-        return _RECIPES[trains]
+        return RECIPES[trains]
     named = next(
         (schema for ending, schema in SCHEMAS.items() if f"_{name}".endswith(ending)), None
     )
@@ -382,7 +382,7 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
 
 def recipes_taking(key: str, value: Any) -> list[str]:
     """The recipes in whose configs `value` may stand at the dotted `key`, as far as the key itself tells."""
-    return [recipe for recipe, schema in _RECIPES.items() if _takes(schema, key, value)]
+    return [recipe for recipe, schema in RECIPES.items() if _takes(schema, key, value)]
 
 
 def _takes(schema: Schema, key: str, value: Any) -> bool:
