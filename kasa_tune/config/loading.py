@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from kasa_tune import registry
 from kasa_tune.config import data_kinds, folders, reading, rules, rules_of_files, sizes
 from kasa_tune.config.checker import Checker
+from kasa_tune.config.command_line import help_lines, split_arguments
 from kasa_tune.config.entries import (
     REQUIRED,
     Check,
     Component,
     ConfigError,
-    Ignored,
     Key,
     OneOrMany,
     Problem,
@@ -86,7 +86,6 @@ __all__ += [
 __all__ += ["validate_file"]
 
 Recipe = Callable[[DictConfig], Any]
-_USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"
 
 
 def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
@@ -105,11 +104,7 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
         @functools.wraps(recipe_main)
         def main() -> Any:
             if {"-h", "--help"} & set(sys.argv[1:]):
-                print(
-                    _USAGE.format(program=os.path.basename(sys.argv[0])),
-                    *_help(schema or FINETUNE),
-                    sep="\n",
-                )
+                print(*help_lines(schema or FINETUNE), sep="\n")
                 return 0
             try:
                 return recipe_main(_given_config(schema))
@@ -260,42 +255,12 @@ def _apply(overrides: Iterable[str], tree: dict[str, Any], schema: Schema) -> li
 def _given_config(schema: Schema | None) -> DictConfig:
     """The config of this process's command line; problems of it are printed, and end the process."""
     try:
-        name, overrides = _command_line(sys.argv[1:])
+        name, overrides = split_arguments(sys.argv[1:])
         return load(name, overrides, schema, about_to_run=True)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         sys.exit(2)
-
-
-def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
-    """The config's name and the overrides."""
-    name, overrides, rest = None, [], iter(arguments)
-    problems = []
-    for argument in rest:
-        if argument == "--config":
-            name = next(rest, None)
-        elif argument.startswith("--config="):
-            name = argument.partition("=")[2]
-        elif argument.startswith("-"):
-            problems.append(
-                Problem(
-                    argument,
-                    "unknown option; --config NAME_OR_PATH is the only one, keys are set with key=value",
-                )
-            )
-        else:
-            overrides.append(argument)
-    if not name:
-        problems.append(
-            Problem(
-                "--config",
-                "missing; give the name of a config (`kasa-tune ls` lists them) or the path of a YAML file",
-            )
-        )
-    if problems or not name:
-        raise ConfigError("command line", problems)
-    return name, overrides
 
 
 def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
@@ -388,25 +353,3 @@ def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
     if isinstance(tree, list):
         return [_each_string(value, change) for value in tree]
     return change(tree) if isinstance(tree, str) else tree
-
-
-def _help(schema: Schema, indent: str = "  ") -> Iterator[str]:
-    """A line for each key: what it takes, the default, what it is for."""
-    for name, spec in schema.items():
-        if isinstance(spec, Ignored):
-            continue
-        if isinstance(spec, Section):
-            yield f"{indent}{name}: {spec.help}"
-            yield from _help(spec.keys, indent + "  ")
-            continue
-        kinds = {Component: "a component", OneOrMany: "a component or a list of them"}
-        kind = spec.allowed if isinstance(spec, Key) else kinds[type(spec)]
-        default = (
-            spec.default.get("_component_") if isinstance(spec.default, dict) else spec.default
-        )
-        shown = (
-            "required"
-            if default is REQUIRED
-            else f"default {'null' if default is None else default}"
-        )
-        yield f"{indent}{name}: {kind} ({shown})" + (f"; {spec.help}" if spec.help else "")
