@@ -41,6 +41,7 @@ from kasa_tune.config.parts_of_training import (
     OPTIMIZER,
     PROFILER,
 )
+from kasa_tune.config.report import REPORT
 from kasa_tune.methods import METHODS
 
 _TRAINED_BY = {  # adapter.method to the recipe that takes it; the kasa recipe has no such key
@@ -310,15 +311,6 @@ GENERATE: Schema = {
         DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
     ),
 }
-REPORT: Schema = {
-    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
-    "checkpoint_dir": Key(
-        FilePath | None,
-        None,
-        help="folder of the base model's files; null: where the run read them",
-    ),
-}
-
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = {
     **OF_IMPORT,
@@ -357,7 +349,7 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return EXPORT
     if "peft_adapter" in tree:
         return IMPORT
-    if "run" in tree:
+    if tree.keys() & {"run", "runs"}:
         return REPORT
     if "tasks" in tree:
         return EVALUATE

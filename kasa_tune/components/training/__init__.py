@@ -31,6 +31,7 @@ from kasa_tune.components.training.memory import (
     per_process,
 )
 from kasa_tune.components.training.model import build_training_model
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.step import NonFiniteError, Step
 from kasa_tune.components.training.steps import Steps
 
@@ -39,6 +40,7 @@ __all__ = [
     "JSONLLogger",
     "LossOnLogits",
     "NonFiniteError",
+    "Phases",
     "SilentLogger",
     "Step",
     "Steps",

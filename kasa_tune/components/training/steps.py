@@ -48,6 +48,7 @@ from kasa_tune.components.processes import (
     watch_steps,
 )
 from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.saving import Saver
 from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
@@ -77,6 +78,7 @@ class Steps:
         device: device of the model.
         ignore_index: label of tokens that nothing is learned from.
         processes: the processes that train together. None for a single process.
+        phases: the clock of the run, with what came before the first step. None starts one now.
 
     Attributes:
         step: number of optimizer steps done.
@@ -102,10 +104,11 @@ class Steps:
         device: torch.device,
         ignore_index: int = -100,
         processes: World | SingleProcess | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.cfg, self.model, self.data, self.device = cfg, model, data, device
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.processes = processes or SingleProcess()
+        self.processes, self.phases = processes or SingleProcess(), phases or Phases()
         self.fingerprints, self.ignore_index = fingerprints, ignore_index
         self._loss_sum = loss_sum
         self.folder = Path(cfg.output_dir) / "checkpoints"
@@ -213,6 +216,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         self.model.train()
+        self.phases.done("setting up")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # do not count loading
         self._open_log()
@@ -222,6 +226,7 @@ class Steps:
             for batches in self._batches_of_steps():
                 self._current = step = Step(self, batches)
                 yield step
+                self.phases.done("training")
                 self._finish_step(step)
                 self.saver.mark_position()
                 self._current = None
@@ -287,6 +292,7 @@ class Steps:
         try:
             if every and (last or self.step % every == 0) and not self.stopping:
                 metrics["val_loss"] = self.validate()
+                self.phases.done("validation")
         finally:  # the step itself is done
             self._log(metrics, last=last)
 
@@ -308,6 +314,7 @@ class Steps:
             with disable_adapter(self.model):
                 base_loss = self.validate()
             losses = {"val_loss_base": base_loss, "val_loss": self.validate()}
+            self.phases.done("validation")
             self._logger.log_dict(losses, step=0)
 
     @torch.no_grad()
@@ -330,6 +337,9 @@ class Steps:
         All processes must call this, after a finished step.
         """
         self.saver.save()
+        self.phases.done("saving")
+        if self.processes.is_rank_zero:
+            self.phases.write(self.folder.parent)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore the optimizer, the schedule, the position in the data and the random state."""
@@ -348,3 +358,4 @@ class Steps:
                 )
         self.processes.set_rng_state(checkpoint.part("rng"))
         self.saver.last_step, self.saver.path = self.step, checkpoint.path
+        self.phases.add_earlier(self.folder.parent)
