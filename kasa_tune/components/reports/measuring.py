@@ -82,7 +82,8 @@ def about_run(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, str]:
         "seed": str(cfg.seed),
         "trained parameters": f"{trained:,}",
     }
-    for key in ("beta", "gamma", "mode", "dynamic_ranks"):
+    kasa = method_of(cfg.adapter).builders == ("kasa",)
+    for key in ("beta", "gamma") if kasa else ("mode", "dynamic_ranks"):
         if (value := cfg.adapter.get(key)) is not None:
             about[f"adapter.{key}"] = str(value)
     return {**about, "folder": str(cfg.output_dir)}

@@ -221,14 +221,23 @@ def _samples(runs: Sequence[ReportedRun]) -> str:
             chosen = _spread(records, MOST_OF_A_PROMPT)
             left_out += len(records) - len(chosen)
             texts = {"prompt": prompt} if prompt else {}
+            same = _same_in_all(chosen)
+            texts |= _texts_of(same, None)
             for number_of, answer in enumerate(chosen):
-                texts |= _texts_of(answer, number_of if len(chosen) > 1 else None)
+                others = {key: answer[key] for key in answer if key not in same}
+                texts |= _texts_of(others, number_of if len(chosen) > 1 else None)
             heading = f"<h3>{shown(run.name)}</h3>" if len(runs) > 1 else ""
             cards.append(f'<div class="card samples">{heading}{labelled(texts)}</div>')
         rest = list(by_prompt.values())[MOST_SAMPLES // MOST_OF_A_PROMPT :]
         left_out += sum(map(len, rest))
     note = f"<p class='soft'>{left_out:,} more are in the run's folder.</p>" if left_out else ""
     return grid(cards) + note if cards else ""
+
+
+def _same_in_all(records: Sequence[Mapping]) -> dict:
+    """What several records have in common, such as the reference of a prompt."""
+    first, *others = records
+    return {k: v for k, v in first.items() if others and all(r.get(k) == v for r in others)}
 
 
 def _prompt_of(record: Mapping) -> str:

@@ -140,6 +140,25 @@ def test_a_run_that_says_little_is_a_page_too():
     assert [a["id"] for tag, a in page.elements if tag == "section"] == ["summary", "losses"]
 
 
+def test_samples_stand_by_prompt_and_what_they_share_stands_once():
+    samples = [
+        {
+            "step": step,
+            "prompt": prompt,
+            "reference": "as it should be",
+            "answer": f"{prompt}{step}",
+        }
+        for step in range(0, 100, 10)
+        for prompt in "pq"
+    ]
+    text = Page(page_of(ReportedRun("run", "folder", samples=samples))).text
+    assert text.count("as it should be") == 2
+    for said in ("p0", "p30", "p60", "p90", "q0", "q90"):
+        assert said in text
+    assert "p10" not in text
+    assert "12 more are in the run's folder" in text
+
+
 def test_files_of_any_content_are_read(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(
         b'{"prompt": "a\xff", "answer": 1}\n[1]\n{"step": 3, "completion": "x"}\n{"torn'
