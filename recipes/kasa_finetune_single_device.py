@@ -13,7 +13,6 @@ The algorithm (KaSA, arXiv 2412.06071):
 """
 
 import sys
-import time
 from functools import partial
 
 from omegaconf import DictConfig
@@ -34,6 +33,7 @@ from kasa_tune.components.data import Batch, TrainingData, build_tokenizer
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     build_training_model,
     check_optimizer,
@@ -57,6 +57,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
+        self._phases = Phases()
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -105,6 +106,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
         )
 
@@ -117,14 +119,15 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._checkpoint:
             load_adapter_state_dict(self._model, self._checkpoint.adapter)
             return
-        started = time.perf_counter()
+        self._phases.done("reading data and weights")
         linears = list(adapter_linears(self._model))
         for name, linear in tqdm(linears, desc="Starting adapters", unit="layer"):
             try:
                 linear.initialize()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+        seconds = self._phases.done("starting the adapters")
+        log.info(f"Adapters started in {seconds:.1f} s.")
 
     def _print_budget(self, cfg: DictConfig) -> None:
         report = dry_run_report(cfg, self._model, tokenizer=self._tokenizer, loss=self._loss)

@@ -109,6 +109,18 @@ def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(name, f"missing; give all of {', '.join(SECTIONS)}, or none of them")
 
 
+def report_of_runs(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A report is of one run, or of several."""
+    if "calibrate" not in cfg or "runs" not in cfg:
+        return
+    if not cfg["run"] and not cfg["runs"]:
+        yield Problem(
+            "run", "missing; give a run's output_dir, or several with runs={name: folder}"
+        )
+    elif cfg["run"] and cfg["runs"]:
+        yield Problem("run", f"got {show(cfg['run'])} beside runs; give one of them")
+
+
 def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Every folder that a section reads holds a supported model, its weights and its tokenizer. A dry run needs
     config.json alone.

@@ -343,6 +343,7 @@ BETWEEN_KEYS = (
     something_to_complete,
     folders.folder_given,
     folders.told_by_run,
+    folders.report_of_runs,
     data_given,
     model_type,
 )

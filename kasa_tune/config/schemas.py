@@ -44,6 +44,7 @@ from kasa_tune.config.parts_of_training import (
     PROFILER,
     WHILE_TRAINING,
 )
+from kasa_tune.config.report import REPORT
 from kasa_tune.config.services import JUDGE, SYNTHESIZE
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
@@ -351,7 +352,7 @@ SCHEMAS: Mapping[str, Schema] = {
 }
 
 _BY_KEY: Mapping[str, Schema] = {
-    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "methods": COMPARE,
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "runs": REPORT, "methods": COMPARE,
     "seeds": SYNTHESIZE, "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
 }  # fmt: skip
 
