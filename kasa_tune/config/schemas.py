@@ -19,7 +19,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.evaluation import EVALUATE
-from kasa_tune.config.exchange import EXPORT, OF_IMPORT, REPORT
+from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
     CHECKPOINT_DIR,
