@@ -42,13 +42,15 @@ from tests.toy_checkpoints import config_of
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 TRAINING = {config.name: config for config in training_configs()}
+OF_SEVERAL = [name for name in FILES if f"_{name}".endswith("_compare")]
 SELF_CONTAINED = [
-    name for name in FILES if name.startswith(("tiny_", "stories260k_"))
+    name for name in FILES if name.startswith(("tiny_", "stories260k_")) and name not in OF_SEVERAL
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 OF_A_RUN = ["generate", "report"]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
-FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
+OTHERS = SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY + OF_SEVERAL
+FINETUNED = [name for name in FILES if name not in OTHERS]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
 GIVEN = dict.fromkeys(OF_ANY, TWO)
