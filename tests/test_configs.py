@@ -42,29 +42,17 @@ from tests.toy_checkpoints import config_of
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 TRAINING = {config.name: config for config in training_configs()}
+OF_SEVERAL = [name for name in FILES if f"_{name}".endswith("_compare")]
 SELF_CONTAINED = [
-    name for name in FILES if name.startswith(("tiny_", "stories260k_"))
+    name for name in FILES if name.startswith(("tiny_", "stories260k_")) and name not in OF_SEVERAL
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 OF_A_RUN = ["generate", "report", "gpt2_e2e_evaluate"]
 SERVED = [name for name in FILES if f"_{name}".endswith(("_synthesize", "_judge"))]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
 OF_ENCODERS = [name for name in FILES if name.endswith("_classify")]
-COMPARING = [name for name in FILES if f"_{name}".endswith("_compare")]
-FINETUNED = [
-    name
-    for name in FILES
-    if name
-    not in [
-        *SELF_CONTAINED,
-        *EXCHANGED,
-        *OF_A_RUN,
-        *OF_ANY,
-        *SERVED,
-        *OF_ENCODERS,
-        *COMPARING,
-    ]
-]
+OTHERS = SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY + OF_SEVERAL + SERVED + OF_ENCODERS
+FINETUNED = [name for name in FILES if name not in OTHERS]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
 GIVEN = dict.fromkeys(OF_ANY, TWO)
@@ -830,8 +818,7 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
     [
         name
         for name in SELF_CONTAINED
-        if not name.endswith(("_generate", "_evaluate", "_classify"))
-        and name not in SERVED + COMPARING
+        if not name.endswith(("_generate", "_evaluate", "_classify")) and name not in SERVED
     ],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
