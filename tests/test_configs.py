@@ -731,7 +731,10 @@ def check_run(folder, cfg):
 
 def adapter_names(model):
     """Names of the trained tensors, from what the config's model section says."""
-    mlp = model["apply_to_mlp"]
+    mlp, sizes = model["apply_to_mlp"], model
+    if "checkpoint_dir" in model:  # the tiny GPT-2, whose MLP has no gate
+        sizes = json.loads((Path(model["checkpoint_dir"]) / "config.json").read_text())
+        sizes, mlp = {"num_layers": sizes["n_layer"]}, ["w1", "w2"]
     places = [f"attn.{leaf}" for leaf in model["attn_modules"]]
     places += [f"mlp.{leaf}" for leaf in (["w1", "w2", "w3"] if mlp is True else mlp or [])]
     parts = ["lora_a.weight", "lora_b.weight"]
@@ -740,7 +743,7 @@ def adapter_names(model):
     )
     return {
         f"layers.{i}.{place}.{part}"
-        for i in range(model["num_layers"])
+        for i in range(sizes["num_layers"])
         for place in places
         for part in parts
     }
