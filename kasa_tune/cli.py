@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kasa_tune import __version__, registry, torchao_bridge
-from kasa_tune.errors import is_expected, sentence
+from kasa_tune.errors import INTERRUPTED, STATUS_INTERRUPTED, is_expected, sentence
 
 _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 _RUN_HELP = f"""usage: {_RUN_USAGE}
@@ -223,7 +223,11 @@ def _run(argv: list[str]) -> int:
             sys.path.append(folder)
     sys.argv = [str(path), *recipe_args]
     torchao_bridge.quiet()
-    runpy.run_path(str(path), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except KeyboardInterrupt:  # while the recipe's imports go on
+        print(INTERRUPTED, file=sys.stderr)
+        return STATUS_INTERRUPTED
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from kasa_tune import cli, registry
+from kasa_tune import cli, config, errors, registry
 
 ROOT = registry.PACKAGE_ROOT.parent
 # A recipe that notes what it was started with.
@@ -300,3 +300,23 @@ def test_validate_before_the_model_is_downloaded(tmp_path):
 def test_unknown_arguments_exit_with_2(package, args):
     with pytest.raises(SystemExit, match="2"):
         cli.main(args)
+
+
+def test_an_interrupt_is_one_sentence_and_status_130(package, tmp_path, monkeypatch, capsys):
+    """Before the recipe's first line of its own, and in its main function."""
+    path = tmp_path / "mine.py"
+    path.write_text("raise KeyboardInterrupt")
+    assert cli.main(["run", str(path), "--config", "toy_kasa"]) == 130
+    assert capsys.readouterr().err == f"{errors.INTERRUPTED}\n"
+
+    @config.parse(None)
+    def recipe_main(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "PACKAGE_ROOT", ROOT / "kasa_tune")
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--config", "tiny_kasa"])
+    monkeypatch.delenv("KASA_TUNE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        recipe_main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"{errors.INTERRUPTED}\n"

@@ -11,8 +11,17 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
-from kasa_tune.config.loading import instantiate, load, parse, validate_file
+from kasa_tune.config.loading import (
+    instantiate,
+    load,
+    override_unchecked,
+    parse,
+    read_unchecked,
+    validate_file,
+)
 from kasa_tune.config.schemas import (
+    CLASSIFY,
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
@@ -26,6 +35,8 @@ from kasa_tune.config.schemas import (
 )
 
 __all__ = [
+    "CLASSIFY",
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
@@ -47,6 +58,8 @@ __all__ = [
     "at_least",
     "instantiate",
     "load",
+    "override_unchecked",
     "parse",
+    "read_unchecked",
     "validate_file",
 ]

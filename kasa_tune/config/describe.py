@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
 from kasa_tune.config.schemas import (
+    CLASSIFY,
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
@@ -31,8 +33,10 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "kasa_finetune_single_device": (FINETUNE, ()),
     "corda_finetune_single_device": (CORDA, (FINETUNE,)),
     "qcorda_finetune_single_device": (QCORDA, (FINETUNE, CORDA)),
+    "classify_finetune_single_device": (CLASSIFY, (FINETUNE, CORDA)),
     "generate_text": (GENERATE, (FINETUNE,)),
     "evaluate_model": (EVALUATE, (FINETUNE,)),
+    "compare_methods": (COMPARE, (FINETUNE, EVALUATE)),
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
     "report_run": (REPORT, ()),

@@ -34,6 +34,9 @@ _OF_METHODS: tuple[tuple[str, tuple[str | None, ...], Any], ...] = (
 )
 
 
+_OF_ENCODERS = "classify_finetune_single_device"
+
+
 def _builders() -> dict[str, dict[str | None, tuple[str, ...]]]:
     """Recipe to adapter.method to how the names of the builders begin whose adapters it trains."""
     table: dict[str, dict[str | None, tuple[str, ...]]] = {}
@@ -41,6 +44,7 @@ def _builders() -> dict[str, dict[str | None, tuple[str, ...]]]:
         of_recipe = table.setdefault(f"{method.recipe}_single_device", {})
         known = of_recipe.get(method.setting, ())
         of_recipe[method.setting] = tuple(dict.fromkeys(known + method.builders))
+    table[_OF_ENCODERS] = {"kasa": ("kasa",), **table["corda_finetune_single_device"]}
     return table
 
 
@@ -54,6 +58,8 @@ def _method(cfg: dict[str, Any]) -> tuple[str | None, dict[str | None, tuple[str
     method = (cfg.get("adapter") or {}).get("method")
     if method is None and "calibration" in cfg:  # the value given has a problem of its own
         return None, {}
+    if "metric" in cfg:
+        return method, _BUILDERS[_OF_ENCODERS]
     return method, next((methods for methods in _BUILDERS.values() if method in methods), {})
 
 
@@ -258,6 +264,29 @@ def validation(cfg: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
+def validation_metrics(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Metrics that decide are measured, and tasks in training answer greedily."""
+    section = cfg.get("validation") or {}
+    tasks = section.get("tasks") or []
+    tasks = tasks if isinstance(tasks, list) else [tasks]
+    for i, task in enumerate(tasks):
+        if task.get("decoding"):
+            yield Problem(
+                f"validation.tasks.{i}.decoding",
+                f"got {show(task['decoding'])}; answers in training are greedy, leave it out",
+            )
+    early = (cfg.get("early_stopping") or {}).get("metric")
+    begins = tuple(f"val_{task.get('name')}_" for task in tasks)
+    for key, metric in (("keep_best", cfg.get("keep_best")), ("early_stopping.metric", early)):
+        if metric is None:
+            continue
+        if not cfg.get("run_val_every_n_steps"):
+            yield Problem(key, f"got {show(metric)} without validation; set run_val_every_n_steps")
+        elif metric != "val_loss" and not metric.startswith(begins):
+            known = ", ".join(["val_loss", *(f"{begin}<metric>" for begin in begins)])
+            yield Problem(key, f"got {show(metric)}, which no validation measures; it is {known}")
+
+
 def something_to_complete(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Generation has prompts."""
     if "prompts" in cfg and "dataset" in cfg and not cfg["prompts"] and not cfg["dataset"]:
@@ -310,9 +339,11 @@ BETWEEN_KEYS = (
     columns,
     closure,
     validation,
+    validation_metrics,
     something_to_complete,
     folders.folder_given,
     folders.told_by_run,
+    folders.report_of_runs,
     data_given,
     model_type,
 )

@@ -34,11 +34,6 @@ _TINY = {"model": "tiny_world", "workers": 4, "rate": "null", "prices": (0.0, 0.
 
 def service_texts() -> Iterator[tuple[str, str]]:
     """Names and texts of the configs."""
-    yield from _synthesis_texts()
-    yield from _judge_texts()
-
-
-def _synthesis_texts() -> Iterator[tuple[str, str]]:
     yield (
         "synthesize",
         _synthesis(
@@ -73,9 +68,11 @@ def _synthesis_texts() -> Iterator[tuple[str, str]]:
             _TINY | {"temperature": "1.0", "attempts": 10},
         ),
     )
+    yield from _judges()
 
 
-def _judge_texts() -> Iterator[tuple[str, str]]:
+def _judges() -> Iterator[tuple[str, str]]:
+    """Those of judging."""
     yield (
         "judge",
         _judge(

@@ -6,7 +6,7 @@ It is plain data: it imports neither torch nor YAML. `make configs` writes confi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kasa_tune.methods import METHODS
@@ -157,6 +157,21 @@ TINY = Family(
     f"{_TORCHTUNE}.llama2.llama2_tokenizer",
     prompt_template='{user: ["Data: ", "Text: "], assistant: ["", ""]}',
 )
+# The folder of the checkpoint has everything. The script that KaSA's paper follows puts the end of a
+# text between data and description, and a space before the latter.
+GPT2 = Family(
+    "",
+    "kasa_tune.components.data.tokenizer_from_checkpoint",
+    {"checkpoint_dir": ""},
+    prompt_template='{user: ["", "<|endoftext|>"], assistant: [" ", ""]}',
+    ignored="*.[bhmo]*",  # weights in other formats
+    samples=8,
+)
+TINY_GPT2 = replace(
+    GPT2,
+    prompt_template='{user: ["Data: ", " Text: "], assistant: ["", ""]}',
+    samples=16,
+)
 STORIES = Family(
     "LLAMA2", f"{_TORCHTUNE}.llama2.llama2_tokenizer", prompt_template="null", samples=8
 )
@@ -250,6 +265,14 @@ _ROWS = (
     ),
     Model("phi4_14b", "Phi-4 14B", PHI4, "microsoft/phi-4", 6),
     Model(
+        "gpt2_medium", "GPT-2 medium", GPT2, "openai-community/gpt2-medium", batch_size=8,
+        in_kasa_paper=True, tasks=("gpt2_e2e",), methods=("kasa", "lora"), **_SMALL,
+    ),
+    Model(
+        "gpt2_large", "GPT-2 large", GPT2, "openai-community/gpt2-large", batch_size=8,
+        in_kasa_paper=True, tasks=("gpt2_e2e",), methods=("kasa", "lora"), **_SMALL,
+    ),
+    Model(
         "tiny", "The embedded tiny Llama", TINY,
         builder="llama3", batch_size=16, checkpointing=False, tasks=("tiny_world",),
         methods=(*METHODS,), folder="kasa_tune://tiny_world/model",
@@ -258,6 +281,12 @@ _ROWS = (
             "embed_dim": "128", "max_seq_len": "512", "intermediate_dim": "384",
             "rope_base": "10000", "norm_eps": "1e-5",
         },
+    ),
+    Model(
+        "tiny_gpt2", "The embedded tiny GPT-2", TINY_GPT2,
+        builder="from_checkpoint", batch_size=16, tasks=("tiny_world",),
+        methods=("kasa", "lora", "corda"), folder="kasa_tune://tiny_world/gpt2",
+        sizes={"checkpoint_dir": "kasa_tune://tiny_world/gpt2"}, **_SMALL,
     ),
     Model(
         "stories260k", "stories260K, a real Llama of 260 thousand parameters", STORIES,

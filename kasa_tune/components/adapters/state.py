@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.linear import AdapterLinear
+from kasa_tune.components.adapters.whole import whole_parameters
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized
@@ -29,20 +30,22 @@ def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor: all that a base needs to become
-    the model. Factors of which every process holds a part are gathered: all processes must call.
+    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor, and the parameters of modules
+    trained whole, by their own names: all that a base needs to become the model. Tensors of which every process holds a
+    part are gathered: all processes must call.
     """
     return {name: full_tensor(value.detach()) for name, value in adapter_tensors(model).items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors behind :func:`adapter_state_dict`, not gathered and not copied."""
-    return {
+    factors = {
         f"{name}.{key}": value
         for name, linear in adapter_linears(model)
         for key, value in linear.state_dict(keep_vars=True).items()
         if key.startswith("lora_")
     }
+    return factors | whole_parameters(model)
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -59,6 +62,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     check_adapter_fits(model, state)
     for name, linear in adapter_linears(model):
         load_adapter(name, linear, state)
+    with torch.no_grad():
+        for name, parameter in whole_parameters(model).items():
+            parameter.copy_(state[name])
 
 
 def check_adapter_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -118,22 +124,30 @@ def adapter_update(state: Mapping[str, Tensor], name: str, scaling: float) -> Lo
     return LowRank(out, torch.cat((part["lora_a.weight"], edit_in)))
 
 
-def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:
+def lora_plus_groups(
+    model: nn.Module, lr: float | None, ratio: float, *, head_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer in which every B learns ``ratio`` times as fast as the rest (LoRA+, arXiv
-    2402.12354, with its λ as ``ratio``). One group for a ratio of 1.
+    2402.12354, with its λ as ``ratio``). One group for a ratio of 1. What is trained whole is a group of its own, with
+    the rate ``head_lr``.
 
     Raises:
         ValueError: a ratio other than 1 of no ``lr``.
     """
-    trained = {
+    whole = set(whole_parameters(model))
+    every = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    trained = {name: parameter for name, parameter in every.items() if name not in whole}
+    head = [parameter for name, parameter in every.items() if name in whole]
+    own_lr = {} if head_lr is None else {"lr": head_lr}
+    heads = [{"params": head, **own_lr}] if head else []
     if ratio == 1:
-        return [{"params": list(trained.values())}]
+        return [{"params": list(trained.values())}, *heads]
     if lr is None:
         raise ValueError(
             f"adapter.lr_ratio {ratio} needs optimizer.lr, the learning rate it is a multiple of."
         )
     fast = [parameter for name, parameter in trained.items() if name.endswith("lora_b.weight")]
     rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_b.weight")]
-    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}, *heads]

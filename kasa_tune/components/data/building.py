@@ -23,6 +23,7 @@ from kasa_tune.components.data.batches import EpochBatches, build_dataloader, co
 from kasa_tune.components.data.file_faults import file_fault
 from kasa_tune.components.data.fingerprints import fingerprint
 from kasa_tune.components.data.samples import MixedDataset, ShiftedDataset, shift_labels
+from kasa_tune.components.data.visual import VisualDataset
 
 __all__ = [
     "EpochBatches",
@@ -94,6 +95,28 @@ def build_dataset(
                 f"{key}: weight {weight} of {len(part)} samples leaves none. Set a larger weight."
             )
     return parts[0] if len(parts) == 1 and weights[0] == 1.0 else MixedDataset(parts, weights)
+
+
+def load_rows(
+    cfg: Mapping | DictConfig, tokenizer: Any, *, name: str
+) -> tuple[Any, dict[str, Any]]:
+    """Call the component of one dataset node as it is, without shifting labels.
+
+    Args:
+        cfg: a node with ``_component_``.
+        tokenizer: given to the component.
+        name: the config key, used in errors.
+
+    Returns:
+        What the component gives, and the node in plain containers.
+
+    Raises:
+        FileNotFoundError: a local data file that is not there.
+        ConnectionError: a hub dataset that cannot be reached.
+        ValueError: there are no rows, or the component cannot load them.
+    """
+    (node,) = _resolved(cfg)
+    return _instantiate(node, tokenizer, name), node
 
 
 def _resolved(cfg: Mapping | Sequence | DictConfig | ListConfig) -> list[dict[str, Any]]:
@@ -171,6 +194,8 @@ def _packed(
     samples: ShiftedDataset, node: Mapping, name: str, cache_dir: Any, progress: Any
 ) -> Dataset:
     max_seq_len = getattr(samples.tokenizer, "max_seq_len", None)
+    if isinstance(samples.inner, VisualDataset):
+        raise ValueError(f"{name}.packed: rows with images are not packed. Set it to False.")
     if max_seq_len is None:
         raise ValueError(
             f"{name}.packed: True needs tokenizer.max_seq_len, the length of a packed row."

@@ -21,6 +21,7 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
 )
+from kasa_tune.components.adapters.whole import whole_parameters
 from kasa_tune.components.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -33,17 +34,19 @@ from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
-    StreamedWeights,
     read_base_weights,
     weights_digest,
     weights_fingerprint,
 )
+from kasa_tune.components.models.encoder import Encoder
+from kasa_tune.components.models.encoder_folder import check_encoder
 from kasa_tune.components.models.loading import (
     build_on_meta,
     put_weight,
     read_tensor,
     require_adapters,
 )
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
@@ -129,6 +132,12 @@ class TrainedRun:
     def changed(self) -> list[str]:
         """Names of the linears whose weights are not the base's: adapted, or quantized."""
         return list(dict.fromkeys([*self.linears, *self.quantized]))
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Tensors of the base that were trained whole, as trained, by their own names."""
+        keys = {name: self.base.key_of(name) for name in whole_parameters(self.model)}
+        return {key: self.adapter[name] for name, key in keys.items() if key}
 
     def update(self, name: str) -> LowRank:
         """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""
@@ -236,13 +245,16 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     build = partial(build_allowed, model_config, "model", checkpoint)
     model: Any = build_on_meta(build, dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
-    check_architecture(
-        model,
-        folder,
-        longest=checkpoint.longest(model.max_seq_len),
-        builder=model_config["_component_"],
-        model_type=base.model_type,
-    )
+    if isinstance(model, Encoder):
+        check_encoder(model, folder)
+    else:
+        check_architecture(
+            model,
+            folder,
+            longest=checkpoint.longest(model.max_seq_len),
+            builder=model_config["_component_"],
+            model_type=base.model_type,
+        )
     check_adapter_fits(model, checkpoint.adapter)
     quantized = linears_in_nf4(model, checkpoint)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
@@ -322,7 +334,7 @@ def _open_base(
 
 def _reads_folder(node: Mapping[str, Any]) -> bool:
     """Whether a section's checkpointer finds the files with weights by itself."""
-    return node["_component_"].endswith(".CheckpointFolder")
+    return node["_component_"].endswith((".CheckpointFolder", ".EncoderFolder"))
 
 
 def _safetensors_in(folder: Path) -> list[str]:
