@@ -122,6 +122,8 @@ def test_a_trained_model_is_exported_with_its_connector(
     }
     ours = of_run(load_recipe, run)
     assert (ours - of_transformers(place)).abs().max() > 100 * TOLERANCE
+    call("report_run", "report", f"run={run}")
+    assert (run / "loss_curve.png").is_file()
     call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
     with_adapter = of_transformers(place, f"{run}_peft")
     atol = TOLERANCE * float(ours.abs().max())
