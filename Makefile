@@ -1,4 +1,4 @@
-# make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned
+# make demo    fine-tune the embedded tiny Llama with KaSA on the CPU, and show what it learned and forgot
 # make demo-synthesis  from 40 seeds to a judged model, with a server of our own; three minutes on the CPU
 # make test    run all tests; PYTEST_ARGS chooses some of them
 # make test-fast  run the tests that are not marked slow, in a few minutes on two cores
@@ -31,7 +31,9 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
 	$(BIN)/kasa-tune run kasa_finetune_single_device --config tiny_kasa output_dir=$(DEMO_OUTPUT)
 	$(BIN)/kasa-tune run generate_text --config tiny_kasa_generate adapter_checkpoint=$(DEMO_OUTPUT)
+	$(BIN)/kasa-tune run evaluate_model --config tiny_evaluate "adapters={kasa: $(DEMO_OUTPUT)}" output_dir=$(DEMO_OUTPUT)/evaluation
 	$(BIN)/kasa-tune run report_run --config $(DEMO_OUTPUT)/config.yaml
+	@echo "Open $(DEMO_OUTPUT)/report.html in a browser: losses, what was learned and forgotten, spectra, time."
 
 demo-synthesis: $(VENV)/.installed-synthesis
 	rm -rf $(DEMO_OUTPUT)

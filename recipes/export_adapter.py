@@ -27,6 +27,12 @@ from torchtune import training
 
 from kasa_tune import config
 from kasa_tune.components.exchange.checksums import write_checksums
+from kasa_tune.components.exchange.classifier import (
+    classifier_card,
+    is_classifier,
+    write_classifier_merged,
+    write_classifier_peft,
+)
 from kasa_tune.components.exchange.deviations import Deviations
 from kasa_tune.components.exchange.markdown import is_repository
 from kasa_tune.components.exchange.merged import write_merged
@@ -81,6 +87,7 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str | None
     trained ones.
     """
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu")) if cfg.dtype else None
+    encoder = is_classifier(run)
     match cfg.format:
         case "peft":
             options = {
@@ -89,7 +96,10 @@ def write(cfg: DictConfig, run: TrainedRun, folder: Path, base_model: str | None
                 "tolerance": cfg.tolerance,
             }
             options |= {"dtype": dtype} if dtype else {}
-            return write_peft(run, folder, base_model=base_model, **options)
+            writer = write_classifier_peft if encoder else write_peft
+            return writer(run, folder, base_model=base_model, **options)
+        case "merged" if encoder:
+            return write_classifier_merged(run, folder, dtype=dtype)
         case "merged":
             return write_merged(run, folder, dtype=dtype, max_shard_size=cfg.max_shard_size)
         case "native":
@@ -137,7 +147,7 @@ def recipe_main(cfg: DictConfig) -> int:
     output_dir = Path(cfg.output_dir)
     run = open_run(Path(cfg.adapter_checkpoint), checkpoint_dir=cfg.checkpoint_dir)
     base_model, digest = cfg.base_model or name_of_base(run), run.check_base()
-    prompting = how_to_prompt(run)
+    prompting = "" if is_classifier(run) else how_to_prompt(run)
     with new_folder(output_dir) as folder:
         errors = write(cfg, run, folder, base_model)
         if cfg.format == "peft":
@@ -150,7 +160,12 @@ def recipe_main(cfg: DictConfig) -> int:
             output_dir, cfg.format, base_model, digest, errors, prompting,
             config=read_object(settings) if settings.is_file() else None,
         )  # fmt: skip
-        (folder / "README.md").write_text(model_card(run, written), encoding="utf-8")
+        card = (
+            classifier_card(run, cfg.format, base_model, digest)
+            if is_classifier(run)
+            else model_card(run, written)
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if errors:
         print_errors(errors, in_nf4=cfg.format == "peft" and bool(run.quantized))
     print(f"Base weights: SHA-256 {digest}, of every byte.")

@@ -47,12 +47,32 @@ SELF_CONTAINED = [
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
 OF_A_RUN = ["generate", "report", "gpt2_e2e_evaluate"]
+SERVED = [name for name in FILES if f"_{name}".endswith(("_synthesize", "_judge"))]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
-FINETUNED = [name for name in FILES if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY]
+OF_ENCODERS = [name for name in FILES if name.endswith("_classify")]
+COMPARING = [name for name in FILES if f"_{name}".endswith("_compare")]
+FINETUNED = [
+    name
+    for name in FILES
+    if name
+    not in [
+        *SELF_CONTAINED,
+        *EXCHANGED,
+        *OF_A_RUN,
+        *OF_ANY,
+        *SERVED,
+        *OF_ENCODERS,
+        *COMPARING,
+    ]
+]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
 GIVEN = dict.fromkeys(OF_ANY, TWO)
 GIVEN |= {"generate": ["adapter_checkpoint=/tmp/run", "prompts=[Hello]"], "report": ["run=/tmp"]}
+GIVEN |= {
+    "synthesize": ["seeds=/tmp/seeds.jsonl"],
+    "judge": ["evaluations=[/tmp]", "tasks=[texts]"],
+}
 
 
 def schema_of(name):
@@ -123,7 +143,7 @@ def test_every_method_trains_the_tiny_model_and_has_a_config_for_every_real_one(
         assert f"tiny_{name}" in FILES
     of_every_model = ("kasa", "lora", "corda", "corda_kpm", "qcorda", "qlora")
     for made in TRAINING.values():
-        if made.task.device == "cuda" and made.model.name not in OF_E2E:
+        if made.task.device == "cuda" and made.task.methods == of_every_model:
             names = {f"{made.prefix}_{method}".lstrip("_") for method in of_every_model}
             assert names <= {*FILES}
 
@@ -352,7 +372,9 @@ HEADERS = one_of_each(
     HEADERS
     + EXCHANGED
     + [name for name in FILES if name.endswith(("_generate", "_evaluate"))]
-    + OF_A_RUN,
+    + ["tiny_roberta_kasa_classify", "deberta_v3_base_cola_kasa_classify"]
+    + OF_A_RUN
+    + SERVED,
 )
 def test_commands_of_the_header_run_this_config(name):
     needs_data(name)
@@ -765,7 +787,9 @@ ONE_PER_FAMILY = [
 # At toy size the models of a family are one, and so are their calibrations. One family runs every method and every
 # task's data; the others run both roads, one of adapters that start at zero and one that calibrates and quantizes.
 AT_TOY_SIZE = [
-    name for name in FINETUNED if name.startswith("llama3_8b_") and "_gsm8k_" not in name
+    name
+    for name in FINETUNED
+    if name.startswith("llama3_8b_") and not {"gsm8k", "synth"} & {*name.split("_")}
 ]
 AT_TOY_SIZE = [name for name in AT_TOY_SIZE if "_commonsense_" not in name]
 AT_TOY_SIZE += [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("kasa", "qcorda")]
@@ -803,7 +827,12 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in SELF_CONTAINED if not name.endswith(("_generate", "_evaluate"))],
+    [
+        name
+        for name in SELF_CONTAINED
+        if not name.endswith(("_generate", "_evaluate", "_classify"))
+        and name not in SERVED + COMPARING
+    ],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
@@ -849,6 +878,8 @@ SCHEMAS_IN_DOCS = {
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
     "report_run": config.REPORT,
+    "synthesize_data": config.SYNTHESIZE,
+    "judge_responses": config.JUDGE,
 }
 
 

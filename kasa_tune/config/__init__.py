@@ -20,6 +20,7 @@ from kasa_tune.config.loading import (
     validate_file,
 )
 from kasa_tune.config.schemas import (
+    CLASSIFY,
     COMPARE,
     CORDA,
     EVALUATE,
@@ -34,6 +35,7 @@ from kasa_tune.config.schemas import (
 )
 
 __all__ = [
+    "CLASSIFY",
     "COMPARE",
     "CORDA",
     "EVALUATE",

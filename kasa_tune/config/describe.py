@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
 from kasa_tune.config.schemas import (
+    CLASSIFY,
     COMPARE,
     CORDA,
     EVALUATE,
@@ -32,6 +33,7 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "kasa_finetune_single_device": (FINETUNE, ()),
     "corda_finetune_single_device": (CORDA, (FINETUNE,)),
     "qcorda_finetune_single_device": (QCORDA, (FINETUNE, CORDA)),
+    "classify_finetune_single_device": (CLASSIFY, (FINETUNE, CORDA)),
     "generate_text": (GENERATE, (FINETUNE,)),
     "evaluate_model": (EVALUATE, (FINETUNE,)),
     "compare_methods": (COMPARE, (FINETUNE, EVALUATE)),

@@ -287,6 +287,9 @@ class OneOrMany:
 Schema = Mapping[str, Key | Section | Component | OneOrMany]
 
 
+UNKNOWN = "unknown key"  # begins what is said of a key that a config may not have
+
+
 class Problem(NamedTuple):
     """What is wrong with the value at dotted `key`: what was given, what is allowed."""
 

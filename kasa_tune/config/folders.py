@@ -16,14 +16,15 @@ from kasa_tune.architectures import (
     UnsupportedArchitectureError,
     read_architecture,
 )
+from kasa_tune.architectures.encoder import read_encoder
 from kasa_tune.architectures.files import check_folder, weight_files
 from kasa_tune.config.entries import Problem, show
 from kasa_tune.config.file_kinds import kind_of
 
 SECTIONS = ("model", "tokenizer", "checkpointer")
-_READERS = ("_from_checkpoint", ".CheckpointFolder")
+_READERS = ("_from_checkpoint", ".CheckpointFolder", ".EncoderFolder", ".encoder_tokenizer")
 _DOCS = "docs/checkpoints.md"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spm.model")
 
 
 def name_of(path: str | None) -> str:
@@ -94,7 +95,7 @@ def folder_given(cfg: dict[str, Any]) -> Iterator[Problem]:
 def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Generation and evaluation know their model: from their own sections, from a run, or from a folder."""
     run = "adapter_checkpoint" if "max_new_tokens" in cfg else "adapters"
-    if run == "adapters" and (not {"tasks", "adapters"} <= cfg.keys() or "evaluations" in cfg):
+    if run == "adapters" and (not {"tasks", "adapters"} <= cfg.keys() or "protocol" in cfg):
         return
     lacking = [name for name in SECTIONS if not cfg.get(name)]
     if len(lacking) == len(SECTIONS):
@@ -108,6 +109,18 @@ def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(name, f"missing; give all of {', '.join(SECTIONS)}, or none of them")
 
 
+def report_of_runs(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A report is of one run, or of several."""
+    if "calibrate" not in cfg or "runs" not in cfg:
+        return
+    if not cfg["run"] and not cfg["runs"]:
+        yield Problem(
+            "run", "missing; give a run's output_dir, or several with runs={name: folder}"
+        )
+    elif cfg["run"] and cfg["runs"]:
+        yield Problem("run", f"got {show(cfg['run'])} beside runs; give one of them")
+
+
 def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Every folder that a section reads holds a supported model, its weights and its tokenizer. A dry run needs
     config.json alone.
@@ -117,16 +130,17 @@ def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
         if reads_folder(cfg.get(name)) and (folder := _folder(cfg[name])):
             places.setdefault(folder, []).append(name)
     for folder, names in places.items():
-        if wrong := _fault(Path(folder), [] if cfg.get("dry_run") else names):
+        read = read_encoder if "metric" in cfg else read_architecture
+        if wrong := _fault(Path(folder), [] if cfg.get("dry_run") else names, read):
             own = f"{names[0]}.checkpoint_dir"
             yield Problem("checkpoint_dir" if folder == cfg.get("checkpoint_dir") else own, wrong)
 
 
-def _fault(folder: Path, sections: list[str]) -> str | None:
+def _fault(folder: Path, sections: list[str], read: Callable[[Path], Any]) -> str | None:
     """What is wrong with a folder that these sections read besides config.json."""
     try:
         check_folder(folder)
-        read_architecture(folder)
+        read(folder)
         if "checkpointer" in sections:
             weight_files(folder)
     except UnsupportedArchitectureError as error:

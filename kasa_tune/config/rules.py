@@ -34,6 +34,9 @@ _OF_METHODS: tuple[tuple[str, tuple[str | None, ...], Any], ...] = (
 )
 
 
+_OF_ENCODERS = "classify_finetune_single_device"
+
+
 def _builders() -> dict[str, dict[str | None, tuple[str, ...]]]:
     """Recipe to adapter.method to how the names of the builders begin whose adapters it trains."""
     table: dict[str, dict[str | None, tuple[str, ...]]] = {}
@@ -41,6 +44,7 @@ def _builders() -> dict[str, dict[str | None, tuple[str, ...]]]:
         of_recipe = table.setdefault(f"{method.recipe}_single_device", {})
         known = of_recipe.get(method.setting, ())
         of_recipe[method.setting] = tuple(dict.fromkeys(known + method.builders))
+    table[_OF_ENCODERS] = {"kasa": ("kasa",), **table["corda_finetune_single_device"]}
     return table
 
 
@@ -54,6 +58,8 @@ def _method(cfg: dict[str, Any]) -> tuple[str | None, dict[str | None, tuple[str
     method = (cfg.get("adapter") or {}).get("method")
     if method is None and "calibration" in cfg:  # the value given has a problem of its own
         return None, {}
+    if "metric" in cfg:
+        return method, _BUILDERS[_OF_ENCODERS]
     return method, next((methods for methods in _BUILDERS.values() if method in methods), {})
 
 
@@ -337,6 +343,7 @@ BETWEEN_KEYS = (
     something_to_complete,
     folders.folder_given,
     folders.told_by_run,
+    folders.report_of_runs,
     data_given,
     model_type,
 )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
+from kasa_tune.config.classification import of_encoders
 from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
@@ -43,6 +44,7 @@ from kasa_tune.config.parts_of_training import (
     PROFILER,
     WHILE_TRAINING,
 )
+from kasa_tune.config.report import REPORT
 from kasa_tune.config.services import JUDGE, SYNTHESIZE
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
@@ -277,6 +279,8 @@ def _with_adapter(adapter: Section, **after: Section) -> Schema:
 CORDA: Schema = _with_adapter(_CORDA_ADAPTER, calibration=CALIBRATION)
 QCORDA: Schema = _with_adapter(_QCORDA_ADAPTER, quantization=QUANTIZATION, calibration=CALIBRATION)
 
+CLASSIFY: Schema = of_encoders(CORDA)
+
 _OF_RUN = " Null: as the run of `adapter_checkpoint` says"
 GENERATE: Schema = {
     "checkpoint_dir": CHECKPOINT_DIR,
@@ -320,25 +324,17 @@ GENERATE: Schema = {
         DTYPE, default=None, help="precision of the base model; null: that of the run, or bf16"
     ),
 }
-REPORT: Schema = {
-    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
-    "checkpoint_dir": Key(
-        FilePath | None,
-        None,
-        help="folder of the base model's files; null: where the run read them",
-    ),
-}
-
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = {
     **OF_IMPORT,
     **{name: Ignored() for name in QCORDA if name not in OF_IMPORT},
 }
 
-_RECIPES: Mapping[str, Schema] = {
+RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
+    "classify_finetune_single_device": CLASSIFY,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
     "compare_methods": COMPARE,
@@ -351,21 +347,23 @@ _RECIPES: Mapping[str, Schema] = {
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     suffix: schema
-    for recipe, schema in _RECIPES.items()
+    for recipe, schema in RECIPES.items()
     for suffix in registry.config_suffixes(recipe)
 }
 
 _BY_KEY: Mapping[str, Schema] = {
-    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "methods": COMPARE,
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "runs": REPORT, "methods": COMPARE,
     "seeds": SYNTHESIZE, "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
 }  # fmt: skip
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
     """The schema a config belongs to: that of its `adapter.method`, of its name, or of a key that no other has."""
+    if "metric" in tree:
+        return CLASSIFY
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
-        return _RECIPES[trains]
+        return RECIPES[trains]
     named = next(
         (schema for ending, schema in SCHEMAS.items() if f"_{name}".endswith(ending)), None
     )
@@ -385,7 +383,7 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
 
 def recipes_taking(key: str, value: Any) -> list[str]:
     """The recipes in whose configs `value` may stand at the dotted `key`, as far as the key itself tells."""
-    return [recipe for recipe, schema in _RECIPES.items() if _takes(schema, key, value)]
+    return [recipe for recipe, schema in RECIPES.items() if _takes(schema, key, value)]
 
 
 def _takes(schema: Schema, key: str, value: Any) -> bool:

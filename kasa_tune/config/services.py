@@ -28,7 +28,9 @@ def _endpoint(max_tokens: int, temperature: float | None) -> Section:
                 float | None, temperature, TEMPERATURE, help="null: the server's default"
             ),
             "max_tokens": Key(int, max_tokens, COUNT, help="the most tokens of an answer"),
-            "extra": Key(dict[str, Any], {}, help="further keys of each request, such as top_p"),
+            "extra": Key(
+                dict[str, Any] | None, None, help="further keys of each request, such as top_p"
+            ),
             "send_seed": Key(
                 bool,
                 True,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kasa_tune.families import Figures, tables, training_configs, training_text
+from kasa_tune.families.classification import classification_texts
 from kasa_tune.families.comparing import comparison_texts
 from kasa_tune.families.exchange import evaluation_texts, exchange_texts, generation_texts
 from kasa_tune.families.services import service_texts
@@ -31,6 +32,7 @@ def texts(figures: Mapping[str, Figures]) -> dict[str, str]:
         comparison_texts(),
         exchange_texts(),
         service_texts(),
+        classification_texts(),
     )
     return training | {name: text for each in others for name, text in each}
 

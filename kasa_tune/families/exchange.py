@@ -78,13 +78,18 @@ device: cuda
 dtype: null
 """
 _REPORT = """\
-# A run's loss curve and singular values, as plots in its folder. The run says which model and base weights it had.
+# A page of a run, or of several side by side, and plots in their folders. The run says which model and base it had.
 #
 #   tune run report_run --config report run=/tmp/run
 #   tune run report_run --config report run=/tmp/run checkpoint_dir=/models/base
+#   tune run report_run --config report 'runs={kasa: /tmp/a, lora: /tmp/b}' output_dir=/tmp/compared
+#   tune run report_run --config report run=/tmp/run calibrate=True     # and covariances; loads the whole base
 
 run: null  # its output_dir
+runs: null  # several instead, each under a name of your choice
+output_dir: null  # of the page; null: the (first) run's
 checkpoint_dir: null
+calibrate: False
 """
 
 

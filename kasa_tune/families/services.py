@@ -68,6 +68,11 @@ def service_texts() -> Iterator[tuple[str, str]]:
             _TINY | {"temperature": "1.0", "attempts": 10},
         ),
     )
+    yield from _judges()
+
+
+def _judges() -> Iterator[tuple[str, str]]:
+    """Those of judging."""
     yield (
         "judge",
         _judge(

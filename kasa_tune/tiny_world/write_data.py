@@ -8,18 +8,23 @@ import argparse
 import json
 from pathlib import Path
 
-from kasa_tune.tiny_world import task, world
+from kasa_tune.tiny_world import sentences, task, world
 
 
 def data_files() -> dict[str, str]:
     """Return the JSON Lines text of every file in data/, by its name."""
-    rows = {
+    rows: dict[str, list] = {
         "task_train.jsonl": task.rows("train"),
         "task_val.jsonl": task.rows("val"),
         "facts_test.jsonl": world.facts_test(),
         "facts_calibration.jsonl": [
             row | {"text": _as_pretrained(row)} for row in world.facts_calibration()
         ],
+    }
+    rows |= {
+        f"{name}_{split}.jsonl": sentences.rows(name, split)
+        for name in sentences.TASKS
+        for split in ("train", "val")
     }
     return {
         name: "".join(json.dumps(row) + "\n" for row in content) for name, content in rows.items()

@@ -18,12 +18,14 @@ from kasa_tune.components.adapters.state import (
     load_adapter_state_dict,
     lora_plus_groups,
 )
+from kasa_tune.components.adapters.whole import TrainedWhole, whole_parameters
 
 __all__ = [
     "AdapterLinear",
     "CorDALinear",
     "KaSALinear",
     "LoRALinear",
+    "TrainedWhole",
     "adapter_linears",
     "adapter_state_dict",
     "adapter_tensors",
@@ -35,4 +37,5 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "lora_plus_groups",
+    "whole_parameters",
 ]

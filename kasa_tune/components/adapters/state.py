@@ -124,22 +124,30 @@ def adapter_update(state: Mapping[str, Tensor], name: str, scaling: float) -> Lo
     return LowRank(out, torch.cat((part["lora_a.weight"], edit_in)))
 
 
-def lora_plus_groups(model: nn.Module, lr: float | None, ratio: float) -> list[dict[str, Any]]:
+def lora_plus_groups(
+    model: nn.Module, lr: float | None, ratio: float, *, head_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer in which every B learns ``ratio`` times as fast as the rest (LoRA+, arXiv
-    2402.12354, with its λ as ``ratio``). One group for a ratio of 1.
+    2402.12354, with its λ as ``ratio``). One group for a ratio of 1. What is trained whole is a group of its own, with
+    the rate ``head_lr``.
 
     Raises:
         ValueError: a ratio other than 1 of no ``lr``.
     """
-    trained = {
+    whole = set(whole_parameters(model))
+    every = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    trained = {name: parameter for name, parameter in every.items() if name not in whole}
+    head = [parameter for name, parameter in every.items() if name in whole]
+    own_lr = {} if head_lr is None else {"lr": head_lr}
+    heads = [{"params": head, **own_lr}] if head else []
     if ratio == 1:
-        return [{"params": list(trained.values())}]
+        return [{"params": list(trained.values())}, *heads]
     if lr is None:
         raise ValueError(
             f"adapter.lr_ratio {ratio} needs optimizer.lr, the learning rate it is a multiple of."
         )
     fast = [parameter for name, parameter in trained.items() if name.endswith("lora_b.weight")]
     rest = [parameter for name, parameter in trained.items() if not name.endswith("lora_b.weight")]
-    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}, *heads]

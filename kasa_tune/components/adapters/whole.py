@@ -1,4 +1,6 @@
-"""Modules that are trained whole, beside the adapters: LLaVA's connector is one."""
+"""Modules that are trained whole, beside the adapters: modules of the base, such as LLaVA's connector,
+and modules that the base lacks, such as the head of a classifier.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,20 @@ from torch import Tensor, nn
 _MARK = "trained_whole"
 
 
+class TrainedWhole(nn.Module):
+    """Base class of a module that the base lacks. Its parameters are kept with the adapter, trained
+    or not.
+    """
+
+    def start(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Allocate and initialize the parameters of a module that was built on the meta device,
+        and say which of them are trained.
+        """
+        raise NotImplementedError
+
+
 def train_whole(*modules: nn.Module) -> None:
-    """Mark modules, which have parameters of their own. :func:`~kasa_tune.components.adapters.attach`
+    """Mark modules of the base, which have parameters of their own. :func:`~kasa_tune.components.adapters.attach`
     then leaves them trainable.
     """
     for module in modules:
@@ -36,14 +50,27 @@ def freeze(model: nn.Module) -> None:
         module.requires_grad_(True)
 
 
-def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Their parameters, by their names in the model."""
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the modules that the base lacks, by their names in the model."""
     return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, TrainedWhole)
+        for key, parameter in module.named_parameters()
+    }
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the marked modules and of those that the base lacks, by their names in the
+    model.
+    """
+    marked = {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
         if is_trained_whole(module)
         for key, parameter in module.named_parameters(recurse=False)
     }
+    return marked | new_parameters(model)
 
 
 @contextlib.contextmanager

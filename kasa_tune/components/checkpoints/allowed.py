@@ -26,17 +26,18 @@ _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
     "checkpointer": (
         re.compile(
             r"torchtune\.training\.FullModel(HF|Meta|TorchTune)Checkpointer"
-            r"|kasa_tune\.components\.models\.CheckpointFolder"
+            r"|kasa_tune\.components\.models\.(Checkpoint|Encoder)Folder"
         ),
-        "one of torchtune.training.FullModel{HF,Meta,TorchTune}Checkpointer, or "
-        "kasa_tune.components.models.CheckpointFolder",
+        "one of torchtune.training.FullModel{HF,Meta,TorchTune}Checkpointer, or CheckpointFolder "
+        "or EncoderFolder of kasa_tune.components.models",
     ),
     "tokenizer": (
         re.compile(
             r"torchtune\.models\.[a-z0-9_]+\.[a-z0-9_]+_tokenizer"
-            r"|kasa_tune\.components\.data\.(hf_tokenizer|tokenizer_from_checkpoint)"
+            r"|kasa_tune\.components\.data\.(hf|encoder)_tokenizer"
+            r"|kasa_tune\.components\.data\.tokenizer_from_checkpoint"
         ),
-        "a tokenizer of torchtune.models, or hf_tokenizer or tokenizer_from_checkpoint of "
+        "a tokenizer of torchtune.models, or hf_tokenizer, encoder_tokenizer or tokenizer_from_checkpoint of "
         "kasa_tune.components.data",
     ),
 }

@@ -25,7 +25,7 @@ log = utils.get_logger("INFO")  # prints on rank 0
 # writes them anew.
 OF_A_RUN = (
     "metrics.jsonl", "samples.jsonl", "config.yaml", "quantized_base", "decomposition.json",
-    "checkpoints/best",
+    "evaluation.json", "checkpoints/best",
 )  # fmt: skip
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
@@ -41,6 +41,7 @@ RESUMABLE_KEYS = {
     "data_parallel_shard_dim", "fsdp_cpu_offload", "verify_base", "checkpointer", "tokenizer", "dataset",
     "dry_run", "adapter_checkpoint", "calibration.dataset", "calibration.batch_size",
     "calibration.offload", "calibration.cache_dir", "checkpoint_dir", "model.checkpoint_dir",
+    "metric", "evaluate_only",
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def starting_checkpoint(
         OSError: the output folder or a checkpoint cannot be read.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
-    if not cfg.dry_run:
+    if not cfg.get("dry_run"):
         folder = Path(cfg.output_dir) / "checkpoints"
         choice = cfg.resume_from_checkpoint
         if choice != RESTART:

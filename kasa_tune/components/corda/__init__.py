@@ -17,11 +17,13 @@ from kasa_tune.components.corda.calibration import (
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
 from kasa_tune.components.corda.calibrator import Calibrator
+from kasa_tune.components.corda.text_calibrator import TextCalibrator
 
 __all__ = [
     "Calibrator",
     "DecompositionCache",
     "LayerSpectrum",
+    "TextCalibrator",
     "Wanted",
     "add_up",
     "allocate_ranks",

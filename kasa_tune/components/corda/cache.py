@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from kasa_tune.architectures import read_architecture
+from kasa_tune.architectures.encoder import digest_of
 from kasa_tune.components.checkpoints.files import write_synced
 from kasa_tune.components.corda.allocation import LayerSpectrum
 from kasa_tune.components.corda.cache_files import CacheError, KeyedFiles
@@ -32,7 +32,7 @@ PARTS = ("vectors", "singular_values", "projection")
 
 
 # Of the adapter and calibration sections, what a decomposition depends on; of the model section, what it does not.
-ADAPTER_ALONE = ("rank", "alpha", "dropout", "edit_storage")
+ADAPTER_ALONE = ("rank", "alpha", "dropout", "edit_storage", "num_labels", "train_pooler")
 OPTIONS = (
     "method", "dtype", "covariance_power", "damping", "damping_search", "normalization", "concatenate", "num_samples",
     "max_seq_len", "rounds", "seed", "accumulate", "max_selection_dim",
@@ -55,7 +55,7 @@ def decomposition_key(
     counting = OPTIONS if data is not None else ("method", "dtype")
     key = {"base weights": base, "calibration data": data, "adapted layers": names}
     key["model"] = {
-        name: read_architecture(value).digest if name == "checkpoint_dir" else value
+        name: digest_of(value) if name == "checkpoint_dir" else value
         for name, value in options["model"].items()
         if name not in ADAPTER_ALONE
     }

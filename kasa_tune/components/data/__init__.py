@@ -10,6 +10,7 @@ from kasa_tune.components.data.building import (
     count_truncated,
 )
 from kasa_tune.components.data.by_columns import by_columns_dataset
+from kasa_tune.components.data.classification_data import ClassificationData, EncodedTexts
 from kasa_tune.components.data.datasets import (
     LLMAdaptersToMessages,
     PromptResponseToMessages,
@@ -23,17 +24,23 @@ from kasa_tune.components.data.datasets import (
     instruct_dataset,
     prompt_tokens,
 )
+from kasa_tune.components.data.encoder_tokenizer import EncoderTokenizer, encoder_tokenizer
 from kasa_tune.components.data.fingerprints import data_fingerprint, tensors_digest, versions
 from kasa_tune.components.data.folder_tokenizer import tokenizer_from_checkpoint
+from kasa_tune.components.data.labelled_texts import LabelledTexts, labelled_texts
 from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
 from kasa_tune.components.data.training_data import Batch, TrainingData
 from kasa_tune.components.data.visual import visual_dataset
 
 __all__ = [
     "Batch",
+    "ClassificationData",
+    "EncodedTexts",
+    "EncoderTokenizer",
     "EpochBatches",
     "HFTokenizer",
     "LLMAdaptersToMessages",
+    "LabelledTexts",
     "MixedDataset",
     "PromptResponseToMessages",
     "ShiftedDataset",
@@ -53,9 +60,11 @@ __all__ = [
     "data_fingerprint",
     "detokenize_ptb",
     "e2e_dataset",
+    "encoder_tokenizer",
     "gsm8k_dataset",
     "hf_tokenizer",
     "instruct_dataset",
+    "labelled_texts",
     "prompt_tokens",
     "tensors_digest",
     "tokenizer_from_checkpoint",

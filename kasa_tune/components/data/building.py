@@ -97,6 +97,28 @@ def build_dataset(
     return parts[0] if len(parts) == 1 and weights[0] == 1.0 else MixedDataset(parts, weights)
 
 
+def load_rows(
+    cfg: Mapping | DictConfig, tokenizer: Any, *, name: str
+) -> tuple[Any, dict[str, Any]]:
+    """Call the component of one dataset node as it is, without shifting labels.
+
+    Args:
+        cfg: a node with ``_component_``.
+        tokenizer: given to the component.
+        name: the config key, used in errors.
+
+    Returns:
+        What the component gives, and the node in plain containers.
+
+    Raises:
+        FileNotFoundError: a local data file that is not there.
+        ConnectionError: a hub dataset that cannot be reached.
+        ValueError: there are no rows, or the component cannot load them.
+    """
+    (node,) = _resolved(cfg)
+    return _instantiate(node, tokenizer, name), node
+
+
 def _resolved(cfg: Mapping | Sequence | DictConfig | ListConfig) -> list[dict[str, Any]]:
     plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     nodes = [dict(plain)] if isinstance(plain, Mapping) else [dict(node) for node in plain]

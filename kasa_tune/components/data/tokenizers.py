@@ -74,7 +74,7 @@ def _instantiate(node: DictConfig) -> Any:
     except (
         Exception
     ) as error:  # of SentencePiece, tiktoken, tokenizers and json, each with its own types
-        ours = (".hf_tokenizer", ".tokenizer_from_checkpoint")
+        ours = (".hf_tokenizer", ".tokenizer_from_checkpoint", ".encoder_tokenizer")
         if isinstance(error, OSError) or node["_component_"].endswith(ours):
             raise
         reason = f"{node['_component_']} cannot be built: {error}."

@@ -89,9 +89,7 @@ def write_merged(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for source in side_files:
-        if not (folder / source.name).exists():
-            shutil.copyfile(source, folder / source.name)
+    _copy(side_files, folder)
     _set_dtype(
         folder / "config.json", {value.dtype for key, value in stored.items() if key in weights}
     )
@@ -113,6 +111,21 @@ def _tensor(
         merged.to(torch.float32, copy=True), trained, run.module_update(key, linears).norm()
     )
     return run.base.as_in_file(key, merged)
+
+
+def copy_side_files(run: TrainedRun, folder: Path) -> None:
+    """Copy all of the base's folder that is not weights, and the run's tokenizer.
+
+    Raises:
+        ValueError: a file to be copied is a link out of its folder.
+    """
+    _copy(_side_files(run), folder)
+
+
+def _copy(files: list[Path], folder: Path) -> None:
+    for source in files:
+        if not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
 
 
 def _side_files(run: TrainedRun) -> list[Path]:

@@ -47,12 +47,6 @@ _UNTOUCHED = (
     "mica",
 )  # starts that leave the base as it is
 _FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
-_FROM_BASE = (
-    *_FOUND_AGAIN,
-    "corda",
-    "lora_ga",
-    "loftq",
-)  # starts that take themselves out of the base
 _BUILDERS = "kasa_tune.components.models"
 
 

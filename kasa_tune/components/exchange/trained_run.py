@@ -38,6 +38,8 @@ from kasa_tune.components.models.base_weights import (
     weights_digest,
     weights_fingerprint,
 )
+from kasa_tune.components.models.encoder import Encoder
+from kasa_tune.components.models.encoder_folder import check_encoder
 from kasa_tune.components.models.loading import (
     build_on_meta,
     put_weight,
@@ -243,13 +245,16 @@ def open_run(path: Path, *, checkpoint_dir: str | None = None) -> TrainedRun:
     build = partial(build_allowed, model_config, "model", checkpoint)
     model: Any = build_on_meta(build, dtype=torch.float32)
     require_adapters(model, model_config["_component_"])
-    check_architecture(
-        model,
-        folder,
-        longest=checkpoint.longest(model.max_seq_len),
-        builder=model_config["_component_"],
-        model_type=base.model_type,
-    )
+    if isinstance(model, Encoder):
+        check_encoder(model, folder)
+    else:
+        check_architecture(
+            model,
+            folder,
+            longest=checkpoint.longest(model.max_seq_len),
+            builder=model_config["_component_"],
+            model_type=base.model_type,
+        )
     check_adapter_fits(model, checkpoint.adapter)
     quantized = linears_in_nf4(model, checkpoint)
     weights = QuantizedWeights(checkpoint, quantized) if quantized else {}
@@ -329,7 +334,7 @@ def _open_base(
 
 def _reads_folder(node: Mapping[str, Any]) -> bool:
     """Whether a section's checkpointer finds the files with weights by itself."""
-    return node["_component_"].endswith(".CheckpointFolder")
+    return node["_component_"].endswith((".CheckpointFolder", ".EncoderFolder"))
 
 
 def _safetensors_in(folder: Path) -> list[str]:

@@ -2,4 +2,5 @@
 
 from kasa_tune.components.adapters.attach import attach, builders  # noqa: F401  exported
 from kasa_tune.components.models.base_weights import CheckpointFolder  # noqa: F401  exported
+from kasa_tune.components.models.encoder_folder import EncoderFolder  # noqa: F401  exported
 from kasa_tune.components.models.sizes import *  # noqa: F403

@@ -151,7 +151,7 @@ def read_base(node: DictConfig, **more: Any) -> Mapping[str, Tensor]:
         folder = Path(node.checkpoint_dir)
         checked_config(folder)  # which torchtune reads without naming it
         check_base_files(folder, node.checkpoint_files)
-    reads_folder = node._component_.endswith(".CheckpointFolder")
+    reads_folder = node._component_.endswith((".CheckpointFolder", ".EncoderFolder"))
     return read_base_weights(instantiate(node, **({} if reads_folder else more)))
 
 

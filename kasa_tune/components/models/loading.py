@@ -12,7 +12,12 @@ from torchtune.modules import MultiHeadAttention
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.adapters.whole import is_trained_whole, whole_modules
+from kasa_tune.components.adapters.whole import (
+    TrainedWhole,
+    is_trained_whole,
+    new_parameters,
+    whole_modules,
+)
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.attention import Attention
 from kasa_tune.components.models.base_weights import shapes_of
@@ -88,6 +93,9 @@ def load_base_weights(
         linear.materialize(device, adapter_dtype)
     for module in whole_modules(model):
         module.to(adapter_dtype)
+    for module in model.modules():
+        if isinstance(module, TrainedWhole):
+            module.start(device, adapter_dtype)
 
 
 def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], advice: str = _TWO_KEYS) -> int:
@@ -111,8 +119,12 @@ def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], advice: str = 
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state without that of its adapters."""
-    return {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
+    """The model's state without that of its adapters, and of modules that the base lacks."""
+    own = new_parameters(model)
+    state = model.state_dict()
+    return {
+        name: value for name, value in state.items() if ".lora_" not in name and name not in own
+    }
 
 
 def read_tensor(

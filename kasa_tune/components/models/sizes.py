@@ -17,6 +17,7 @@ from torchtune.models import qwen2 as _qwen2
 from torchtune.models import qwen2_5 as _qwen2_5
 
 from kasa_tune.components.adapters.attach import builders
+from kasa_tune.components.models import encoder_folder as _encoders
 from kasa_tune.components.models import from_checkpoint as _from_checkpoint
 from kasa_tune.components.models import gemma as _own_gemma
 from kasa_tune.components.models import gpt2 as _gpt2
@@ -116,4 +117,17 @@ kasa_qwen2_5_72b_instruct, lora_qwen2_5_72b_instruct, corda_qwen2_5_72b_instruct
 # Any supported model, as the config.json of its checkpoint describes it
 kasa_from_checkpoint, lora_from_checkpoint, corda_from_checkpoint = builders(
     _from_checkpoint.from_checkpoint
+)
+
+# Encoders with the head of a classifier
+kasa_roberta_base, lora_roberta_base, corda_roberta_base = builders(_encoders.roberta_base)
+kasa_roberta_large, lora_roberta_large, corda_roberta_large = builders(_encoders.roberta_large)
+kasa_bert_base_uncased, lora_bert_base_uncased, corda_bert_base_uncased = builders(
+    _encoders.bert_base_uncased
+)
+kasa_deberta_v3_base, lora_deberta_v3_base, corda_deberta_v3_base = builders(
+    _encoders.deberta_v3_base
+)
+kasa_encoder_from_checkpoint, lora_encoder_from_checkpoint, corda_encoder_from_checkpoint = (
+    builders(_encoders.encoder_from_checkpoint)
 )

@@ -29,7 +29,7 @@ def connected(given: Mapping[str, Any], journal: Journal, budget: Budget, seed: 
     """
     server = {key: given[key] for key in _OF_THE_SERVER}
     request = {key: given[key] for key in _OF_THE_REQUEST if given[key] is not None}
-    request |= given["extra"]
+    request |= given["extra"] or {}
     taken = {*_OF_THE_SERVER, *_OF_THE_REQUEST, "extra"}
     options = {key: value for key, value in given.items() if key not in taken}
     return Asker(Endpoint(**server), journal, budget, settings=request, seed=seed, **options)

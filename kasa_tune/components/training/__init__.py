@@ -30,8 +30,9 @@ from kasa_tune.components.training.memory import (
     peaks,
     per_process,
 )
-from kasa_tune.components.training.model import build_training_model
+from kasa_tune.components.training.model import build_classifier, build_training_model
 from kasa_tune.components.training.optimizers import MuonWithAdamW
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.step import NonFiniteError, Step
 from kasa_tune.components.training.steps import Steps
 
@@ -41,12 +42,14 @@ __all__ = [
     "LossOnLogits",
     "MuonWithAdamW",
     "NonFiniteError",
+    "Phases",
     "SilentLogger",
     "Step",
     "Steps",
     "TrackioLogger",
     "allow_graphs",
     "budget_report",
+    "build_classifier",
     "build_training_model",
     "check_optimizer",
     "cosine_schedule",

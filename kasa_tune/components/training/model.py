@@ -14,6 +14,8 @@ from torchtune.config import instantiate
 from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.components.models.agreement import check_base
 from kasa_tune.components.models.base_weights import read_base
+from kasa_tune.components.models.encoder import Encoder
+from kasa_tune.components.models.encoder_folder import check_encoder
 from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.loading import (
     OTHER_CONFIG,
@@ -70,3 +72,27 @@ def _check_supported(model: nn.Module, cfg: DictConfig) -> None:
             "kasa_finetune_single_device and corda_finetune_single_device; neither the distributed "
             "recipes nor those with a base in four bits take them yet."
         )
+
+
+def build_classifier(cfg: DictConfig, *, dtype: torch.dtype) -> Encoder:
+    """Build the config's encoder with its adapters and its head on the meta device, and compare it
+    with the config.json of its checkpoint.
+
+    Args:
+        cfg: the checked config of a classification recipe.
+        dtype: dtype of the base weights.
+
+    Raises:
+        ValueError: the model is no encoder with adapters of this package, or config.json describes
+            another one than this or than the weights of its folder.
+    """
+    model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
+    require_adapters(model, cfg.model._component_)
+    if not isinstance(model, Encoder):
+        raise ValueError(
+            f"model._component_: {cfg.model._component_} builds no encoder. Use one of "
+            "kasa_tune.components.models, such as kasa_encoder_from_checkpoint."
+        )
+    check_encoder(model, cfg.checkpointer.checkpoint_dir)
+    check_shapes(model, read_base(cfg.checkpointer), OTHER_CONFIG)  # of which headers are read
+    return model

@@ -48,6 +48,7 @@ from kasa_tune.components.processes import (
     watch_steps,
 )
 from kasa_tune.components.training.loggers import RunLoggers, SilentLogger
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.saving import Saver
 from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
@@ -78,6 +79,7 @@ class Steps:
         device: device of the model.
         ignore_index: label of tokens that nothing is learned from.
         processes: the processes that train together. None for a single process.
+        phases: the clock of the run, with what came before the first step. None starts one now.
 
     Attributes:
         step: number of optimizer steps done.
@@ -101,12 +103,13 @@ class Steps:
         checkpoint: Checkpoint | None,
         fingerprints: Mapping[str, Any],
         device: torch.device,
-        ignore_index: int = -100,
+        ignore_index: float = -100,
         processes: World | SingleProcess | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.cfg, self.model, self.data, self.device = cfg, model, data, device
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.processes = processes or SingleProcess()
+        self.processes, self.phases = processes or SingleProcess(), phases or Phases()
         self.fingerprints, self.ignore_index = fingerprints, ignore_index
         self._loss_sum = loss_sum
         self.folder = Path(cfg.output_dir) / "checkpoints"
@@ -220,6 +223,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         self.model.train()
+        self.phases.done("setting up")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # do not count loading
         self._open_log()
@@ -229,6 +233,7 @@ class Steps:
             for batches in self._batches_of_steps():
                 self._current = step = Step(self, batches)
                 yield step
+                self.phases.done("training")
                 self._finish_step(step)
                 self.saver.mark_position()
                 self._current = None
@@ -295,10 +300,11 @@ class Steps:
         self._profiler.step()
         if cfg.log_peak_memory_stats and self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        last, every = self.step == self.data.total_steps, cfg.run_val_every_n_steps
+        last, every = self.step == self.data.total_steps, cfg.get("run_val_every_n_steps")
         try:
             if every and (last or self.step % every == 0) and not self.stopping:
                 metrics |= self._validation_metrics()
+                self.phases.done("validation")
         finally:  # the step itself is done
             self._log(metrics, last=last)
 
@@ -315,10 +321,11 @@ class Steps:
         """
         self._logger.log_config(self.cfg)
         self._logger.rewind(self.step if self._resumed else -1)
-        if self.step == 0 and self.cfg.run_val_every_n_steps:
+        if self.step == 0 and self.cfg.get("run_val_every_n_steps"):
             with disable_adapter(self.model):
                 base_loss = self.validate()
             metrics = {"val_loss_base": base_loss, **self._validation_metrics()}
+            self.phases.done("validation")
             self._logger.log_dict(metrics, step=0)
 
     def _validation_metrics(self) -> dict[str, float]:
@@ -361,6 +368,9 @@ class Steps:
         All processes must call this, after a finished step.
         """
         self.saver.save()
+        self.phases.done("saving")
+        if self.processes.is_rank_zero:
+            self.phases.write(self.folder.parent)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore the optimizer, the schedule, the position in the data and the random state."""
@@ -381,3 +391,4 @@ class Steps:
         self.stopper.restore(run.get("early_stopping"))
         self.processes.set_rng_state(checkpoint.part("rng"))
         self.saver.last_step, self.saver.path = self.step, checkpoint.path
+        self.phases.add_earlier(self.folder.parent)
