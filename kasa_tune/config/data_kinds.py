@@ -24,18 +24,19 @@ def infer_sources(tree: dict[str, Any]) -> None:
     calibration = tree.get("calibration")
     nodes = [tree.get("dataset"), tree.get("dataset_val")]
     nodes += [calibration.get("dataset")] if isinstance(calibration, dict) else []
-    for node in [
-        part for given in nodes for part in (given if isinstance(given, list) else [given])
-    ]:
-        is_ours = isinstance(node, dict) and str(node.get("_component_")).startswith("kasa_tune.")
-        if not is_ours or node.get("source") is not None:
-            continue
-        endings = {_ending(name) for name in _names(node.get("data_files"))}
-        readers = {_READER_OF.get(ending) for ending in endings}
-        if len(readers) == 1 and (reader := readers.pop()):
-            node["source"] = reader
-            if endings == {".tsv"}:
-                node.setdefault("sep", "\t")
+    for given in nodes:
+        for node in given if isinstance(given, list) else [given]:
+            if isinstance(node, dict) and str(node.get("_component_")).startswith("kasa_tune."):
+                _infer_source(node)
+
+
+def _infer_source(node: dict[str, Any]) -> None:
+    endings = {_ending(name) for name in _names(node.get("data_files"))}
+    readers = {_READER_OF.get(ending) for ending in endings}
+    if node.get("source") is None and len(readers) == 1 and (reader := readers.pop()):
+        node["source"] = reader
+        if endings == {".tsv"}:
+            node.setdefault("sep", "\t")
 
 
 def _ending(name: str) -> str:
