@@ -131,7 +131,8 @@ def test_every_method_trains_the_tiny_model_and_has_a_config_for_every_real_one(
         assert f"tiny_{name}" in FILES
     of_every_model = ("kasa", "lora", "corda", "corda_kpm", "qcorda", "qlora")
     for made in TRAINING.values():
-        if made.task.device == "cuda" and made.task.methods == of_every_model:
+        of_one_experiment = made.task.methods != of_every_model or made.model.name in OF_E2E
+        if made.task.device == "cuda" and not of_one_experiment:
             names = {f"{made.prefix}_{method}".lstrip("_") for method in of_every_model}
             assert names <= {*FILES}
 
