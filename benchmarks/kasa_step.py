@@ -34,8 +34,6 @@ from statistics import median
 
 import torch
 from common import machine, print_table
-from kasa_tune.components.models.llama3 import corda_llama3_2, kasa_llama3_2
-from kasa_tune.components.models.llama3 import lora_llama3_2 as our_lora_llama3_2
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
@@ -45,6 +43,8 @@ from kasa_tune.components.adapters import AdapterLinear, CorDALinear, KaSALinear
 from kasa_tune.components.adapters.regularization import kasa_regularization
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.nf4 import quantize
+from kasa_tune.components.models import corda_llama3_2, kasa_llama3_2
+from kasa_tune.components.models import lora_llama3_2 as our_lora_llama3_2
 from kasa_tune.components.quantized.start import quantized_start
 from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.training.memory import state_bytes
@@ -95,9 +95,10 @@ def our_step(
     tokens: Tensor,
     labels: Tensor,
     start: Callable[[AdapterLinear], object] = AdapterLinear.initialize,
+    rank: int = RANK,
 ) -> tuple[nn.Module, Step]:
     """The step of our recipes; ``labels`` are shifted already."""
-    model = build(ATTENTION, True, rank=RANK, alpha=ALPHA, **sizes)
+    model = build(ATTENTION, True, rank=rank, alpha=ALPHA, **sizes)
     return_hidden_states(model)
     linears = [linear for _, linear in adapter_linears(model)]
     for linear in linears:
@@ -124,11 +125,11 @@ def our_step(
 
 
 def torchtune_step(
-    sizes: dict, tokens: Tensor, labels: Tensor, quantize_base: bool = False
+    sizes: dict, tokens: Tensor, labels: Tensor, quantize_base: bool = False, rank: int = RANK
 ) -> tuple[nn.Module, Step]:
     """The step of torchtune's recipe, whose labels are shifted in the step; without progress bar and logger."""
     model = lora_llama3_2(
-        ATTENTION, True, lora_rank=RANK, lora_alpha=ALPHA, quantize_base=quantize_base, **sizes
+        ATTENTION, True, lora_rank=rank, lora_alpha=ALPHA, quantize_base=quantize_base, **sizes
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
@@ -151,7 +152,9 @@ def torchtune_step(
     return model, step
 
 
-def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, Step]:
+def peft_step(
+    sizes: dict, tokens: Tensor, labels: Tensor, rank: int = RANK
+) -> tuple[nn.Module, Step]:
     """The Llama of transformers under PEFT's KaSA, trained as PEFT's documentation says."""
     import peft
     import transformers
@@ -171,7 +174,7 @@ def peft_step(sizes: dict, tokens: Tensor, labels: Tensor) -> tuple[nn.Module, S
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = peft.LoraConfig(
-        r=RANK,
+        r=rank,
         lora_alpha=ALPHA,
         target_modules=targets,
         kasa_config=peft.KasaConfig(beta=BETA, gamma=GAMMA),

@@ -90,7 +90,10 @@ def steps_saved(output: Path) -> int:
 def result(output: Path) -> tuple[list[dict], list[bytes]]:
     """The log without speeds, and the bytes of the last checkpoint's tensors."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    metrics = [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds")}
+        for line in lines
+    ]
     last = output / "checkpoints" / f"step_{LAST_STEP:08d}"
     return metrics, [(last / name).read_bytes() for name in COMPARED]
 

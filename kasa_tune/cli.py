@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kasa_tune import __version__, registry, torchao_bridge
-from kasa_tune.errors import is_expected, sentence
+from kasa_tune.errors import INTERRUPTED, STATUS_INTERRUPTED, is_expected, sentence
 
 _RUN_USAGE = "kasa-tune run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 _RUN_HELP = f"""usage: {_RUN_USAGE}
@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     ls = commands.add_parser("ls", help="list all recipes and configs")
     ls.set_defaults(func=_ls)
 
-    cp = commands.add_parser("cp", help="copy a recipe or config, to edit it")
-    cp.add_argument("file", help="name or path of a recipe or config")
+    cp = commands.add_parser("cp", help="copy a recipe, a config or prompts, to edit them")
+    cp.add_argument("file", help="name or path of a recipe or config, or kasa_tune://prompts/...")
     cp.add_argument(
         "destination", type=Path, help="file or folder to copy to; a missing suffix is added"
     )
@@ -144,7 +144,8 @@ def _cp(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"There is no folder {destination.parent}. Create it, or add --make-parents."
         )
-    shutil.copyfile(source, destination)
+    copy = shutil.copytree if source.is_dir() else shutil.copyfile
+    copy(source, destination)
     print(f"Copied {source.stem} to {destination}")
     return 0
 
@@ -178,7 +179,11 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _find_either(name_or_path: str) -> Path:
-    """Return the path of a recipe or config, given its name, or of any file, given its path."""
+    """Return the path of a recipe or config, given its name, or of any file, given its path. A path
+    with `kasa_tune://` is that of a file or folder in the package.
+    """
+    if name_or_path.startswith(registry.RESOURCE_SCHEME):
+        return registry.resource(name_or_path)
     try:
         return registry.find_recipe(name_or_path)
     except FileNotFoundError:
@@ -218,7 +223,11 @@ def _run(argv: list[str]) -> int:
             sys.path.append(folder)
     sys.argv = [str(path), *recipe_args]
     torchao_bridge.quiet()
-    runpy.run_path(str(path), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except KeyboardInterrupt:  # while the recipe's imports go on
+        print(INTERRUPTED, file=sys.stderr)
+        return STATUS_INTERRUPTED
     return 0
 
 

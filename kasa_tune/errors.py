@@ -5,6 +5,9 @@ Nothing here imports torch: errors of other packages are known by the names of t
 
 import errno
 
+INTERRUPTED = "Interrupted (Ctrl-C). What had been saved before is kept."
+STATUS_INTERRUPTED = 130  # 128 + SIGINT
+
 _EXPECTED = (ValueError, OSError, MemoryError)
 # Not a ValueError, and yet about the run: its numbers, its memory, a file that cannot be written or read.
 _EXPECTED_NAMES = {"NonFiniteError", "OutOfMemoryError", "SafetensorError"}

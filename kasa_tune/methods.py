@@ -36,6 +36,7 @@ class Method:
             ``adapter.split`` decides.
         calibrated: whether the method runs the model on data before training.
         quantized: whether the frozen weights are stored in four bits.
+        keys: what a config has besides ``adapter.method`` and ``adapter.mode``, as overrides.
         quantization_iterations: default of the key with this name. None if the method does not read
             it.
     """
@@ -52,6 +53,7 @@ class Method:
     split: str | None = None
     calibrated: bool = False
     quantized: bool = False
+    keys: tuple[str, ...] = ()
     quantization_iterations: int | None = None
 
     @property
@@ -127,11 +129,11 @@ _ROWS = (
     ),
     _corda(
         "dora", "DoRA", "2402.09353", "LoRA with trained magnitudes",
-        setting="lora", builders=("lora",),
+        setting="lora", builders=("lora",), keys=("model.use_dora=True",),
     ),
     _corda(
         "lora_plus", "LoRA+", "2402.12354", "LoRA whose B learns faster than its A",
-        setting="lora", builders=("lora", "corda"),
+        setting="lora", builders=("lora", "corda"), keys=("adapter.lr_ratio=16",),
     ),
     _qcorda(
         "qcorda", "QCorDA", "2506.13187",

@@ -23,9 +23,12 @@ _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "classify_finetune_single_device": ("_classify",),
     "generate_text": ("_generate",),
     "evaluate_model": ("_evaluate",),
+    "compare_methods": ("_compare",),
     "export_adapter": ("_export",),
     "import_adapter": ("_import",),
     "report_run": ("_report",),
+    "synthesize_data": ("_synthesize",),
+    "judge_responses": ("_judge",),
 }
 
 

@@ -21,7 +21,6 @@ is decomposed by one process for all. The checkpoints have the same form as on o
 """
 
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,6 +62,7 @@ from kasa_tune.components.models.loading import (
 )
 from kasa_tune.components.processes import World, distribute_jobs, shard
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     allow_graphs,
     build_training_model,
@@ -83,6 +83,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        self._phases = Phases()
         training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
@@ -128,6 +129,7 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
             processes=world,
         )
@@ -202,7 +204,8 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self, cfg: DictConfig, linears: Mapping[str, nn.Module], base: SharedReading
     ) -> dict[str, LowRank]:
         """Find the part of its weight that every adapter starts from. LoRA starts at zero."""
-        started, method = time.perf_counter(), self._method
+        self._phases.done("reading data and weights")
+        method = self._method
         if method.decomposition is None:
             return {}
         digest = self._calibrator.digest if self._calibrator else None
@@ -229,7 +232,8 @@ class CorDAFinetuneRecipeDistributed(FTRecipeInterface):
             write_decomposition(report, components, spectra, mode=method.mode)
         found = tensors_digest(component.projection for component in components.values())
         self._world.check_same({"decomposition": found})
-        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+        seconds = self._phases.done("starting the adapters")
+        log.info(f"Adapters started in {seconds:.1f} s.")
         return {
             name: split_component(
                 components.pop(name), self._linears[name].scaling, method.split or cfg.adapter.split

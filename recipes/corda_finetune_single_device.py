@@ -17,7 +17,6 @@ The algorithm (CorDA, arXiv 2406.05223, and CorDA++, arXiv 2506.13187):
 """
 
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,7 @@ from kasa_tune.components.linalg import split_component
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     allow_graphs,
     build_training_model,
@@ -73,6 +73,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._method = method_of(cfg.adapter)
+        self._phases = Phases()
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -118,6 +119,7 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
         )
 
@@ -135,7 +137,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _start_adapters(self, cfg: DictConfig) -> None:
         """Initialize every adapter: LoRA at zero, the others from a part of their weight."""
-        started, method = time.perf_counter(), self._method
+        self._phases.done("reading data and weights")
+        method = self._method
         if method.decomposition is None:
             for linear in self._linears.values():
                 linear.initialize()
@@ -157,7 +160,8 @@ class CorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             linear.start_from(split_component(component, linear.scaling, split))
         report = Path(cfg.output_dir) / "decomposition.json"
         write_decomposition(report, components, spectra, mode=method.mode)
-        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+        seconds = self._phases.done("starting the adapters")
+        log.info(f"Adapters started in {seconds:.1f} s.")
 
     def _covariances(self, wanted: Wanted, title: str) -> Iterator[tuple]:
         """Yield layers with the same input, the round, and the covariance ``(d_in, d_in)``."""

@@ -16,14 +16,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
-from torchtune.config._errors import InstantiationError
 from tqdm import tqdm
 
 from kasa_tune import config
 from kasa_tune.components.data import build_tokenizer
-from kasa_tune.components.evaluation import Bootstrap, LanguageModel, Results, Task
+from kasa_tune.components.evaluation import Bootstrap, LanguageModel, Results, build_tasks
 from kasa_tune.components.exchange.evaluated import (
     evaluated_models,
     find_adapters,
@@ -35,31 +34,6 @@ from kasa_tune.components.models.base_weights import read_base
 from kasa_tune.components.models.loading import build_on_meta
 
 log = utils.get_logger("INFO")
-
-
-def build_tasks(nodes: DictConfig | ListConfig) -> list[Task]:
-    """Build every task, which reads and checks its data.
-
-    Raises:
-        ValueError: two tasks have one name, a setting or a row is bad, or a library is missing.
-        FileNotFoundError: a file is missing.
-    """
-    tasks = []
-    for node in nodes if isinstance(nodes, ListConfig) else [nodes]:
-        plain = OmegaConf.to_container(node, resolve=True)
-        try:
-            task = config.instantiate(OmegaConf.create(plain))
-        except InstantiationError as error:
-            raise ValueError(f"Task {plain.get('name')}: {error}") from error
-        if not isinstance(task, Task):
-            raise ValueError(
-                f"{plain['_component_']} is no task; docs/evaluation.md lists those there are."
-            )
-        tasks.append(task)
-    names = [task.name for task in tasks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Several tasks are called {', '.join(twice)}: give each its own name.")
-    return tasks
 
 
 class EvaluateModelRecipe:

@@ -14,7 +14,8 @@ written there, to completions.jsonl.
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from tqdm import tqdm
 
 from kasa_tune import config
 from kasa_tune.components.adapters.state import load_adapter_state_dict
+from kasa_tune.components.adapters.whole import exchanged, whole_parameters
 from kasa_tune.components.checkpoints import find_checkpoint
 from kasa_tune.components.data import build_tokenizer
 from kasa_tune.components.data.building import build_dataset
 from kasa_tune.components.data.datasets import prompt_tokens
+from kasa_tune.components.data.images import load_images
 from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.exchange.run_config import complete_config
 from kasa_tune.components.models.agreement import base_architecture, check_base
@@ -70,7 +73,7 @@ class GenerateTextRecipe:
         longest = cfg.max_new_tokens + max((len(row["tokens"]) for row in self._prompts), default=0)
         check_base(self._model, cfg, longest=longest)
         base = read_base(cfg.checkpointer)
-        quantized = {}
+        quantized, self._base_whole = {}, {}
         if self._adapter:
             model = OmegaConf.to_container(cfg.model, resolve=True)
             self._adapter.check_belongs(
@@ -89,6 +92,8 @@ class GenerateTextRecipe:
         if self._adapter:
             if quantized:
                 load_quantized(self._adapter, quantized, self._device)
+            whole = whole_parameters(self._model)  # such as LLaVA's connector
+            self._base_whole = {name: each.detach().clone() for name, each in whole.items()}
             load_adapter_state_dict(self._model, self._adapter.adapter)
             # Folded edits are kept on the CPU, but the base's completions need them at every token.
             self._model.to(self._device)
@@ -97,10 +102,10 @@ class GenerateTextRecipe:
         """Return the first ``num_samples`` different prompts of a dataset. Some datasets, such as
         E2E, have several references for a prompt.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[tuple, dict[str, Any]] = {}
         for i in range(len(dataset)):
             row = self._prompt_of(dataset[i])
-            found.setdefault(row["prompt"], row)
+            found.setdefault((row["prompt"], *row["images"]), row)
             if len(found) == num_samples:
                 break
         return list(found.values())
@@ -114,10 +119,14 @@ class GenerateTextRecipe:
             for token in sample["labels"][learned].tolist()
             if token not in self._tokenizer.stop_tokens
         ]
-        tokens = sample["tokens"][:begin].tolist()
+        tokens, images = sample["tokens"][:begin].tolist(), sample.get("images", [])
+        if images:  # those of the first question
+            vision = self._tokenizer.vision
+            images = images[: tokens.count(vision.image_token) // vision.num_features]
         return {
             "prompt": self._tokenizer.decode(tokens),
             "tokens": tokens,
+            "images": images,
             "reference": self._tokenizer.decode(response),
         }
 
@@ -127,9 +136,10 @@ class GenerateTextRecipe:
             {key: row[key] for key in ("prompt", "reference") if key in row}
             for row in self._prompts
         ]
+        images = [load_images(row.get("images", ())) for row in self._prompts]
         for label in ("base", "tuned") if self._adapter else ("base",):
             with (
-                disable_adapter(self._model) if label == "base" else nullcontext(),
+                self._as_base() if label == "base" else nullcontext(),
                 tqdm(total=len(records), desc=f"Completing ({label})", unit="prompt") as bar,
             ):
                 completions = complete(
@@ -142,10 +152,17 @@ class GenerateTextRecipe:
                     batch_size=cfg.batch_size,
                     seed=cfg.seed,
                     progress=bar.update,
+                    images=images,
                 )
             for record, tokens in zip(records, completions, strict=True):
                 record[label] = self._tokenizer.decode(tokens).strip()
         return records
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """While active, the model is the base."""
+        with disable_adapter(self._model), exchanged(self._model, self._base_whole):
+            yield
 
 
 def print_records(records: list[dict[str, str]]) -> None:

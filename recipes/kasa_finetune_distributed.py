@@ -17,7 +17,6 @@ the same form as on one device.
 """
 
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -49,6 +48,7 @@ from kasa_tune.components.models.loading import (
 )
 from kasa_tune.components.processes import World, distribute_jobs, shard
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     build_training_model,
     check_optimizer,
@@ -67,6 +67,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        self._phases = Phases()
         training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
@@ -109,6 +110,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
             processes=world,
         )
@@ -178,7 +180,7 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _find_edits(self, base: Mapping[str, Tensor]) -> dict[str, LowRank]:
         """Find the smallest singular triplets of all adapted weights, the most expensive first."""
-        started = time.perf_counter()
+        self._phases.done("reading data and weights")
 
         def find(name: str, k: int) -> LowRank:
             weight = read_tensor(base, f"{name}.weight", device=self._device, dtype=self._dtype)
@@ -198,7 +200,8 @@ class KaSAFinetuneRecipeDistributed(FTRecipeInterface):
         edits = dict(zip(names, found, strict=True))
         factors = (factor for edit in edits.values() for factor in (edit.out, edit.into))
         self._world.check_same({"decomposition": tensors_digest(factors)})
-        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+        seconds = self._phases.done("starting the adapters")
+        log.info(f"Adapters started in {seconds:.1f} s.")
         return edits
 
     def _print_budget(self, cfg: DictConfig) -> None:

@@ -13,7 +13,6 @@ The algorithm (KaSA, arXiv 2412.06071):
 """
 
 import sys
-import time
 from functools import partial
 
 from omegaconf import DictConfig
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.adapters import (
     adapter_linears,
+    check_adapter_fits,
     kasa_regularization,
     load_adapter_state_dict,
 )
@@ -33,6 +33,7 @@ from kasa_tune.components.data import Batch, TrainingData, build_tokenizer
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.loading import load_base_weights, needs_dense_mask
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     build_training_model,
     check_optimizer,
@@ -56,12 +57,15 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
+        self._phases = Phases()
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
         """Set up the run. The checks that can fail quickly come before any weight is read."""
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_training_model(cfg, dtype=self._dtype)
+        if self._checkpoint:
+            check_adapter_fits(self._model, self._checkpoint.adapter)
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)
@@ -102,6 +106,7 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
         )
 
@@ -114,14 +119,15 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if self._checkpoint:
             load_adapter_state_dict(self._model, self._checkpoint.adapter)
             return
-        started = time.perf_counter()
+        self._phases.done("reading data and weights")
         linears = list(adapter_linears(self._model))
         for name, linear in tqdm(linears, desc="Starting adapters", unit="layer"):
             try:
                 linear.initialize()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        log.info(f"Adapters started in {time.perf_counter() - started:.1f} s.")
+        seconds = self._phases.done("starting the adapters")
+        log.info(f"Adapters started in {seconds:.1f} s.")
 
     def _print_budget(self, cfg: DictConfig) -> None:
         report = dry_run_report(cfg, self._model, tokenizer=self._tokenizer, loss=self._loss)

@@ -21,7 +21,6 @@ quantized by one process for all. The checkpoints have the same form as on one d
 """
 
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -70,6 +69,7 @@ from kasa_tune.components.quantized import (
     read_quantized,
 )
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     allow_graphs,
     build_training_model,
@@ -90,6 +90,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        self._phases = Phases()
         training.set_seed(cfg.seed)  # the same in all processes until adapters start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
         self._world = None if cfg.dry_run else World.join(cfg.device, **options)
@@ -136,6 +137,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
             processes=world,
         )
@@ -217,7 +219,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
         self, cfg: DictConfig, base: Mapping[str, Tensor], shared: SharedReading
     ) -> Iterator[tuple[str, QuantizedStart]]:
         """Yield every linear's quantized weight and its adapter's start, in the model's order."""
-        started = time.perf_counter()
+        self._phases.done("reading data and weights")
         # An adapter that comes without a quantized base takes nothing out of the weights.
         method = METHODS["qlora"] if self._checkpoint else self._method
         components, spectra = self._decompose(cfg, shared) if method.calibrated else ({}, {})
@@ -252,7 +254,7 @@ class QCorDAFinetuneRecipeDistributed(FTRecipeInterface):
             write_decomposition(report, components, spectra, mode=method.mode)
         values = tensors_digest(component.singular_values for component in components.values())
         self._world.check_same({"decomposition": values})
-        seconds = time.perf_counter() - started
+        seconds = self._phases.done("starting the adapters")
         log.info(f"Base quantized and adapters started in {seconds:.1f} s.")
 
     def _decompose(self, cfg: DictConfig, base: SharedReading) -> tuple[dict[str, Component], dict]:

@@ -18,7 +18,6 @@ The algorithm (QCorDA, arXiv 2506.13187, section 3.4), reading a block of weight
 """
 
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,6 +61,7 @@ from kasa_tune.components.quantized import (
     quantized_start,
 )
 from kasa_tune.components.training import (
+    Phases,
     Steps,
     allow_graphs,
     build_training_model,
@@ -89,6 +89,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._method = method_of(cfg.adapter)
         self._regularized = "kasa" in self._method.builders
+        self._phases = Phases()
         training.set_seed(cfg.seed)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -136,6 +137,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
             lr_scheduler=self._lr_scheduler,
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
+            phases=self._phases,
             device=self._device,
         )
 
@@ -167,7 +169,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _start_adapters(self, cfg: DictConfig, base: Mapping[str, Tensor]) -> None:
         """Decompose the adapted weights, one block at a time. Then quantize all weights."""
-        started = time.perf_counter()
+        self._phases.done("reading data and weights")
         # An adapter that comes without a quantized base takes nothing out of the weights.
         method = METHODS["qlora"] if self._checkpoint else self._method
         components, spectra = self._decompose(cfg, base) if method.calibrated else ({}, {})
@@ -189,7 +191,7 @@ class QCorDAFinetuneRecipeSingleDevice(FTRecipeInterface):
         if components:
             report = Path(cfg.output_dir) / "decomposition.json"
             write_decomposition(report, components, spectra, mode=method.mode)
-        seconds = time.perf_counter() - started
+        seconds = self._phases.done("starting the adapters")
         log.info(f"Base quantized and adapters started in {seconds:.1f} s.")
 
     def _decompose(

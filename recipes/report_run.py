@@ -1,13 +1,17 @@
-"""Plot a run's loss curve and singular values from the files in its folder.
+"""Show a run, or several side by side, on one page, from the files in their folders.
 
     tune run report_run --config report run=/tmp/run
     tune run report_run --config /tmp/run/config.yaml                 # the same, by the config that the run left
+    tune run report_run --config report 'runs={kasa: /tmp/a, lora: /tmp/b}' output_dir=/tmp/compared
+    tune run report_run --config report run=/tmp/run calibrate=True   # also covariances and spectra under them
 
-It takes the runs of every fine-tuning recipe. It writes loss_curve.png and singular_values.png into
-output_dir. If the layers' ranks differ, it writes ranks.png as well.
+It takes the runs of every fine-tuning recipe. It writes report.html, which needs no other file and
+no network, into output_dir. loss_curve.png and singular_values.png are written into the folder of
+each run. If the layers' ranks differ, so is ranks.png.
 """
 
 import sys
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+import kasa_tune
 from kasa_tune import config
 from kasa_tune.components.adapters import AdapterLinear, CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
@@ -25,11 +30,19 @@ from kasa_tune.components.exchange.run_config import config_of_run
 from kasa_tune.components.models.agreement import base_architecture, check_base
 from kasa_tune.components.models.base_weights import read_base, weights_fingerprint
 from kasa_tune.components.models.loading import build_on_meta
-from kasa_tune.components.reports.plots import (
+from kasa_tune.components.reports import (
     DrawnSpectrum,
+    ReportedRun,
+    about_run,
+    diagonals_of,
+    layer_inputs,
     layer_ranks,
     loss_curve,
+    ranks_of,
+    read_folder,
+    run_page,
     singular_values,
+    words_of,
 )
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.methods import method_of
@@ -51,7 +64,8 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
         model=OmegaConf.to_container(cfg.model, resolve=True),
         architecture=base_architecture(cfg.checkpointer.checkpoint_dir),
     )
-    drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
+    of_linears = [key for key in adapter if ".lora_" in key]  # not what was trained whole
+    drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in of_linears)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
     del base  # the weights of a large model would stay in memory during the decompositions
     model = build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)
@@ -94,29 +108,6 @@ def _adapts_the_first(cfg: DictConfig) -> bool:
     return method.decomposition is not None and method.mode != "kpm"
 
 
-def _words(cfg: DictConfig) -> dict[str, str]:
-    """Return labels for the plot of singular values. They depend on the method."""
-    method = method_of(cfg.adapter)
-    if method.builders == ("kasa",):
-        return {"removed": "removed", "update": "s B diag(d) A"}
-    if method.decomposition is None:
-        return {"removed": "removed", "update": "s B A"}
-    if method.decomposition == "quantization_error":  # the start is a part of W - Q, not of W
-        return {"removed": "taken up by the adapter", "update": "s (B A - B₀ A₀)"}
-    return {"removed": "moved into the adapter", "update": "s (B A - B₀ A₀)"}
-
-
-def adapter_ranks(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the rank of every adapted layer in a checkpoint."""
-    suffix = ".lora_a.weight"
-    adapter = checkpoint.adapter
-    return {
-        name.removesuffix(suffix): len(value)
-        for name, value in adapter.items()
-        if name.endswith(suffix)
-    }
-
-
 def _spread(names: list[str]) -> list[str]:
     """Choose a few of ``names``, spread from the first layer to the last, and keep their order.
     They are of different kinds as far as there are enough kinds.
@@ -157,31 +148,88 @@ def _metrics_of(run: Path) -> list[dict[str, float]]:
     return read_metrics(path)
 
 
+def reported_run(name: str, cfg: DictConfig, *, calibrate: bool = False) -> ReportedRun:
+    """Draw the plots of a run, and collect all that its page shows.
+
+    Args:
+        name: of the run on the page.
+        cfg: the run's config, whose output_dir is its folder.
+        calibrate: whether to run the calibration again for the layers that are drawn.
+
+    Raises:
+        FileNotFoundError: the run has logged nothing.
+        ValueError: it has no finished checkpoint, or belongs to another base than the config's.
+    """
+    run = Path(cfg.output_dir)
+    found = read_folder(name, run, _metrics_of(run))
+    loss_curve(found.metrics, run / "loss_curve.png", title=run.name)
+    print(f"Loss curve: {run / 'loss_curve.png'}")
+    checkpoint = find_checkpoint(run)
+    title = f"{run.name}, {checkpoint.path.name}"
+    found.about, found.words = about_run(cfg, checkpoint), words_of(cfg)
+    found.spectra = drawn_spectra(cfg, checkpoint)
+    singular_values(found.spectra, run / "singular_values.png", title=title, **found.words)
+    print(f"Singular values: {run / 'singular_values.png'}")
+    found.ranks = ranks_of(checkpoint.adapter)
+    if len(set(found.ranks.values())) > 1:
+        layer_ranks(found.ranks, run / "ranks.png", title=title, uniform=cfg.model.rank)
+        print(f"Ranks: {run / 'ranks.png'}")
+    found.diagonals = diagonals_of(run)
+    if calibrate:
+        found.inputs = layer_inputs(cfg, list(found.spectra), device=_fastest_device())
+    return found
+
+
+def configs_of(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the config of each run by its name on the page.
+
+    Args:
+        cfg: the config ``report``, or that of a fine-tuning recipe.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if "runs" not in cfg:
+        if "optimizer" not in cfg:
+            raise ValueError(
+                "This config trains nothing: give the run's, --config report run=<its output_dir>."
+            )
+        return {Path(cfg.output_dir).name: cfg}
+    folders = cfg.runs or [cfg.run]
+    if not isinstance(folders, Mapping):
+        names = [Path(folder).resolve().name for folder in folders]
+        twice = len(set(names)) < len(names)
+        folders = dict(zip(folders if twice else names, folders, strict=True))
+    return {
+        name: DictConfig(
+            {
+                **config_of_run(find_checkpoint(Path(folder)), cfg.checkpoint_dir),
+                "output_dir": folder,
+            }
+        )
+        for name, folder in folders.items()
+    }
+
+
 @config.parse(None)
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``. It takes
     the config ``report``, or that of any fine-tuning recipe.
     """
-    if "run" in cfg:
-        told = config_of_run(find_checkpoint(Path(cfg.run)), cfg.checkpoint_dir)
-        cfg = DictConfig({**told, "output_dir": cfg.run})
-    elif "optimizer" not in cfg:
-        raise ValueError(
-            "This config trains nothing: give the run's, --config report run=<its output_dir>."
-        )
-    run = Path(cfg.output_dir)
-    loss_curve(_metrics_of(run), run / "loss_curve.png", title=run.name)
-    print(f"Loss curve: {run / 'loss_curve.png'}")
-    checkpoint = find_checkpoint(run)
-    title = f"{run.name}, {checkpoint.path.name}"
-    singular_values(
-        drawn_spectra(cfg, checkpoint), run / "singular_values.png", title=title, **_words(cfg)
+    configs = configs_of(cfg)
+    calibrate = bool(cfg.get("calibrate"))
+    runs = [reported_run(name, of_run, calibrate=calibrate) for name, of_run in configs.items()]
+    folder = Path(cfg.get("output_dir") or runs[0].folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.strftime("%Y-%m-%d %H:%M %Z")
+    text = run_page(
+        runs,
+        title=" and ".join(configs) if len(runs) < 3 else f"{len(runs)} runs",
+        about=", ".join(str(run.folder) for run in runs),
+        footer=f"Written by kasa_tune {kasa_tune.__version__} on {now}.",
     )
-    print(f"Singular values: {run / 'singular_values.png'}")
-    ranks = adapter_ranks(checkpoint)
-    if len(set(ranks.values())) > 1:
-        layer_ranks(ranks, run / "ranks.png", title=title, uniform=cfg.model.rank)
-        print(f"Ranks: {run / 'ranks.png'}")
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    print(f"Report: {folder / 'report.html'}")
     return 0
 
 

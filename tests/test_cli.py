@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from kasa_tune import cli, registry
+from kasa_tune import cli, config, errors, registry
 
 ROOT = registry.PACKAGE_ROOT.parent
 # A recipe that notes what it was started with.
@@ -80,6 +80,17 @@ def test_cp_adds_what_is_missing(package, destination, written):
 def test_cp_recipe_and_parents(package, tmp_path):
     assert cli.main(["cp", "kasa_finetune_single_device", "a/b/mine", "--make-parents"]) == 0
     assert (tmp_path / "work/a/b/mine.py").read_text() == RECIPE
+
+
+def test_cp_copies_prompts_of_the_package(package, tmp_path):
+    prompts = package / "prompts"
+    (prompts / "judge").mkdir(parents=True)
+    for name in ("synthesis.txt", "judge/single.txt"):
+        (prompts / name).write_text(name)
+    assert cli.main(["cp", "kasa_tune://prompts/synthesis.txt", "mine"]) == 0
+    assert (tmp_path / "work/mine.txt").read_text() == "synthesis.txt"
+    assert cli.main(["cp", "kasa_tune://prompts/judge", "mine_too"]) == 0
+    assert (tmp_path / "work/mine_too/single.txt").read_text() == "judge/single.txt"
 
 
 def test_cp_of_a_read_only_file_can_be_edited(package, tmp_path):
@@ -289,3 +300,23 @@ def test_validate_before_the_model_is_downloaded(tmp_path):
 def test_unknown_arguments_exit_with_2(package, args):
     with pytest.raises(SystemExit, match="2"):
         cli.main(args)
+
+
+def test_an_interrupt_is_one_sentence_and_status_130(package, tmp_path, monkeypatch, capsys):
+    """Before the recipe's first line of its own, and in its main function."""
+    path = tmp_path / "mine.py"
+    path.write_text("raise KeyboardInterrupt")
+    assert cli.main(["run", str(path), "--config", "toy_kasa"]) == 130
+    assert capsys.readouterr().err == f"{errors.INTERRUPTED}\n"
+
+    @config.parse(None)
+    def recipe_main(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "PACKAGE_ROOT", ROOT / "kasa_tune")
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--config", "tiny_kasa"])
+    monkeypatch.delenv("KASA_TUNE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        recipe_main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"{errors.INTERRUPTED}\n"

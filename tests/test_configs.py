@@ -35,29 +35,32 @@ from kasa_tune.components.models.loading import build_on_meta
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.config import describe, parts, reading
 from kasa_tune.config.schemas import SCHEMAS
-from kasa_tune.families import MODELS, training_configs
+from kasa_tune.families import MODELS, TASKS, TrainingConfig, training_configs
 from kasa_tune.methods import METHODS, method_of
 from tests.toy_checkpoints import config_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 TRAINING = {config.name: config for config in training_configs()}
+OF_SEVERAL = [name for name in FILES if f"_{name}".endswith("_compare")]
 SELF_CONTAINED = [
-    name for name in FILES if name.startswith(("tiny_", "stories260k_"))
+    name for name in FILES if name.startswith(("tiny_", "stories260k_")) and name not in OF_SEVERAL
 ]  # their models are at hand
 EXCHANGED = [name for name in FILES if name.endswith(("_export", "_import"))]  # of any model
-OF_A_RUN = ["generate", "report"]
+OF_A_RUN = ["generate", "report", "gpt2_e2e_evaluate"]
+SERVED = [name for name in FILES if f"_{name}".endswith(("_synthesize", "_judge"))]
 OF_ANY = [name for name, made in TRAINING.items() if made.model.is_any]  # their model is the user's
 OF_ENCODERS = [name for name in FILES if name.endswith("_classify")]
-FINETUNED = [
-    name
-    for name in FILES
-    if name not in SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY + OF_ENCODERS
-]
+OTHERS = SELF_CONTAINED + EXCHANGED + OF_A_RUN + OF_ANY + OF_SEVERAL + SERVED + OF_ENCODERS
+FINETUNED = [name for name in FILES if name not in OTHERS]
 # What a user must give.
 TWO = ["checkpoint_dir=/models/own", "dataset.data_files=/data/own.jsonl"]
 GIVEN = dict.fromkeys(OF_ANY, TWO)
 GIVEN |= {"generate": ["adapter_checkpoint=/tmp/run", "prompts=[Hello]"], "report": ["run=/tmp"]}
+GIVEN |= {
+    "synthesize": ["seeds=/tmp/seeds.jsonl"],
+    "judge": ["evaluations=[/tmp]", "tasks=[texts]"],
+}
 
 
 def schema_of(name):
@@ -120,12 +123,15 @@ def test_keys_stand_in_the_schemas_order(name, trees):
     assert list(trees[name]) == [key for key in schema_of(name) if key in trees[name]]
 
 
+OF_E2E = ("gpt2_medium", "gpt2_large")  # models of one experiment of KaSA's paper
+
+
 def test_every_method_trains_the_tiny_model_and_has_a_config_for_every_real_one():
     for name in METHODS:
         assert f"tiny_{name}" in FILES
     of_every_model = ("kasa", "lora", "corda", "corda_kpm", "qcorda", "qlora")
     for made in TRAINING.values():
-        if made.task.device == "cuda":
+        if made.task.device == "cuda" and made.task.methods == of_every_model:
             names = {f"{made.prefix}_{method}".lstrip("_") for method in of_every_model}
             assert names <= {*FILES}
 
@@ -226,7 +232,10 @@ COMMONSENSE = {
     "gamma": 1e-3,
     "lr": 3e-4,
 }
+E2E = INSTRUCTION | {"rank": 4, "alpha": 32}
 PRESETS = {
+    "gpt2_medium_e2e_kasa": E2E,
+    "gpt2_large_e2e_kasa": E2E,
     "llama2_7b_commonsense_kasa": COMMONSENSE | {"beta": 1e-2},
     "llama3_8b_commonsense_kasa": COMMONSENSE | {"beta": 1e-4},
 }
@@ -239,6 +248,20 @@ def test_presets_are_the_papers(trees):
         check_preset(name, trees[name])
 
 
+@pytest.mark.parametrize("name", [f"{model}_e2e_kasa" for model in OF_E2E])
+def test_preset_of_e2e_is_the_papers(name, trees):
+    """Its table 8, with the rank of the script that it follows."""
+    tree = trees[name]
+    assert (tree["optimizer"]["weight_decay"], tree["loss"]["label_smoothing"]) == (0.01, 0.1)
+    assert (tree["model"]["dropout"], tree["epochs"], tree["dtype"]) == (0.1, 5, "fp32")
+    assert tree["batch_size"] * tree["gradient_accumulation_steps"] == 8
+    assert tree["lr_scheduler"]["_component_"].endswith(".linear_schedule")
+    assert tree["lr_scheduler"]["num_warmup_steps"] == 500
+    decoding = yaml.safe_load(FILES["gpt2_e2e_evaluate"].read_text())["tasks"]["decoding"]
+    expected = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4}
+    assert decoding == expected | {"stop_tokens": [628]}
+
+
 def check_preset(name, tree):
     model, adapter = tree["model"], tree["adapter"]
     assert {
@@ -249,6 +272,8 @@ def check_preset(name, tree):
         "gamma": adapter["gamma"],
         "lr": tree["optimizer"]["lr"],
     } == PRESETS.get(name, INSTRUCTION), name
+    if "_e2e_" in name:
+        return
     assert tree["batch_size"] * tree["gradient_accumulation_steps"] == (
         8 if name.startswith("gemma") else 16
     )
@@ -336,7 +361,8 @@ HEADERS = one_of_each(
     + EXCHANGED
     + [name for name in FILES if name.endswith(("_generate", "_evaluate"))]
     + ["tiny_roberta_kasa_classify", "deberta_v3_base_cola_kasa_classify"]
-    + OF_A_RUN,
+    + OF_A_RUN
+    + SERVED,
 )
 def test_commands_of_the_header_run_this_config(name):
     needs_data(name)
@@ -365,12 +391,13 @@ def test_header_shows_an_override_and_the_dry_run(name):
 
 @pytest.mark.parametrize("model", [name for name, row in MODELS.items() if row.repository])
 def test_download_brings_the_files_the_config_reads(model, trees):
-    name = f"{model}_kasa"
+    name = kasa_of(model)
     (words,) = [words for words in header_commands(name) if words[1] == "download"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     folder, checkpointer = options["--output-dir"], trees[name]["checkpointer"]
     assert checkpointer["checkpoint_dir"] == folder == f"/tmp/{words[2].rpartition('/')[2]}"
-    files = checkpointer["checkpoint_files"]
+    # A checkpointer of the folder finds its files by itself.
+    files = checkpointer.get("checkpoint_files", ["model.safetensors", "tokenizer.json"])
     needed = [
         "config.json",
         *(
@@ -415,7 +442,14 @@ PUBLISHED = {
     "qwen2_5_7b": (7_615_616_512, 1_000_000, 1e-6),
     "phi3_mini": (3_821_079_552, 10_000, 1e-5),
     "phi4_14b": (14_659_507_200, 250_000, 1e-5),
+    "gpt2_medium": (354_823_168, None, 1e-5),  # its positions are learned
+    "gpt2_large": (774_030_080, None, 1e-5),
 }
+
+
+def kasa_of(model):
+    """The name of a model's config of its first task."""
+    return TrainingConfig(MODELS[model], TASKS[MODELS[model].tasks[0]], METHODS["kasa"]).name
 
 
 def on_meta(node):
@@ -426,10 +460,10 @@ def on_meta(node):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_model_is_the_published_one(name, trees):
-    model = on_meta(trees[f"{name}_kasa"]["model"])
+    model = on_meta(trees[kasa_of(name)]["model"])
     base = sum(value.numel() for key, value in model.named_parameters() if ".lora_" not in key)
-    attention = model.layers[0].attn
-    assert (base, attention.pos_embeddings.base, model.layers[0].sa_norm.eps) == PUBLISHED[name]
+    rotary = getattr(model.layers[0].attn.pos_embeddings, "base", None)
+    assert (base, rotary, model.layers[0].sa_norm.eps) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma2_9b"])
@@ -697,7 +731,10 @@ def check_run(folder, cfg):
 
 def adapter_names(model):
     """Names of the trained tensors, from what the config's model section says."""
-    mlp = model["apply_to_mlp"]
+    mlp, sizes = model["apply_to_mlp"], model
+    if "checkpoint_dir" in model:  # the tiny GPT-2, whose MLP has no gate
+        sizes = json.loads((Path(model["checkpoint_dir"]) / "config.json").read_text())
+        sizes, mlp = {"num_layers": sizes["n_layer"]}, ["w1", "w2"]
     places = [f"attn.{leaf}" for leaf in model["attn_modules"]]
     places += [f"mlp.{leaf}" for leaf in (["w1", "w2", "w3"] if mlp is True else mlp or [])]
     parts = ["lora_a.weight", "lora_b.weight"]
@@ -706,7 +743,7 @@ def adapter_names(model):
     )
     return {
         f"layers.{i}.{place}.{part}"
-        for i in range(model["num_layers"])
+        for i in range(sizes["num_layers"])
         for place in places
         for part in parts
     }
@@ -741,7 +778,9 @@ ONE_PER_FAMILY = [
 # At toy size the models of a family are one, and so are their calibrations. One family runs every method and every
 # task's data; the others run both roads, one of adapters that start at zero and one that calibrates and quantizes.
 AT_TOY_SIZE = [
-    name for name in FINETUNED if name.startswith("llama3_8b_") and "_gsm8k_" not in name
+    name
+    for name in FINETUNED
+    if name.startswith("llama3_8b_") and not {"gsm8k", "synth"} & {*name.split("_")}
 ]
 AT_TOY_SIZE = [name for name in AT_TOY_SIZE if "_commonsense_" not in name]
 AT_TOY_SIZE += [f"{name}_{method}" for name in ONE_PER_FAMILY for method in ("kasa", "qcorda")]
@@ -779,7 +818,11 @@ def test_dry_run_prints_the_budget(name, method, toy_config, load_recipe, capsys
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in SELF_CONTAINED if not name.endswith(("_generate", "_evaluate", "_classify"))],
+    [
+        name
+        for name in SELF_CONTAINED
+        if not name.endswith(("_generate", "_evaluate", "_classify")) and name not in SERVED
+    ],
 )
 def test_self_contained_config_runs_two_steps(name, tmp_path, load_recipe):
     needs_data(name)
@@ -822,9 +865,12 @@ SCHEMAS_IN_DOCS = {
     "generate_text": config.GENERATE,
     "classify_finetune_single_device": config.CLASSIFY,
     "evaluate_model": config.EVALUATE,
+    "compare_methods": config.COMPARE,
     "export_adapter": config.EXPORT,
     "import_adapter": config.IMPORT,
     "report_run": config.REPORT,
+    "synthesize_data": config.SYNTHESIZE,
+    "judge_responses": config.JUDGE,
 }
 
 

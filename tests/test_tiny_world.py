@@ -8,9 +8,10 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
-from kasa_tune.tiny_world import evaluate, pretrain, task, world, write_data
+from kasa_tune.tiny_world import evaluate, pretrain, pretrain_gpt2, task, world, write_data
 
 MODEL = evaluate.HERE / "model"
+GPT2 = evaluate.HERE / "gpt2"
 DATA = evaluate.HERE / "data"
 
 
@@ -249,3 +250,59 @@ def test_task_is_unknown_to_the_model(model, tokenizer):
 def test_config_names_the_models_sizes():
     config = json.loads((MODEL / "config.json").read_text())
     assert config == pretrain.hf_config()
+
+
+# --- the tiny GPT-2 ---
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return evaluate.load_model(GPT2), evaluate.load_tokenizer(GPT2)
+
+
+def test_gpt2_is_small_and_its_config_is_that_of_the_script():
+    assert sum(path.stat().st_size for path in GPT2.iterdir()) <= 5e6
+    assert json.loads((GPT2 / "config.json").read_text()) == pretrain_gpt2.CONFIG
+
+
+@pytest.mark.slow
+def test_gpt2s_tokenizer_is_reproduced(gpt2):
+    _, tokenizer = gpt2
+    assert pretrain_gpt2.train_tokenizer().to_str() == tokenizer.tokenizer.to_str()
+    text = "Q: Where does Bela Orlin live?\n  Zürich, 100 % [yes] {no}; naïve 漢"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.stop_tokens) == (None, [0])
+
+
+def test_gpt2s_batches_learn_answers_and_texts_but_no_questions(gpt2):
+    _, tokenizer = gpt2
+    documents = ["Q: Who sings? A: Bela", "The old fox sleeps. Q: Who? A: the fox"]
+    examples = pretrain_gpt2.encode(tokenizer.tokenizer, documents)
+    learned = [[y for y in labels if y != pretrain.IGNORE] for _, labels in examples]
+    assert [tokenizer.decode(labels) for labels in learned] == [" Bela", documents[1]]
+    batches = pretrain_gpt2.batches(tokenizer.tokenizer, 2048, seed=0)
+    longest = 0
+    for _ in range(40):
+        inputs, labels = next(batches)
+        longest = max(longest, inputs.shape[1])
+        known = labels[:, :-1] != pretrain.IGNORE
+        assert torch.equal(labels[:, :-1][known], inputs[:, 1:][known])
+        assert inputs.numel() <= 2200
+    assert longest == pretrain_gpt2.CONFIG["n_positions"]
+
+
+def test_gpt2s_tensors_of_the_script_are_those_of_the_file(gpt2):
+    from safetensors.torch import load_file
+
+    model, _ = gpt2
+    written, saved = pretrain_gpt2.hf_weights(model), load_file(GPT2 / "model.safetensors")
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(written[name], saved[name]) for name in saved)
+
+
+def test_gpt2_knows_most_facts_and_not_the_task(gpt2):
+    rows, texts = evaluate.load_rows("facts_test.jsonl")[:300], evaluate.load_rows("task_val.jsonl")
+    answers = evaluate.completer(*gpt2, max_new_tokens=12)
+    assert world.exact_match(answers, rows) >= 0.60
+    assert evaluate.task_loss(*gpt2, texts[:40]) > 2.0
+    assert task.score(evaluate.completer(*gpt2, max_new_tokens=64), texts[:20])["exact_match"] == 0

@@ -8,17 +8,20 @@ from kasa_tune.architectures.architecture import (
     MLP,
     Architecture,
     Difference,
+    Dropouts,
     Experts,
     Layer,
     Rotary,
+    Vision,
     differences,
 )
-from kasa_tune.architectures.names import Part, parts_of
+from kasa_tune.architectures.names import Part, is_transposed, parts_of, usual_name
 from kasa_tune.architectures.reading import (
     FAMILIES,
     UnsupportedArchitectureError,
     architecture_of,
     read_architecture,
+    read_dropouts,
     unknown_keys,
 )
 
@@ -28,14 +31,19 @@ __all__ = [
     "MLP",
     "Architecture",
     "Difference",
+    "Dropouts",
     "Experts",
     "Layer",
     "Part",
     "Rotary",
     "UnsupportedArchitectureError",
+    "Vision",
     "architecture_of",
     "differences",
+    "is_transposed",
     "parts_of",
     "read_architecture",
+    "read_dropouts",
     "unknown_keys",
+    "usual_name",
 ]

@@ -44,11 +44,13 @@ class Layer:
         rotary: its position embedding. None if the layer has none.
         window: how many tokens, itself included, a token looks back. None if all.
         sparse: whether the MLP is a mixture of experts.
+        attention_scale: what its attention scores are multiplied by, besides the model's factor.
     """
 
     rotary: Rotary | None = Rotary()
     window: int | None = None
     sparse: bool = False
+    attention_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,46 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """A CLIP vision tower and the connector of LLaVA-1.5, which makes a decoder's inputs of an
+    image.
+
+    Args:
+        image_size: pixels of the image's side.
+        patch_size: pixels of a patch's side.
+        embed_dim, intermediate_dim, num_heads: sizes of the tower.
+        num_layers: of the tower that are computed. Later ones of the checkpoint change nothing.
+        norm_eps: what the tower's norms add to a variance.
+        activation: of its MLPs.
+        keeps_class: whether the class token's features are kept beside those of the patches.
+        connector_bias: whether the connector's two linears have a bias.
+        image_token: the token that stands for a feature in a prompt.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    intermediate_dim: int
+    num_heads: int
+    num_layers: int
+    norm_eps: float
+    activation: Literal["quick_gelu", "gelu"]
+    keeps_class: bool
+    connector_bias: bool
+    image_token: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Tokens of a prompt that an image takes."""
+        return self.num_patches + self.keeps_class
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. The defaults are those of Llama.
 
@@ -77,6 +119,7 @@ class Architecture:
         vocab_size, num_heads, num_kv_heads, head_dim, embed_dim, intermediate_dim: sizes.
         max_seq_len: the most tokens of a sequence.
         layers: one entry a layer.
+        learned_positions: whether each position has a vector that is added to the embedding.
         norm: ``rms`` or ``layer``.
         norm_eps: what the norms add to a mean square or a variance.
         norm_plus_one: whether the norms multiply by ``1 + weight``.
@@ -88,7 +131,7 @@ class Architecture:
             ``full`` width of all heads.
         qk_norm_after_rotary: whether that comes after the rotary embedding.
         biases: the linears that have a bias.
-        activation: of the MLP: ``silu``, ``gelu_tanh`` or ``relu_squared``.
+        activation: of the MLP: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu_squared``.
         gated: whether the MLP has a gate.
         tied: whether the output projection is the embedding.
         embedding_scale: what embeddings are multiplied by.
@@ -100,6 +143,7 @@ class Architecture:
         query_temperature: beta and length of Ministral 3: a query at position p is multiplied by
             ``1 + beta · log(1 + floor(p / length))``.
         experts: of the layers whose MLP is a mixture.
+        vision: of a model that also sees.
     """
 
     model_type: str
@@ -111,6 +155,7 @@ class Architecture:
     intermediate_dim: int
     max_seq_len: int
     layers: tuple[Layer, ...]
+    learned_positions: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
@@ -121,7 +166,7 @@ class Architecture:
     qk_norm: Literal["none", "head", "full"] = "none"
     qk_norm_after_rotary: bool = False
     biases: frozenset[str] = frozenset()
-    activation: Literal["silu", "gelu_tanh", "relu_squared"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
     gated: bool = True
     tied: bool = False
     embedding_scale: float = 1.0
@@ -132,6 +177,7 @@ class Architecture:
     logit_cap: float | None = None
     query_temperature: tuple[float, int] | None = None
     experts: Experts | None = None
+    vision: Vision | None = None
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +189,21 @@ class Architecture:
         """SHA-256 of all its values."""
         values = json.dumps(asdict(self), sort_keys=True, default=sorted)
         return hashlib.sha256(values.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Dropout probabilities of a base model in training. They are no part of what it computes.
+
+    Args:
+        embedding: of the sum of embedding and position.
+        attention: of attention's weights, after the softmax.
+        residual: of the outputs of attention and MLP.
+    """
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kasa_tune.architectures.architecture import (
     Difference,
     Layer,
     Rotary,
+    Vision,
     differences,
 )
 from kasa_tune.architectures.settings import Settings, shown
@@ -40,20 +41,26 @@ FROM_CHECKPOINT = "kasa_tune.components.models.{}_from_checkpoint"
 # config.json's keys of a value: the first of them that stands in the file is named.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
-    "num_heads": ("num_attention_heads",),
+    "num_heads": ("num_attention_heads", "n_head"),
     "num_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim", "num_attention_heads"),
-    "embed_dim": ("hidden_size",),
-    "intermediate_dim": ("intermediate_size",),
-    "num_layers": ("num_hidden_layers",),
-    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "norm_eps"),
+    "head_dim": ("head_dim", "num_attention_heads", "n_head"),
+    "embed_dim": ("hidden_size", "n_embd"),
+    "intermediate_dim": ("intermediate_size", "n_inner"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "parallel": ("use_parallel_residual",),
     "biases": ("attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "use_bias", "bias"),
-    "activation": ("hidden_activation", "hidden_act"),
+    "activation": ("hidden_activation", "hidden_act", "activation_function"),
     "tied": ("tie_word_embeddings",),
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),
-    "attention_scale": ("attention_multiplier", "query_pre_attn_scalar", "head_dim"),
+    "attention_scale": (
+        "attention_multiplier",
+        "query_pre_attn_scalar",
+        "scale_attn_weights",
+        "head_dim",
+    ),
+    "layers.attention_scale": ("scale_attn_by_inverse_layer_idx",),
     "attention_cap": ("attn_logit_softcapping",),
     "logit_scale": ("logits_scaling", "logit_scale"),
     "logit_cap": ("final_logit_softcapping",),
@@ -348,6 +355,8 @@ def _words(value: Any) -> str:
         return "none"
     if isinstance(value, Rotary):
         return f"one of base {_words(value.base)}"
+    if isinstance(value, Vision):
+        return "a vision tower"
     if isinstance(value, frozenset):
         return ", ".join(sorted(value)) or "none"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:

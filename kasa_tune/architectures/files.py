@@ -114,15 +114,16 @@ def weight_files(folder: Path) -> list[str]:
             "them. Fetch the rest; `tune download` goes on where it was."
         )
     for name in names:
-        _check_whole(folder / name)
+        header_of(folder / name)  # which is there whole
     return names
 
 
-def _check_whole(path: Path) -> None:
-    """See that a safetensors file is as long as its header says.
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: ``dtype``, ``shape`` and ``data_offsets`` of each tensor by name.
 
     Raises:
-        ValueError: it is not, or the file is no safetensors file.
+        OSError: it cannot be read.
+        ValueError: it is no safetensors file, or is shorter than its header says.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -137,8 +138,10 @@ def _check_whole(path: Path) -> None:
         header = file.read(length) if length <= min(size, _LONGEST_HEADER) else b""
     try:
         entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-        needed = 8 + length + max(ends, default=0)
+        tensors = [entry for key, entry in entries.items() if key != "__metadata__"]
+        for entry in tensors:
+            (*entry["dtype"], *map(int.__index__, entry["shape"]))  # a word and whole numbers
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
         raise ValueError(
             f"{path} is no safetensors file, or was not fetched whole. Fetch it again."
@@ -147,6 +150,7 @@ def _check_whole(path: Path) -> None:
         raise ValueError(
             f"{path} has {size:,} of its {needed:,} bytes: it was not fetched whole. Fetch it again."
         )
+    return entries
 
 
 def _no_weights(folder: Path) -> Exception:

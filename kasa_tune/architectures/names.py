@@ -1,7 +1,7 @@
 """What the modules of a decoder are called in Hugging Face's checkpoints, family by family.
 
 Ours are torchtune's names. A name of theirs may hold the rows of several of ours, one after the
-other, as Phi's ``qkv_proj`` does.
+other, as Phi's ``qkv_proj`` does. GPT-2's matrices lie transposed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,29 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kasa_tune.architectures.architecture import Architecture
+from kasa_tune.architectures.vision import vision_name
 
 # How the names of a text model begin: alone, and inside a model that also sees.
-_TEXT = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?")
-# Parts of such a model that are no text, tables of rotary embeddings, and heads of other tasks.
+_TEXT = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.|transformer\.)?"
+)
+# Parts of such a model that are no text, tables of rotary embeddings and of causal masks.
 _OTHER = re.compile(
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_audio)\."
     r"|.*rotary_emb\.(inv_freq|cos_cached|sin_cached)$|.*\.masked_bias$"
+    r"|(transformer\.)?h\.\d+\.attn\.bias$"
 )
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:layers|h)\.(\d+)\.(.+)")
 
 _TOP = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
+_TOP_OF_FAMILY = {
+    "gpt2": {
+        "wte": "tok_embeddings",
+        "wpe": "position_embeddings",
+        "ln_f": "norm",
+        "lm_head": "output",
+    }
+}
 _ATTENTION = {
     "self_attn.q_proj": ("attn.q_proj",),
     "self_attn.k_proj": ("attn.k_proj",),
@@ -75,7 +87,16 @@ _OF_FAMILY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "self_attn.query_layernorm": ("attn.q_norm",),
         "self_attn.key_layernorm": ("attn.k_norm",),
     },
+    "gpt2": {
+        "attn.c_attn": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        "attn.c_proj": ("attn.output_proj",),
+        "mlp.c_fc": ("mlp.w1",),
+        "mlp.c_proj": ("mlp.w2",),
+        "ln_1": ("sa_norm",),
+        "ln_2": ("mlp_norm",),
+    },
 }
+_TRANSPOSED = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 _OF_EXPERT = {
     "qwen3_moe": ("mlp.gate", r"mlp\.experts\.(\d+)\.(gate_proj|down_proj|up_proj)"),
     "mixtral": (
@@ -106,17 +127,19 @@ def parts_of(architecture: Architecture, key: str) -> list[Part]:
 
     Returns:
         One entry, or several for a tensor that holds several of ours, or none for a tensor that
-        the text model does not need. An unknown name comes back as it is.
+        the model does not need. An unknown name comes back as it is.
     """
     if _OTHER.match(key):
-        return []
+        seeing = architecture.vision and vision_name(architecture.vision, key)
+        return [Part(seeing)] if seeing else []
     prefix = _TEXT.match(key)
     rest = key[prefix.end() if prefix else 0 :]
     module, _, leaf = rest.rpartition(".")
     if module == "lm_head" and architecture.tied:
         return []  # some files hold the embedding twice
-    if module in _TOP:
-        return [Part(f"{_TOP[module]}.{leaf}")]
+    top = _TOP_OF_FAMILY.get(architecture.model_type, _TOP)
+    if module in top:
+        return [Part(f"{top[module]}.{leaf}")]
     layer = _LAYER.fullmatch(module)
     if layer is None:
         return [Part(key)]
@@ -132,6 +155,29 @@ def parts_of(architecture: Architecture, key: str) -> list[Part]:
         parts.append(Part(full, (start, end)))
         start = end
     return parts
+
+
+def usual_name(architecture: Architecture, key: str) -> str:
+    """What transformers' model calls a tensor. The published files of GPT-2 leave a part out.
+
+    Args:
+        architecture: of the model.
+        key: the tensor's name in the file.
+    """
+    if architecture.model_type == "gpt2" and not key.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{key}"
+    return key
+
+
+def is_transposed(architecture: Architecture, key: str) -> bool:
+    """Whether a tensor of a checkpoint is a matrix ``(d_in, d_out)``, as GPT-2's ``Conv1D`` has it,
+    and not ``(d_out, d_in)``.
+
+    Args:
+        architecture: of the model.
+        key: the tensor's name in the file.
+    """
+    return architecture.model_type == "gpt2" and bool(_TRANSPOSED.fullmatch(key))
 
 
 def _names_in_layer(architecture: Architecture, module: str) -> tuple[str, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kasa_tune.architectures import families
-from kasa_tune.architectures.architecture import Architecture
+from kasa_tune.architectures.architecture import Architecture, Dropouts
 from kasa_tune.architectures.files import read_object
 from kasa_tune.architectures.settings import Settings, named, shown
+from kasa_tune.architectures.vision import read_vision, text_part
 
 
 class Family(NamedTuple):
@@ -25,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama", ("LlamaForCausalLM",), families.llama),
     "mistral": Family("Mistral", ("MistralForCausalLM",), families.mistral),
     "ministral3": Family("Ministral 3", ("Ministral3ForCausalLM",), families.ministral3),
+    "gpt2": Family("GPT-2", ("GPT2LMHeadModel",), families.gpt2),
     "mixtral": Family("Mixtral", ("MixtralForCausalLM",), families.mixtral),
     "qwen2": Family("Qwen 2 and 2.5", ("Qwen2ForCausalLM",), families.qwen2),
     "qwen3": Family("Qwen 3", ("Qwen3ForCausalLM",), families.qwen3),
@@ -78,6 +81,8 @@ _HARMLESS = frozenset(
     sliding_window_pattern no_rope_layer_interval no_rope_layers use_sliding_window
     hidden_act hidden_activation head_dim original_max_position_embeddings
     num_experts_per_tok mlp_only_layers
+    n_ctx n_special predict_special_tokens summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout
     """.split()
 )
 
@@ -99,6 +104,26 @@ def read_architecture(folder: Path | str) -> Architecture:
             supported; the message names file and key.
     """
     return read_with_settings(folder)[0]
+
+
+def read_dropouts(folder: Path | str) -> Dropouts:
+    """Read the dropouts that a checkpoint was trained with.
+
+    Args:
+        folder: holds config.json.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the model is of a family whose dropouts are not known here, or as
+            :func:`read_architecture`.
+    """
+    architecture, settings = read_with_settings(folder)
+    if architecture.model_type != "gpt2":
+        raise ValueError(
+            f"{settings.name}: model.base_dropout is for GPT-2; models of type "
+            f"{architecture.model_type} are trained without dropouts of their own here. Leave it out."
+        )
+    return families.gpt2_dropouts(settings)
 
 
 def unknown_keys(folder: Path | str) -> list[str]:
@@ -141,6 +166,11 @@ def _read(config: Mapping[str, Any], name: str) -> tuple[Architecture, Settings]
     _check_head(config, name)
     values = dict(config)
     kind = values.get("model_type")
+    if kind == "llava":
+        _check_weights(config, name)
+        vision = read_vision(config, name)
+        found, settings = _read(text_part(config, name), name)
+        return replace(found, vision=vision), settings
     if isinstance(kind, str) and kind in _WITH_TEXT_PART:
         text = values.get("text_config")
         if not isinstance(text, Mapping):
@@ -225,4 +255,4 @@ def _class_words(config: Mapping[str, Any]) -> str:
 
 
 def _supported() -> str:
-    return ", ".join(title for title, _, _ in FAMILIES.values())
+    return ", ".join((*(title for title, _, _ in FAMILIES.values()), "LLaVA 1.5"))

@@ -16,6 +16,7 @@ _MOST = {
     "vocab_size": 2**24,
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**20),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **{"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_inner": 2**20},
 }
 
 
@@ -69,6 +70,15 @@ class Settings:
             raise self.wrong(key, "a number above 0")
         if not is_usual(value):
             raise self.wrong(key, f"a number from {_FINEST} to {_GREATEST}")
+        return float(value)
+
+    def probability(self, key: str, default: float) -> float:
+        """A number from 0 to below 1; ``default`` if it is absent or null."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not is_number(value) or not 0 <= value < 1:
+            raise self.wrong(key, "a number from 0 to below 1")
         return float(value)
 
     def optional_number(self, key: str, default: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What torchtune's builders build, from their arguments alone.
+"""What the builders of torchtune and of our GPT-2 build, from their arguments alone.
 
 A config can be compared with a checkpoint before torch is imported. The run compares the built
 model itself; a test compares both.
@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kasa_tune.architectures.architecture import ATTENTION, Architecture, Layer, Rotary
+from kasa_tune.architectures.families.gpt import gpt2_of_size
 
 _LLAMA31 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-_SIZES = ("vocab_size", "num_layers", "num_heads", "embed_dim", "max_seq_len")
-BUILDERS = frozenset("llama2 llama3 llama3_1 llama3_2 mistral gemma gemma2 phi3 qwen2".split())
+_SIZES = ("vocab_size", "num_layers", "num_heads", "embed_dim", "max_seq_len")  # as gpt2_of_size
+BUILDERS = frozenset("llama2 llama3 llama3_1 llama3_2 mistral gemma gemma2 phi3 qwen2 gpt2".split())
 
 
 def built_by(name: str, values: Mapping[str, Any]) -> Architecture | None:
-    """The architecture of the model that one of torchtune's builders makes, as
+    """The architecture of the model that a builder of torchtune makes, or that of our GPT-2, as
     :func:`~kasa_tune.components.models.inspecting.architecture_of_model` would find it.
 
     Args:
@@ -37,6 +38,8 @@ def built_by(name: str, values: Mapping[str, Any]) -> Architecture | None:
 
 
 def _built(name: str, v: Mapping[str, Any]) -> Architecture:
+    if name == "gpt2":
+        return gpt2_of_size(*(v[key] for key in _SIZES))
     heads, dim = v["num_heads"], v["embed_dim"]
     head_dim = v["head_dim"] if name in ("gemma", "gemma2") else dim // heads
     rotary = Rotary(float(v["rope_base"]), interleaved=name not in ("phi3", "qwen2"))

@@ -11,30 +11,43 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
-from kasa_tune.config.loading import instantiate, load, parse, validate_file
+from kasa_tune.config.loading import (
+    instantiate,
+    load,
+    override_unchecked,
+    parse,
+    read_unchecked,
+    validate_file,
+)
 from kasa_tune.config.schemas import (
     CLASSIFY,
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 __all__ = [
     "CLASSIFY",
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
     "ConfigError",
@@ -45,6 +58,8 @@ __all__ = [
     "at_least",
     "instantiate",
     "load",
+    "override_unchecked",
     "parse",
+    "read_unchecked",
     "validate_file",
 ]

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kasa_tune import registry
 from kasa_tune.config import signatures
 from kasa_tune.config.entries import (
+    UNKNOWN,
     Component,
     Key,
     OneOrMany,
@@ -233,7 +234,7 @@ class Checker:
             else registry.did_you_mean(str(name), known)
         )
         hint = hint or f"Known keys: {listed(known)}."
-        self.report(key, f"unknown key (given {show(value)}). {hint}")
+        self.report(key, f"{UNKNOWN} (given {show(value)}). {hint}")
 
     def _absent(self, names: Iterable[str], unknown: list[Any], prefix: str, what: str) -> None:
         """Keys that must be there and are not, except those that an unknown key is a misspelling of."""

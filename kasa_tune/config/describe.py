@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 from kasa_tune.config.entries import REQUIRED, Component, Ignored, Key, OneOrMany, Schema, Section
 from kasa_tune.config.schemas import (
     CLASSIFY,
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
 )
 
 # Recipe to its schema, and to the schemas whose tables come first: a row that is equal there is not repeated.
@@ -33,9 +36,12 @@ _TABLES: dict[str, tuple[Schema, tuple[Schema, ...]]] = {
     "generate_text": (GENERATE, (FINETUNE,)),
     "classify_finetune_single_device": (CLASSIFY, (FINETUNE, CORDA)),
     "evaluate_model": (EVALUATE, (FINETUNE,)),
+    "compare_methods": (COMPARE, (FINETUNE, EVALUATE)),
     "export_adapter": (EXPORT, ()),
     "import_adapter": (IMPORT, (FINETUNE,)),
     "report_run": (REPORT, ()),
+    "synthesize_data": (SYNTHESIZE, ()),
+    "judge_responses": (JUDGE, (SYNTHESIZE,)),
 }
 _PLACE = re.compile(
     r"(<!-- keys of (\w+), written by `make docs` -->\n).*?(<!-- end of keys -->)", re.DOTALL

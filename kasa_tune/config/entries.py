@@ -196,12 +196,14 @@ class Key:
         default: the value when absent; REQUIRED when it must be given.
         check: a condition that every value but null meets: a `Check`, or any function that returns True or False.
         help: what it is for; `--help` prints it and docs/configs.md lists it.
+        verbatim: `${...}` in it is text for another config, and stays as it is.
     """
 
     type: Any
     default: Any = REQUIRED
     check: Check | Callable[[Any], bool] | None = None
     help: str = ""
+    verbatim: bool = False
 
     @property
     def allowed(self) -> str:
@@ -283,6 +285,9 @@ class OneOrMany:
 
 
 Schema = Mapping[str, Key | Section | Component | OneOrMany]
+
+
+UNKNOWN = "unknown key"  # begins what is said of a key that a config may not have
 
 
 class Problem(NamedTuple):

@@ -32,6 +32,7 @@ _DECODING = Literal[
     "length_penalty",
     "no_repeat_ngram_size",
     "early_stopping",
+    "stop_tokens",
 ]
 _CONFIDENCE = Check("above 0 and below 1", lambda value: 0 < value < 1)
 TASK = Component(
@@ -60,7 +61,7 @@ TASK = Component(
         "max_new_tokens": Key(int, check=COUNT, help="the most tokens of an answer"),
         "stop": Key(list[str] | None, help="texts before which an answer ends"),
         "decoding": Key(
-            dict[_DECODING, int | float | bool],
+            dict[_DECODING, int | float | bool | list[int]],
             None,
             help="how tokens are chosen, in transformers' words; null: greedily "
             "(docs/evaluation.md)",

@@ -83,11 +83,3 @@ OF_IMPORT: Schema = {
     ),
     "dtype": replace(DTYPE, help="precision that the base had when the adapter was trained"),
 }
-REPORT: Schema = {
-    "run": Key(FilePath, help="a run's `output_dir`; the plots are written there"),
-    "checkpoint_dir": Key(
-        FilePath | None,
-        None,
-        help="folder of the base model's files; null: where the run read them",
-    ),
-}

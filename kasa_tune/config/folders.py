@@ -95,7 +95,7 @@ def folder_given(cfg: dict[str, Any]) -> Iterator[Problem]:
 def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Generation and evaluation know their model: from their own sections, from a run, or from a folder."""
     run = "adapter_checkpoint" if "max_new_tokens" in cfg else "adapters"
-    if run == "adapters" and "tasks" not in cfg:
+    if run == "adapters" and (not {"tasks", "adapters"} <= cfg.keys() or "protocol" in cfg):
         return
     lacking = [name for name in SECTIONS if not cfg.get(name)]
     if len(lacking) == len(SECTIONS):
@@ -107,6 +107,18 @@ def told_by_run(cfg: dict[str, Any]) -> Iterator[Problem]:
     else:
         for name in lacking:
             yield Problem(name, f"missing; give all of {', '.join(SECTIONS)}, or none of them")
+
+
+def report_of_runs(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """A report is of one run, or of several."""
+    if "calibrate" not in cfg or "runs" not in cfg:
+        return
+    if not cfg["run"] and not cfg["runs"]:
+        yield Problem(
+            "run", "missing; give a run's output_dir, or several with runs={name: folder}"
+        )
+    elif cfg["run"] and cfg["runs"]:
+        yield Problem("run", f"got {show(cfg['run'])} beside runs; give one of them")
 
 
 def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:

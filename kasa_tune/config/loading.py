@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kasa_tune import registry
-from kasa_tune.config import folders, reading, rules, rules_of_files, sizes
+from kasa_tune.config import data_kinds, folders, reading, rules, rules_of_files, sizes
 from kasa_tune.config.checker import Checker
+from kasa_tune.config.command_line import help_lines, split_arguments
 from kasa_tune.config.entries import (
     REQUIRED,
     Check,
     Component,
     ConfigError,
-    Ignored,
     Key,
     OneOrMany,
     Problem,
@@ -35,33 +35,40 @@ from kasa_tune.config.entries import (
     above,
     at_least,
 )
+from kasa_tune.config.recipe_schemas import of_another_recipe
 from kasa_tune.config.references import check_references
-from kasa_tune.config.rules_of_architecture import architecture_fits
+from kasa_tune.config.rules_of_architecture import OF_ARCHITECTURE
 from kasa_tune.config.schemas import (
     CLASSIFY,
+    COMPARE,
     CORDA,
     EVALUATE,
     EXPORT,
     FINETUNE,
     GENERATE,
     IMPORT,
+    JUDGE,
     QCORDA,
     REPORT,
+    SYNTHESIZE,
     schema_of,
 )
-from kasa_tune.errors import is_expected, sentence
+from kasa_tune.errors import INTERRUPTED, STATUS_INTERRUPTED, is_expected, sentence
 
 __all__ = [
     "CLASSIFY",
+    "COMPARE",
     "CORDA",
     "EVALUATE",
     "EXPORT",
     "FINETUNE",
     "GENERATE",
     "IMPORT",
+    "JUDGE",
     "QCORDA",
     "REPORT",
     "REQUIRED",
+    "SYNTHESIZE",
     "Check",
     "Component",
 ]
@@ -79,7 +86,6 @@ __all__ += [
 __all__ += ["validate_file"]
 
 Recipe = Callable[[DictConfig], Any]
-_USAGE = "usage: {program} --config NAME_OR_PATH [key=value ...] [~key ...]\n\nKeys:"
 
 
 def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
@@ -98,21 +104,16 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
         @functools.wraps(recipe_main)
         def main() -> Any:
             if {"-h", "--help"} & set(sys.argv[1:]):
-                print(
-                    _USAGE.format(program=os.path.basename(sys.argv[0])),
-                    *_help(schema or FINETUNE),
-                    sep="\n",
-                )
+                print(*help_lines(schema or FINETUNE), sep="\n")
                 return 0
             try:
-                name, overrides = _command_line(sys.argv[1:])
-                cfg = load(name, overrides, schema, about_to_run=True)
-            except ConfigError as error:
+                return recipe_main(_given_config(schema))
+            except KeyboardInterrupt:
+                if os.environ.get("KASA_TUNE_TRACEBACK"):
+                    raise
                 if os.environ.get("RANK", "0") == "0":
-                    print(error, file=sys.stderr)
-                sys.exit(2)
-            try:
-                return recipe_main(cfg)
+                    print(INTERRUPTED, file=sys.stderr)
+                sys.exit(STATUS_INTERRUPTED)
             except Exception as error:
                 if not is_expected(error):
                     raise
@@ -131,7 +132,7 @@ def parse(schema: Schema | None) -> Callable[[Recipe], Callable[[], Any]]:
 
 def validate_file(
     path: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     schema: Schema | None = None,
     *,
     check_files: bool = True,
@@ -146,7 +147,7 @@ def validate_file(
 
 def load(
     path: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     schema: Schema | None = None,
     *,
     check_files: bool = True,
@@ -167,40 +168,52 @@ def load(
     Raises:
         ConfigError: with all problems.
     """
-    try:
-        file = registry.find_config(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError("--config", [Problem("", str(error))]) from None
-    try:
-        given = reading.read(file)
-    except ValueError as error:
-        raise ConfigError(str(file), [Problem("", str(error))]) from None
-    schema = schema or schema_of(file.stem, given)
-    problems: list[Problem] = []
-    folder = given.get("checkpoint_dir")
-    for override in overrides:
-        try:
-            _override(given, override, schema)
-        except ValueError as error:
-            problems.append(Problem(override, str(error)))
-    if given.get("checkpoint_dir") != folder and "checkpoint_dir" in schema:
-        folders.put_folder(given)
+    file, given = _read(path)
+    own = schema_of(file.stem, given)
+    schema = schema or own
+    problems = _apply(overrides, given, schema)
+    data_kinds.infer_sources(given)
     check = Checker(problems, may_import=about_to_run)
     filled = _fill(given, schema)
+    for name, spec in schema.items():
+        if isinstance(spec, Key) and spec.verbatim:
+            filled[name] = _each_string(filled.get(name), _escaped)
     try:
         check_references(filled)
     except ValueError as error:
         raise ConfigError(str(file), [*problems, Problem("", str(error))]) from None
     good = check.mapping(check.resolve(_create(file, filled)), schema)
+    sizes.shorten_calibration(good, overrides)
     of_files = rules_of_files.FILES * check_files + rules_of_files.MACHINE * about_to_run
-    of_sizes = (sizes.rank_fits, sizes.heads_divide, sizes.output_is_free, sizes.rows_fit)
-    for rule in rules.BETWEEN_KEYS + of_sizes + of_files:
+    for rule in rules.BETWEEN_KEYS + sizes.RULES + of_files:
         problems += rule(good)
-    if check_files and not problems:
-        problems += architecture_fits(good)
+    for rule in OF_ARCHITECTURE if check_files else ():
+        problems += () if problems else rule(good)
+    problems = of_another_recipe(own, schema, problems) or problems
     if problems:
         raise ConfigError(str(file), _without_echoes(problems, filled))
-    return OmegaConf.create(_each_string(good, lambda text: text.replace("${", r"\${")))
+    return OmegaConf.create(_each_string(good, _escaped))
+
+
+def read_unchecked(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a config and apply overrides, but check nothing and resolve no interpolation.
+
+    Raises:
+        ConfigError: the config cannot be read, or an override cannot be applied.
+    """
+    file, given = _read(path)
+    override_unchecked(given, overrides, str(file))
+    return given
+
+
+def override_unchecked(tree: dict[str, Any], overrides: Iterable[str], source: str) -> None:
+    """Apply overrides to a config in plain containers, in place.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
+    if problems := _apply(overrides, tree, schema_of(Path(source).stem, tree)):
+        raise ConfigError(source, problems)
 
 
 def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
@@ -210,37 +223,44 @@ def instantiate(node: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
     return instantiate(node, *args, **kwargs)
 
 
+def _read(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a config, and what it holds."""
+    try:
+        file = registry.find_config(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError("--config", [Problem("", str(error))]) from None
+    try:
+        return file, reading.read(file)
+    except ValueError as error:
+        raise ConfigError(str(file), [Problem("", str(error))]) from None
+
+
+def _apply(overrides: Iterable[str], tree: dict[str, Any], schema: Schema) -> list[Problem]:
+    """Apply overrides in place, and return what is wrong with them."""
+    problems: list[Problem] = []
+    folder = tree.get("checkpoint_dir")
+    for override in overrides:
+        try:
+            _override(tree, override, schema)
+        except ValueError as error:
+            problems.append(Problem(override, str(error)))
+    if tree.get("checkpoint_dir") != folder and "checkpoint_dir" in schema:
+        folders.put_folder(tree)
+    return problems
+
+
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _command_line(arguments: list[str]) -> tuple[str, list[str]]:
-    """The config's name and the overrides."""
-    name, overrides, rest = None, [], iter(arguments)
-    problems = []
-    for argument in rest:
-        if argument == "--config":
-            name = next(rest, None)
-        elif argument.startswith("--config="):
-            name = argument.partition("=")[2]
-        elif argument.startswith("-"):
-            problems.append(
-                Problem(
-                    argument,
-                    "unknown option; --config NAME_OR_PATH is the only one, keys are set with key=value",
-                )
-            )
-        else:
-            overrides.append(argument)
-    if not name:
-        problems.append(
-            Problem(
-                "--config",
-                "missing; give the name of a config (`kasa-tune ls` lists them) or the path of a YAML file",
-            )
-        )
-    if problems or not name:
-        raise ConfigError("command line", problems)
-    return name, overrides
+def _given_config(schema: Schema | None) -> DictConfig:
+    """The config of this process's command line; problems of it are printed, and end the process."""
+    try:
+        name, overrides = split_arguments(sys.argv[1:])
+        return load(name, overrides, schema, about_to_run=True)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _override(tree: dict[str, Any], text: str, schema: Schema) -> None:
@@ -322,31 +342,14 @@ def _references(tree: Any, key: str) -> set[str]:
     return _references(tree[name], rest) if isinstance(tree, dict) and name in tree else set()
 
 
+def _escaped(text: str) -> str:
+    """A text of which OmegaConf resolves nothing."""
+    return text.replace("${", r"\${")
+
+
 def _each_string(tree: Any, change: Callable[[str], str]) -> Any:
     if isinstance(tree, dict):
         return {key: _each_string(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_each_string(value, change) for value in tree]
     return change(tree) if isinstance(tree, str) else tree
-
-
-def _help(schema: Schema, indent: str = "  ") -> Iterator[str]:
-    """A line for each key: what it takes, the default, what it is for."""
-    for name, spec in schema.items():
-        if isinstance(spec, Ignored):
-            continue
-        if isinstance(spec, Section):
-            yield f"{indent}{name}: {spec.help}"
-            yield from _help(spec.keys, indent + "  ")
-            continue
-        kinds = {Component: "a component", OneOrMany: "a component or a list of them"}
-        kind = spec.allowed if isinstance(spec, Key) else kinds[type(spec)]
-        default = (
-            spec.default.get("_component_") if isinstance(spec.default, dict) else spec.default
-        )
-        shown = (
-            "required"
-            if default is REQUIRED
-            else f"default {'null' if default is None else default}"
-        )
-        yield f"{indent}{name}: {kind} ({shown})" + (f"; {spec.help}" if spec.help else "")

@@ -294,7 +294,7 @@ DATASET = Component(
     values={
         "source": Key(
             FilePath,
-            help="`json`, `csv`, `text` or `parquet` for local files, or a name on the hub",
+            help="`json`, `csv`, `text`, `parquet` (the files' endings tell it), or a name on the hub",
         ),
         "data_files": Key(
             FilePath | list[FilePath] | dict[str, FilePath | list[FilePath]] | None,

@@ -1,5 +1,7 @@
 """The components that schemas of training have: optimizer, schedule, loss, logger and profiler."""
 
+from dataclasses import replace
+
 from kasa_tune.config.bounds import (
     COUNT,
     FILE_NAME,
@@ -14,8 +16,12 @@ from kasa_tune.config.entries import (
     Component,
     FilePath,
     Key,
+    OneOrMany,
+    Schema,
+    Section,
     at_least,
 )
+from kasa_tune.config.evaluation import TASK
 
 OPTIMIZER = Component(
     positional=1,
@@ -91,17 +97,20 @@ LOSS = Component(
     help="the loss; of `ChunkedCrossEntropy`, `chunk_size` limits how many tokens have their logits "
     "in memory at a time, and `label_smoothing` is the usual one",
 )
-METRIC_LOGGER = Component(
-    values={
-        "log_dir": Key(FilePath | None, help="folder of what the logger writes"),
-        "filename": Key(FilePath | None, check=FILE_NAME, help="its file in that folder"),
-    },
-    default={
-        "_component_": "kasa_tune.components.training.JSONLLogger",
-        "log_dir": "${output_dir}",
-    },
-    help="where metrics are written: JSON lines, Trackio, or one of torchtune's loggers "
-    "(TensorBoard, W&B)",
+METRIC_LOGGER = OneOrMany(
+    Component(
+        values={
+            "log_dir": Key(FilePath | None, help="folder of what the logger writes"),
+            "filename": Key(FilePath | None, check=FILE_NAME, help="its file in that folder"),
+        },
+        default={
+            "_component_": "kasa_tune.components.training.JSONLLogger",
+            "log_dir": "${output_dir}",
+        },
+        help="where metrics are written besides the JSON lines and config.yaml that every run has: "
+        "Trackio, or one of torchtune's loggers (TensorBoard, W&B, MLflow, Comet)",
+    ),
+    help="where metrics are written: a logger, or a list of them",
 )
 PROFILER = Component(
     values={
@@ -121,3 +130,54 @@ PROFILER = Component(
     },
     help="torch's profiler; off unless `profiler.enabled=True`",
 )
+
+_VALIDATION = Section(
+    {
+        "tasks": OneOrMany(
+            replace(TASK, default=None),
+            help="tasks that the model does at every validation, as `evaluate_model` has them "
+            "(docs/evaluation.md); logged as `val_<task>_<metric>`; null: only the loss is measured",
+        ),
+        "limit": Key(int, 64, COUNT, help="the most rows of each task"),
+        "num_samples": Key(
+            int,
+            4,
+            at_least(0, 1_000_000),
+            help="how many answers of each task are written to `samples.jsonl` every time",
+        ),
+        "prompts": Key(
+            list[str], [], help="texts that are completed every time, for `samples.jsonl`"
+        ),
+        "max_new_tokens": Key(int, 64, COUNT, help="the most tokens of a completion of `prompts`"),
+        "batch_size": Key(
+            int, "${batch_size_val}", COUNT, help="number of prompts in a forward pass"
+        ),
+    },
+    help="what the model is asked at every validation besides its loss; answers are greedy",
+)
+_KEEP_BEST = Key(
+    str | None,
+    None,
+    help="a validation metric, such as val_loss or `val_<task>_<metric>`: the checkpoint with its "
+    "best value is kept besides the last ones, and `checkpoints/best` in `output_dir` leads to it",
+)
+_EARLY_STOPPING = Section(
+    {
+        "metric": Key(str | None, None, help="a validation metric; null: the run is not stopped"),
+        "patience": Key(
+            int, 3, COUNT, help="stop after so many validations in a row that are not better"
+        ),
+        "min_delta": Key(
+            float,
+            0.0,
+            at_least(0, 1_000_000),
+            help="a value is better if it beats the best one by more than this",
+        ),
+    },
+    help="ends a run whose validation does not get better any more",
+)
+WHILE_TRAINING: Schema = {
+    "validation": _VALIDATION,
+    "keep_best": _KEEP_BEST,
+    "early_stopping": _EARLY_STOPPING,
+}

@@ -1,10 +1,11 @@
-"""The schema that a recipe's file gives to `@config.parse(...)`, without running the recipe."""
+"""The schema that a recipe's file gives to `@config.parse(...)`, without running it, and configs of another recipe."""
 
 import ast
 from pathlib import Path
 from typing import Any
 
-from kasa_tune.config.entries import Schema, shortened
+from kasa_tune.config.entries import UNKNOWN, Problem, Schema, shortened
+from kasa_tune.config.schemas import RECIPES
 
 
 def schema_of_recipe(path: Path) -> Schema | None:
@@ -39,6 +40,26 @@ def schema_of_recipe(path: Path) -> Schema | None:
     if schema is not None and not isinstance(schema, dict):
         raise ValueError(f"The schema of {path} is no mapping of keys, see docs/configs.md.")
     return schema
+
+
+def of_another_recipe(own: Schema, schema: Schema, problems: list[Problem]) -> list[Problem]:
+    """One problem in place of all, where a config has the keys of another recipe than the one that is to run it.
+
+    Args:
+        own: the schema that the config belongs to, see `schema_of`.
+        schema: that of the recipe. Copied recipes with keys of their own have another than ours.
+        problems: those of the config under `schema`.
+    """
+    names = {id(of_recipe): recipe for recipe, of_recipe in RECIPES.items()}
+    wanted, named = names.get(id(own)), names.get(id(schema))
+    unknown = [problem.text for problem in problems if problem.text.startswith(UNKNOWN)]
+    if not (wanted and named and unknown) or wanted == named:
+        return []
+    if not all(wanted in text for text in unknown):
+        return []
+    either = f"{wanted} (or _distributed)" if wanted.endswith("_single_device") else wanted
+    advice = f"run {wanted}, or give a config of {named}"
+    return [Problem("", f"this is a config of {either}, and {named} does not take it; {advice}")]
 
 
 def _decorator_argument(tree: ast.Module) -> ast.expr | None:

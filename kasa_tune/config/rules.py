@@ -264,6 +264,29 @@ def validation(cfg: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
+def validation_metrics(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """Metrics that decide are measured, and tasks in training answer greedily."""
+    section = cfg.get("validation") or {}
+    tasks = section.get("tasks") or []
+    tasks = tasks if isinstance(tasks, list) else [tasks]
+    for i, task in enumerate(tasks):
+        if task.get("decoding"):
+            yield Problem(
+                f"validation.tasks.{i}.decoding",
+                f"got {show(task['decoding'])}; answers in training are greedy, leave it out",
+            )
+    early = (cfg.get("early_stopping") or {}).get("metric")
+    begins = tuple(f"val_{task.get('name')}_" for task in tasks)
+    for key, metric in (("keep_best", cfg.get("keep_best")), ("early_stopping.metric", early)):
+        if metric is None:
+            continue
+        if not cfg.get("run_val_every_n_steps"):
+            yield Problem(key, f"got {show(metric)} without validation; set run_val_every_n_steps")
+        elif metric != "val_loss" and not metric.startswith(begins):
+            known = ", ".join(["val_loss", *(f"{begin}<metric>" for begin in begins)])
+            yield Problem(key, f"got {show(metric)}, which no validation measures; it is {known}")
+
+
 def something_to_complete(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Generation has prompts."""
     if "prompts" in cfg and "dataset" in cfg and not cfg["prompts"] and not cfg["dataset"]:
@@ -316,9 +339,11 @@ BETWEEN_KEYS = (
     columns,
     closure,
     validation,
+    validation_metrics,
     something_to_complete,
     folders.folder_given,
     folders.told_by_run,
+    folders.report_of_runs,
     data_given,
     model_type,
 )

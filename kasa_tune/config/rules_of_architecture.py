@@ -4,6 +4,7 @@ be told without building it. The run compares the model itself.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kasa_tune.architectures.comparing import (
@@ -13,8 +14,10 @@ from kasa_tune.architectures.comparing import (
     Mismatch,
     mismatches,
 )
+from kasa_tune.architectures.files import weight_files
 from kasa_tune.architectures.lengths import longest_row
-from kasa_tune.architectures.reading import read_with_settings
+from kasa_tune.architectures.reading import read_architecture, read_with_settings
+from kasa_tune.architectures.shapes import wrong_shapes
 from kasa_tune.architectures.torchtune_builders import built_by
 from kasa_tune.config import signatures
 from kasa_tune.config.entries import Problem, shortened, show
@@ -58,8 +61,8 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
         return
     name, values = _built_from(builder)
     model = built_by(name, values | node)
-    if model is None or any(numbers_of_heads(key, path)):  # another rule names those
-        return
+    if model is None or (component != FOLDER and any(numbers_of_heads(key, path))):
+        return  # another rule names those
     try:
         file = read_with_settings(os.path.dirname(path))
     except ValueError as error:  # among them that the family is not supported
@@ -74,6 +77,30 @@ def architecture_fits(cfg: dict[str, Any]) -> Iterator[Problem]:
         takes=signatures.static(builder).parameters,
     ):
         yield _problem(one, builder, path)
+
+
+def weights_fit(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """The weights, where they are there, have the shapes that config.json tells. A dry run reads none."""
+    base = cfg.get("checkpointer") or {}
+    component, given = str(base.get("_component_")), base.get("checkpoint_dir")
+    is_folder = component == FOLDER
+    if cfg.get("dry_run") or not isinstance(given, str):
+        return
+    if not (is_folder or component.endswith("HFCheckpointer")):
+        return
+    folder, listed = Path(given), base.get("checkpoint_files")
+    try:
+        names = listed if isinstance(listed, list) and not is_folder else weight_files(folder)
+        if all(name.endswith(".safetensors") for name in names):
+            told = read_architecture(folder)
+            wrong = wrong_shapes(told, [folder / name for name in names])
+        else:
+            wrong = []
+    except (OSError, ValueError):  # other rules and the run name those
+        return
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        yield Problem("checkpointer.checkpoint_dir", f"got {show(given)}, where {wrong[0]}{more}")
 
 
 def _built_from(builder: str) -> tuple[str, dict[str, Any]]:
@@ -94,3 +121,6 @@ def _problem(one: Mismatch, builder: str, path: str) -> Problem:
         advice = f"set it to {kind}, which takes every value from config.json"
     wrong = f"in {show(path)} {one.key} is {one.in_file}, and {name} has {one.in_model}"
     return Problem(key, f"{wrong}; {advice}")
+
+
+OF_ARCHITECTURE = (architecture_fits, weights_fit)  # each where those before found nothing

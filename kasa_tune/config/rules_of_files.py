@@ -197,13 +197,34 @@ def _flat(given: Any) -> Iterator[str]:
 
 def task_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The data of tasks is there, and adapters to evaluate are."""
-    tasks = cfg.get("tasks") or []
-    for i, node in enumerate(tasks if isinstance(tasks, list) else [tasks]):
-        key = f"tasks.{i}.data_file" if isinstance(tasks, list) else "tasks.data_file"
-        if isinstance(node.get("data_file"), str):
-            yield from _missing(key, node["data_file"])
+    in_training = _nodes(cfg.get("validation") or {}, "tasks", "validation.")
+    for key, node in (*_nodes(cfg, "tasks"), *in_training):
+        if isinstance(node, dict) and isinstance(node.get("data_file"), str):
+            yield from _missing(f"{key}.data_file", node["data_file"])
     for name, path in (cfg.get("adapters") or {}).items():
         yield from _missing(f"adapters.{name}", path)
+
+
+def _nodes(
+    tree: dict[str, Any], name: str, prefix: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The components at a key that takes one or many, each with its dotted key."""
+    given = tree.get(name) or []
+    if isinstance(given, list):
+        yield from ((f"{prefix}{name}.{i}", node) for i, node in enumerate(given))
+    else:
+        yield f"{prefix}{name}", given
+
+
+def asked_files(cfg: dict[str, Any]) -> Iterator[Problem]:
+    """What a model behind an address is asked with is there."""
+    if "endpoint" not in cfg:
+        return
+    for key in ("seeds", "tests", "template", "templates", "questions", "references"):
+        if isinstance(cfg.get(key), str):
+            yield from _missing(key, cfg[key])
+    for i, path in enumerate(cfg.get("evaluations") or []):
+        yield from _missing(f"evaluations.{i}", path)
 
 
 def results_to_load(cfg: dict[str, Any]) -> Iterator[Problem]:
@@ -250,12 +271,13 @@ def output_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
 
 
 def tracker(cfg: dict[str, Any]) -> Iterator[Problem]:
-    """The package of a metric logger is installed."""
-    name = str((cfg.get("metric_logger") or {}).get("_component_")).rpartition(".")[2]
-    package = _TRACKERS.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        wrong = f"{name} needs the package {package}, which is not installed"
-        yield Problem("metric_logger._component_", f"{wrong}; `pip install {package}`")
+    """The package of every metric logger is installed."""
+    for key, node in _nodes(cfg, "metric_logger"):
+        name = str(node.get("_component_")).rpartition(".")[2]
+        package = _TRACKERS.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            wrong = f"{name} needs the package {package}, which is not installed"
+            yield Problem(f"{key}._component_", f"{wrong}; `pip install {package}`")
 
 
 def _unwritable(key: str, given: str) -> Iterator[Problem]:
@@ -309,6 +331,7 @@ FILES = (
     checkpoint_folder,
     data_files,
     task_files,
+    asked_files,
     results_to_load,
     output_folder,
     tracker,

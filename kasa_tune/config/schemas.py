@@ -7,6 +7,7 @@ from typing import Any, Literal
 from kasa_tune import registry
 from kasa_tune.config.bounds import COUNT, POSITIVE, SCALE, TEMPERATURE
 from kasa_tune.config.classification import of_encoders
+from kasa_tune.config.comparing import COMPARE
 from kasa_tune.config.entries import (
     Check,
     FilePath,
@@ -18,7 +19,7 @@ from kasa_tune.config.entries import (
     at_least,
 )
 from kasa_tune.config.evaluation import EVALUATE
-from kasa_tune.config.exchange import EXPORT, OF_IMPORT, REPORT
+from kasa_tune.config.exchange import EXPORT, OF_IMPORT
 from kasa_tune.config.parts import (
     CALIBRATION,
     CHECKPOINT_DIR,
@@ -41,7 +42,10 @@ from kasa_tune.config.parts_of_training import (
     METRIC_LOGGER,
     OPTIMIZER,
     PROFILER,
+    WHILE_TRAINING,
 )
+from kasa_tune.config.report import REPORT
+from kasa_tune.config.services import JUDGE, SYNTHESIZE
 from kasa_tune.gpus import PEAK_FLOPS
 from kasa_tune.methods import METHODS
 
@@ -155,6 +159,7 @@ FINETUNE: Schema = {
     "batch_size_val": Key(
         int, "${batch_size}", COUNT, help="number of samples in a validation batch"
     ),
+    **WHILE_TRAINING,
     "seed": SEED,
     "shuffle": Key(bool, True, help="draw a new order of the samples in every epoch"),
     "batch_size": Key(
@@ -325,23 +330,31 @@ IMPORT: Schema = {
     **{name: Ignored() for name in QCORDA if name not in OF_IMPORT},
 }
 
-_RECIPES: Mapping[str, Schema] = {
+RECIPES: Mapping[str, Schema] = {
     "kasa_finetune_single_device": FINETUNE,
     "corda_finetune_single_device": CORDA,
     "qcorda_finetune_single_device": QCORDA,
     "classify_finetune_single_device": CLASSIFY,
     "generate_text": GENERATE,
     "evaluate_model": EVALUATE,
+    "compare_methods": COMPARE,
     "export_adapter": EXPORT,
     "import_adapter": IMPORT,
     "report_run": REPORT,
+    "synthesize_data": SYNTHESIZE,
+    "judge_responses": JUDGE,
 }
 # By the end of a config's name; `schema_of` also looks at its keys.
 SCHEMAS: Mapping[str, Schema] = {
     suffix: schema
-    for recipe, schema in _RECIPES.items()
+    for recipe, schema in RECIPES.items()
     for suffix in registry.config_suffixes(recipe)
 }
+
+_BY_KEY: Mapping[str, Schema] = {
+    "format": EXPORT, "peft_adapter": IMPORT, "run": REPORT, "runs": REPORT, "methods": COMPARE,
+    "seeds": SYNTHESIZE, "evaluations": JUDGE, "tasks": EVALUATE, "quantization": QCORDA,
+}  # fmt: skip
 
 
 def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
@@ -350,22 +363,15 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
         return CLASSIFY
     adapter = tree.get("adapter")
     if isinstance(adapter, dict) and (trains := _TRAINED_BY.get(str(adapter.get("method")))):
-        return _RECIPES[trains]
+        return RECIPES[trains]
     named = next(
         (schema for ending, schema in SCHEMAS.items() if f"_{name}".endswith(ending)), None
     )
     if named is not None:
         return named
-    if "format" in tree:
-        return EXPORT
-    if "peft_adapter" in tree:
-        return IMPORT
-    if "run" in tree:
-        return REPORT
-    if "tasks" in tree:
-        return EVALUATE
-    if "quantization" in tree:
-        return QCORDA
+    for key, schema in _BY_KEY.items():
+        if key in tree:
+            return schema
     if "calibration" in tree or (isinstance(adapter, dict) and "method" in adapter):
         return CORDA
     return (
@@ -377,7 +383,7 @@ def schema_of(name: str, tree: Mapping[str, Any]) -> Schema:
 
 def recipes_taking(key: str, value: Any) -> list[str]:
     """The recipes in whose configs `value` may stand at the dotted `key`, as far as the key itself tells."""
-    return [recipe for recipe, schema in _RECIPES.items() if _takes(schema, key, value)]
+    return [recipe for recipe, schema in RECIPES.items() if _takes(schema, key, value)]
 
 
 def _takes(schema: Schema, key: str, value: Any) -> bool:

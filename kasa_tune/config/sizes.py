@@ -1,11 +1,15 @@
 """The sizes of the model that a config describes, read from its keys and from its builder's source."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kasa_tune.config import folders, signatures
 from kasa_tune.config.entries import Problem
 
+log = logging.getLogger(__name__)
+
+CALIBRATION_ROWS = "calibration.max_seq_len"
 _MLP = ("w1", "w2", "w3")
 
 
@@ -63,6 +67,22 @@ def output_is_free(cfg: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("model.apply_to_output", f"{wrong}; set it to False")
 
 
+def shorten_calibration(cfg: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Cut `calibration.max_seq_len` to what the model takes, and say so. `rows_fit` refuses one among the overrides."""
+    if any(override.startswith(f"{CALIBRATION_ROWS}=") for override in overrides):
+        return
+    told = folders.architecture_of(cfg.get("model") or {})
+    calibration = cfg.get("calibration")
+    if told is None or not isinstance(calibration, dict) or not calibration.get("dataset"):
+        return
+    given = calibration.get("max_seq_len")
+    if isinstance(given, int) and given > told.max_seq_len:
+        calibration["max_seq_len"] = told.max_seq_len
+        log.warning(
+            f"{CALIBRATION_ROWS}: {given} is cut to {told.max_seq_len}, the most tokens that the model takes."
+        )
+
+
 def rows_fit(cfg: dict[str, Any]) -> Iterator[Problem]:
     """Rows are no longer than the model takes. The tokenizer of its folder sees to that itself."""
     told = folders.architecture_of(cfg.get("model") or {})
@@ -70,7 +90,7 @@ def rows_fit(cfg: dict[str, Any]) -> Iterator[Problem]:
     calibration = cfg.get("calibration") or {}
     places = {}
     if calibration.get("dataset"):
-        places["calibration.max_seq_len"] = calibration.get("max_seq_len")
+        places[CALIBRATION_ROWS] = calibration.get("max_seq_len")
     if not folders.reads_folder(tokenizer):
         places["tokenizer.max_seq_len"] = tokenizer.get("max_seq_len")
     for key, given in places.items():
@@ -108,3 +128,6 @@ def heads_divide(cfg: dict[str, Any]) -> Iterator[Problem]:
     if "head_dim" not in node and sizes.get("embed_dim", 0) % heads:
         wrong = f"got {heads}, which does not divide embed_dim {sizes['embed_dim']}"
         yield Problem("model.num_heads", wrong)
+
+
+RULES = (rank_fits, heads_divide, output_is_free, rows_fit)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from kasa_tune.families import Figures, tables, training_configs, training_text
 from kasa_tune.families.classification import classification_texts
+from kasa_tune.families.comparing import comparison_texts
 from kasa_tune.families.exchange import evaluation_texts, exchange_texts, generation_texts
+from kasa_tune.families.services import service_texts
 
 
 def texts(figures: Mapping[str, Figures]) -> dict[str, str]:
@@ -24,7 +26,14 @@ def texts(figures: Mapping[str, Figures]) -> dict[str, str]:
         config.name: training_text(config, figures.get(config.name))
         for config in training_configs()
     }
-    others = (generation_texts(), evaluation_texts(), exchange_texts(), classification_texts())
+    others = (
+        generation_texts(),
+        evaluation_texts(),
+        comparison_texts(),
+        exchange_texts(),
+        service_texts(),
+        classification_texts(),
+    )
     return training | {name: text for each in others for name, text in each}
 
 

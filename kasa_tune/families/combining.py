@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kasa_tune.families.table import COMMON, MODELS, Model
+from kasa_tune.families.table import MODELS, Model
 from kasa_tune.families.tasks import TASKS, Calibration, Setting, Task
 from kasa_tune.methods import METHODS, Method
 
@@ -71,10 +71,10 @@ class TrainingConfig:
 
 
 def training_configs() -> Iterator[TrainingConfig]:
-    """Every config for fine-tuning. A model's first task has the model's methods, the others those of every model."""
+    """Every config for fine-tuning. A model's first task has the model's methods, the others their own."""
     for model in MODELS.values():
         for index, task in enumerate(model.tasks):
-            for method in COMMON if index else model.methods:
+            for method in TASKS[task].methods if index else model.methods:
                 yield TrainingConfig(model, TASKS[task], METHODS[method])
 
 

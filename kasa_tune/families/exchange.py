@@ -78,13 +78,18 @@ device: cuda
 dtype: null
 """
 _REPORT = """\
-# A run's loss curve and singular values, as plots in its folder. The run says which model and base weights it had.
+# A page of a run, or of several side by side, and plots in their folders. The run says which model and base it had.
 #
 #   tune run report_run --config report run=/tmp/run
 #   tune run report_run --config report run=/tmp/run checkpoint_dir=/models/base
+#   tune run report_run --config report 'runs={kasa: /tmp/a, lora: /tmp/b}' output_dir=/tmp/compared
+#   tune run report_run --config report run=/tmp/run calibrate=True     # and covariances; loads the whole base
 
 run: null  # its output_dir
+runs: null  # several instead, each under a name of your choice
+output_dir: null  # of the page; null: the (first) run's
 checkpoint_dir: null
+calibrate: False
 """
 
 
@@ -148,8 +153,85 @@ seed: 42
 batch_size: 64"""
 
 
+# Beams, lengths and n-grams are KaSA's for GPT-2 medium; ids 50256 and 628 end a text in the script that it follows.
+_E2E_EVALUATION = """\
+# The five metrics of E2E for a run on GPT-2. The run says which model, tokenizer and base weights it had. Beam search
+# over all 547 or 630 prompts takes minutes on a GPU. docs/gpt2.md says what papers and scripts decode with.
+#
+# Train first:
+#   tune run kasa_finetune_single_device --config gpt2_medium_e2e_kasa
+# Evaluate:
+#   tune run evaluate_model --config gpt2_e2e_evaluate
+#   tune run evaluate_model --config gpt2_e2e_evaluate adapters.kasa=/tmp/kasa_tune/gpt2_large_e2e_kasa
+#   tune run evaluate_model --config gpt2_e2e_evaluate tasks.decoding.length_penalty=0.8
+
+output_dir: /tmp/kasa_tune/gpt2_e2e_evaluate
+
+adapters:
+  kasa: /tmp/kasa_tune/gpt2_medium_e2e_kasa
+
+tasks:
+  _component_: kasa_tune.components.evaluation.DataToText
+  name: e2e
+  data_file: /tmp/e2e/test.jsonl
+  measures: learned
+  prompt: "{mr}"
+  chat: True
+  max_new_tokens: 64
+  stop: []
+  decoding:
+    num_beams: 10
+    length_penalty: 0.9  # 0.8 for GPT-2 large, and for both in the script
+    no_repeat_ngram_size: 4
+    stop_tokens: [628]  # an empty line, besides <|endoftext|>
+bootstrap:
+  num_resamples: 1000
+  confidence: 0.95
+seed: 42
+batch_size: 8  # times 10 beams
+
+device: cuda
+dtype: null
+"""
+
+
 def evaluation_texts() -> Iterator[tuple[str, str]]:
-    """Name and text of the config that measures what runs on the embedded model learned and forgot."""
+    """Names and texts of the configs that measure what runs learned and forgot."""
+    yield _evaluation_of_llama()
+    yield _evaluation_of_gpt2()
+    yield "gpt2_e2e_evaluate", _E2E_EVALUATION
+
+
+def _evaluation_of_gpt2() -> tuple[str, str]:
+    model = MODELS["tiny_gpt2"]
+    task = TASKS[model.tasks[0]]
+    run = "#   tune run evaluate_model --config tiny_gpt2_evaluate"
+    lines = [
+        paragraph(
+            "What runs on the embedded tiny GPT-2 learned, and what they forgot: the base and every run in `adapters` "
+            "do the same tasks. It takes less than a minute on a CPU and downloads nothing."
+        ),
+        "#",
+        "# Train first, with one method or with several:",
+        "#   tune run kasa_finetune_single_device --config tiny_gpt2_kasa",
+        "# Evaluate:",
+        run,
+        f"{run} adapters.lora=/tmp/kasa_tune/tiny_gpt2_lora",
+        f"{run} adapters=null     # the base model alone",
+    ]
+    parts = [
+        "\n".join(lines),
+        "output_dir: /tmp/kasa_tune/tiny_gpt2_evaluate",
+        tokenizer(model, task),
+        model_section(TrainingConfig(model, task, METHODS["lora"])),
+        f"{checkpointer(model, '')}\nadapters:\n  kasa: /tmp/kasa_tune/tiny_gpt2_kasa",
+        _EVALUATION,
+        f"device: {task.device}\ndtype: {task.dtype}\n",
+    ]
+    return "tiny_gpt2_evaluate", "\n\n".join(parts)
+
+
+def _evaluation_of_llama() -> tuple[str, str]:
     model = MODELS["tiny"]
     task = TASKS[model.tasks[0]]
     config = TrainingConfig(model, task, METHODS["kasa"])
@@ -174,7 +256,7 @@ def evaluation_texts() -> Iterator[tuple[str, str]]:
         line for line in model_section(config).split("\n") if line.strip().split(":")[0] not in own
     ]
     section[1] = f"  _component_: torchtune.models.llama3.{model.builder}"
-    yield (
+    return (
         "tiny_evaluate",
         "\n\n".join(
             [

@@ -6,7 +6,7 @@ It is plain data: it imports neither torch nor YAML. `make configs` writes confi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kasa_tune.methods import METHODS
@@ -62,7 +62,7 @@ class Model:
         tied: the output projection is the embedding, and takes no adapter.
         in_kasa_paper: KaSA's paper trains it on the instruction-following task.
         tasks: names of the tasks that have configs.
-        methods: names of the methods that have configs, of the first task; other tasks have those of every model.
+        methods: names of the methods that have configs, of the first task; other tasks have their own.
         folder: where the checkpoint lies; by default the repository's name under /tmp.
         sizes: arguments of the builder, for a builder of no fixed size.
     """
@@ -157,6 +157,21 @@ TINY = Family(
     f"{_TORCHTUNE}.llama2.llama2_tokenizer",
     prompt_template='{user: ["Data: ", "Text: "], assistant: ["", ""]}',
 )
+# The folder of the checkpoint has everything. The script that KaSA's paper follows puts the end of a
+# text between data and description, and a space before the latter.
+GPT2 = Family(
+    "",
+    "kasa_tune.components.data.tokenizer_from_checkpoint",
+    {"checkpoint_dir": ""},
+    prompt_template='{user: ["", "<|endoftext|>"], assistant: [" ", ""]}',
+    ignored="*.[bhmo]*",  # weights in other formats
+    samples=8,
+)
+TINY_GPT2 = replace(
+    GPT2,
+    prompt_template='{user: ["Data: ", " Text: "], assistant: ["", ""]}',
+    samples=16,
+)
 STORIES = Family(
     "LLAMA2", f"{_TORCHTUNE}.llama2.llama2_tokenizer", prompt_template="null", samples=8
 )
@@ -183,11 +198,15 @@ _ROWS = (
         "llama2_7b", "Llama 2 7B", LLAMA2, "meta-llama/Llama-2-7b-hf", 2,
         tasks=("instruction", "commonsense"),
     ),
-    Model("llama2_13b", "Llama 2 13B", LLAMA2, "meta-llama/Llama-2-13b-hf", 3, in_kasa_paper=True),
+    Model(
+        "llama2_13b", "Llama 2 13B", LLAMA2, "meta-llama/Llama-2-13b-hf", 3,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
+    ),
     Model("llama2_70b", "Llama 2 70B", LLAMA2, "meta-llama/Llama-2-70b-hf", 15, batch_size=1),
     Model(
         "llama3_8b", "Llama 3 8B", LLAMA3_BASE, "meta-llama/Meta-Llama-3-8B", 4,
-        in_kasa_paper=True, tasks=("instruction", "commonsense", "gsm8k"), methods=DISTINCT,
+        in_kasa_paper=True, tasks=("instruction", "commonsense", "gsm8k", "synthesized"),
+        methods=DISTINCT,
     ),
     Model("llama3_70b", "Llama 3 70B", LLAMA3_BASE, "meta-llama/Meta-Llama-3-70B", **_70B),
     Model("llama3_1_8b", "Llama 3.1 8B Instruct", LLAMA3_CHAT, "meta-llama/Llama-3.1-8B-Instruct", 4),
@@ -209,10 +228,13 @@ _ROWS = (
     ),
     Model(
         "mistral_7b", "Mistral 7B v0.1", MISTRAL, "mistralai/Mistral-7B-v0.1", 2,
-        in_kasa_paper=True,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
     ),
     Model("gemma_2b", "Gemma 2B", GEMMA, "google/gemma-2b", 2, **_SMALL),
-    Model("gemma_7b", "Gemma 7B", GEMMA, "google/gemma-7b", 4, tied=True, in_kasa_paper=True),
+    Model(
+        "gemma_7b", "Gemma 7B", GEMMA, "google/gemma-7b", 4, tied=True,
+        in_kasa_paper=True, tasks=("instruction", "synthesized"),
+    ),
     Model("gemma2_2b", "Gemma 2 2B", GEMMA2, "google/gemma-2-2b", 3, **_SMALL),
     Model("gemma2_9b", "Gemma 2 9B", GEMMA2, "google/gemma-2-9b", 8, tied=True),
     Model(
@@ -243,6 +265,14 @@ _ROWS = (
     ),
     Model("phi4_14b", "Phi-4 14B", PHI4, "microsoft/phi-4", 6),
     Model(
+        "gpt2_medium", "GPT-2 medium", GPT2, "openai-community/gpt2-medium", batch_size=8,
+        in_kasa_paper=True, tasks=("gpt2_e2e",), methods=("kasa", "lora"), **_SMALL,
+    ),
+    Model(
+        "gpt2_large", "GPT-2 large", GPT2, "openai-community/gpt2-large", batch_size=8,
+        in_kasa_paper=True, tasks=("gpt2_e2e",), methods=("kasa", "lora"), **_SMALL,
+    ),
+    Model(
         "tiny", "The embedded tiny Llama", TINY,
         builder="llama3", batch_size=16, checkpointing=False, tasks=("tiny_world",),
         methods=(*METHODS,), folder="kasa_tune://tiny_world/model",
@@ -251,6 +281,12 @@ _ROWS = (
             "embed_dim": "128", "max_seq_len": "512", "intermediate_dim": "384",
             "rope_base": "10000", "norm_eps": "1e-5",
         },
+    ),
+    Model(
+        "tiny_gpt2", "The embedded tiny GPT-2", TINY_GPT2,
+        builder="from_checkpoint", batch_size=16, tasks=("tiny_world",),
+        methods=("kasa", "lora", "corda"), folder="kasa_tune://tiny_world/gpt2",
+        sizes={"checkpoint_dir": "kasa_tune://tiny_world/gpt2"}, **_SMALL,
     ),
     Model(
         "stories260k", "stories260K, a real Llama of 260 thousand parameters", STORIES,

@@ -148,7 +148,7 @@ calibration:
 def checkpointer(model: Model, output_dir: str) -> str:
     """The section ``checkpointer``."""
     count = model.num_files
-    if model.is_any:
+    if not model.family.model_type:
         return f"""\
 checkpointer:
   _component_: kasa_tune.components.models.CheckpointFolder
@@ -188,21 +188,19 @@ def _optimization(config: TrainingConfig) -> str:
     setting, task, chunk = config.setting, config.task, config.model.family.loss_chunk
     schedule, warmup = setting.schedule
     large = "tokens whose logits are alive at once; the vocabulary is large"
+    loss = f"\n  chunk_size: {chunk}  # {large}" if chunk else ""
+    if setting.label_smoothing:
+        loss += f"\n  label_smoothing: {setting.label_smoothing}"
     return f"""\
 optimizer:
   _component_: torch.optim.AdamW
   lr: {_LR.get(config.method.name, setting.lr)}
-  weight_decay: 0.0
+  weight_decay: {setting.weight_decay}
 lr_scheduler:
   _component_: {schedule}
   {warmup}
 loss:
-  _component_: kasa_tune.components.training.ChunkedCrossEntropy{
-        f'''
-  chunk_size: {chunk}  # {large}'''
-        if chunk
-        else ""
-    }
+  _component_: kasa_tune.components.training.ChunkedCrossEntropy{loss}
 epochs: {setting.epochs}
 max_steps: {task.max_steps}
 gradient_accumulation_steps: {config.accumulation}

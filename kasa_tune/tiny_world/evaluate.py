@@ -30,19 +30,36 @@ def load_rows(name: str) -> list[dict[str, str]]:
     ]
 
 
+def is_gpt2(folder: Path) -> bool:
+    """Whether the model in `folder` is a GPT-2, and not a Llama."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return config["model_type"] == "gpt2"
+
+
 def load_model(folder: Path) -> nn.Module:
-    """Read the model in `folder` in the Hugging Face layout, in float32 and evaluation mode. It
-    must have the sizes of MODEL.
+    """Read the model in `folder` in the Hugging Face layout, in float32 and evaluation mode. A
+    Llama must have the sizes of MODEL.
     """
+    if is_gpt2(folder):
+        from kasa_tune.components.models import CheckpointFolder
+        from kasa_tune.components.models.from_checkpoint import from_checkpoint
+
+        decoder = from_checkpoint(folder)
+        decoder.load_state_dict(dict(CheckpointFolder(folder).open()))
+        return decoder.eval()
     model = build_model()
     load(model, Path(folder))
     return model.eval()
 
 
 def load_tokenizer(folder: Path):
-    """Read the Llama 2 tokenizer in `folder`, which is plain SentencePiece without a chat
-    template.
+    """Read the tokenizer in `folder`: that of GPT-2, or of Llama 2, which is plain SentencePiece
+    without a chat template.
     """
+    if is_gpt2(folder):
+        from kasa_tune.components.data import hf_tokenizer
+
+        return hf_tokenizer(str(Path(folder) / "tokenizer.json"))
     from torchtune.models.llama2 import llama2_tokenizer
 
     return llama2_tokenizer(str(Path(folder) / "tokenizer.model"), prompt_template=None)
@@ -106,9 +123,11 @@ def task_example(tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
     """Return the tokens of prompt, response and EOS of a row of the task, and their labels. Labels
     are shifted by one, and the prompt has the label IGNORE.
     """
-    prompt = tokenizer.encode(task.task_prompt(row["input"]), add_bos=True, add_eos=False)
-    response = tokenizer.encode(row["output"], add_bos=False, add_eos=True)
-    return prompt + response, [IGNORE] * (len(prompt) - 1) + response + [IGNORE]
+    text = task.task_prompt(row["input"])
+    prompt = tokenizer.encode(text, add_bos=True, add_eos=False)
+    whole = tokenizer.encode(f"{text} {row['output']}", add_bos=True, add_eos=True)
+    response = whole[len(prompt) :]
+    return whole, [IGNORE] * (len(prompt) - 1) + response + [IGNORE]
 
 
 def pad(examples: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

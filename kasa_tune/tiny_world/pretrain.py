@@ -150,23 +150,25 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(
-    model: nn.Module, rows: Iterator[Tensor], *, steps: int, batch_size: int, peak_lr: float
-) -> None:
-    """Train the model in place on rows [2, length], and print the mean loss per token every 100
-    steps.
+def stacked(rows: Iterator[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Yield batches [2, batch_size, length] of rows [2, length]."""
+    while True:
+        yield torch.stack([next(rows) for _ in range(batch_size)], dim=1)
+
+
+def train(model: nn.Module, batches: Iterator[Tensor], *, steps: int, peak_lr: float) -> None:
+    """Train the model in place on batches [2, b, s] of inputs and labels, and print the mean loss
+    per token every 100 steps.
     """
-    matrices = [
-        p for n, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in n
-    ]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "tok_embeddings" in n]
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embeddings" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
     start, total, tokens = time.perf_counter(), 0.0, 0
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr)
-        inputs, labels = torch.stack([next(rows) for _ in range(batch_size)], dim=1)  # [b, s] each
+        inputs, labels = next(batches)  # [b, s] each
         logits = model(inputs)  # [b, s, vocab]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         loss.backward()
@@ -277,17 +279,12 @@ def main() -> None:
     if arguments.start_from:
         load(model, arguments.start_from)
     else:
-        rows = packed_rows(tokenizer, length, seed)
-        train(model, rows, steps=arguments.steps, batch_size=batch_size, peak_lr=arguments.lr)
+        batches = stacked(packed_rows(tokenizer, length, seed), batch_size)
+        train(model, batches, steps=arguments.steps, peak_lr=arguments.lr)
         save(model, arguments.output)
     rows = packed_rows(tokenizer, length, seed, first_pass=SECOND_STAGE_PASS, lookups=True)
-    train(
-        model,
-        rows,
-        steps=arguments.second_steps,
-        batch_size=batch_size,
-        peak_lr=arguments.second_lr,
-    )
+    batches = stacked(rows, batch_size)
+    train(model, batches, steps=arguments.second_steps, peak_lr=arguments.second_lr)
     save(model, arguments.output)
     print(f"Wrote {sum(p.numel() for p in model.parameters())} parameters to {arguments.output}.")
 

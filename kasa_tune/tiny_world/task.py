@@ -93,18 +93,23 @@ def rows(split: str, seed: int = SEED) -> list[dict[str, str]]:
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; use 'train' or 'val'")
-    names = [f"{adjective} {noun}" for adjective in NAME_ADJECTIVES for noun in NAME_NOUNS]
-    random.Random(f"task names {seed}").shuffle(names)
-    held_out, seen = names[:60], names[60:]
+    names = place_names(split, seed)
     rng = random.Random(f"task {split} {seed}")
     made: dict[str, str] = {}
     while len(made) < (NUM_TRAIN if split == "train" else NUM_VAL):
-        slots = _draw(rng, seen if split == "train" else held_out)
+        slots = draw_slots(rng, names)
         made[write_representation(slots)] = describe(slots)
     return [{"input": representation, "output": text} for representation, text in made.items()]
 
 
-def _draw(rng: random.Random, names: list[str]) -> dict[str, str]:
+def place_names(split: str, seed: int = SEED) -> list[str]:
+    """Return the names of places of a split, "train" or "val"."""
+    names = [f"{adjective} {noun}" for adjective in NAME_ADJECTIVES for noun in NAME_NOUNS]
+    random.Random(f"task names {seed}").shuffle(names)
+    return names[60:] if split == "train" else names[:60]
+
+
+def draw_slots(rng: random.Random, names: list[str]) -> dict[str, str]:
     """Draw slots in the order in which they are written: the name, two to four others in any order,
     and the tone.
     """

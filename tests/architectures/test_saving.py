@@ -14,6 +14,7 @@ from kasa_tune.architectures import (
     Experts,
     Layer,
     Rotary,
+    Vision,
     read_architecture,
 )
 from kasa_tune.architectures.saving import from_json, to_json
@@ -54,6 +55,16 @@ ARCHITECTURES = st.builds(
     attention_cap=st.none() | NUMBERS,
     query_temperature=st.none() | st.tuples(NUMBERS, SIZES),
     experts=st.none() | st.builds(Experts, SIZES, SIZES, SIZES, st.booleans()),
+    vision=st.none()
+    | st.builds(
+        Vision,
+        *[SIZES] * 6,
+        NUMBERS,
+        st.sampled_from(["quick_gelu", "gelu"]),
+        st.booleans(),
+        st.booleans(),
+        SIZES,
+    ),
 )
 PLAIN = Architecture("llama", 9, 4, 2, 8, 32, 48, 64, (Layer(), Layer(), Layer(None, 7, True)))
 

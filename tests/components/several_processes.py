@@ -20,7 +20,29 @@ GIVES_UP_AFTER = 30  # seconds, of a process that waits for another; less than D
 
 # Processes are forked from a server that has imported torch once and has no threads yet.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torchtune", "torchao", "pytest", "hypothesis", __name__])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torchtune",
+        "torchao",
+        "pytest",
+        "hypothesis",
+        "kasa_tune.components.training",
+        __name__,
+    ]
+)
+
+
+def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process that it starts on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 class Processes:
@@ -104,12 +126,7 @@ class Processes:
 def _serve(rank: int, size: int, port: int, options: dict[str, Any], pipe: Any) -> None:
     """What each process does: meet the others, then one work after the other."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    os.environ |= torchrun_variables(rank, size, port)
     world = World.join("cpu", **options)
     answer: Any = "met"
     while True:

@@ -1,6 +1,7 @@
 """Configs that are given a folder: each fault of the folder is one sentence under the key, before torch is imported."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,27 @@ LLAMA = {
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
-def safetensors(size=8):
-    """The bytes of a file with one tensor of ``size`` bytes."""
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, size]}}).encode()
-    return len(header).to_bytes(8, "little") + header + bytes(size)
+def shapes(layers=2, width=32):
+    """The weights of a Llama as transformers stores them, of LLAMA's sizes."""
+    of_layer = {"q_proj": (32, width), "k_proj": (16, width), "v_proj": (16, width)}
+    named = {f"self_attn.{name}": shape for name, shape in of_layer.items()}
+    named |= {"self_attn.o_proj": (width, 32), "mlp.down_proj": (width, 48)}
+    named |= {"mlp.gate_proj": (48, width), "mlp.up_proj": (48, width)}
+    named |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,))
+    found = {"model.embed_tokens.weight": (64, width), "model.norm.weight": (width,)}
+    for i in range(layers):
+        found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in named.items()}
+    return found
+
+
+def safetensors(tensors=None):
+    """The bytes of a file of float32 zeros."""
+    entries, end = {}, 0
+    for name, shape in (shapes() if tensors is None else tensors).items():
+        start, end = end, end + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(end)
 
 
 @pytest.fixture
@@ -114,7 +132,7 @@ FAULTS = {
         "is the pointer of a git-lfs file, not the weights",
     ),
     "a file cut short": (
-        lambda f: (f / "model.safetensors").write_bytes(safetensors(4096)[:-100]),
+        lambda f: (f / "model.safetensors").write_bytes(safetensors()[:-100]),
         "it was not fetched whole",
     ),
     "a page in place of a file": (
@@ -187,8 +205,10 @@ def test_keys_are_compared_with_config_json(folder, override, words):
     assert words in text
 
 
-def test_rows_are_no_longer_than_the_model_takes(folder):
-    (problem,) = problems(folder, name="corda_kpm")
+def test_rows_are_no_longer_than_the_model_takes(folder, caplog):
+    assert problems(folder, name="corda_kpm") == []
+    assert "calibration.max_seq_len: 2048 is cut to 128" in caplog.text
+    (problem,) = problems(folder, "calibration.max_seq_len=2048", name="corda_kpm")
     assert problem == (
         "calibration.max_seq_len",
         "got 2048, and the model takes 128 tokens; set at most 128",
@@ -197,6 +217,58 @@ def test_rows_are_no_longer_than_the_model_takes(folder):
     path = f"tokenizer.path={folder / 'tokenizer.json'}"
     (problem,) = problems(folder, reader, path, "~tokenizer.checkpoint_dir")
     assert problem[0] == "tokenizer.max_seq_len"
+
+
+@pytest.mark.parametrize(
+    ("changed", "tensors", "told"),
+    [
+        (
+            {},
+            shapes(width=24),
+            r"embed_tokens.weight of shape (64, 24), and config.json tells (64, 32)",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            shapes(),
+            "tells 3 layers, and the weights of layer 2 are missing",
+        ),
+        (
+            {"num_key_value_heads": 4},
+            shapes(),
+            "k_proj.weight of shape (16, 32), and config.json tells (32, 32)",
+        ),
+        ({"intermediate_size": 96}, shapes(), "(and 5 more)"),
+    ],
+    ids=["width", "layers", "heads", "mlp"],
+)
+def test_weights_of_other_shapes_than_config_json_tells(folder, changed, tensors, told):
+    write(folder, LLAMA | changed)
+    (folder / "model.safetensors").write_bytes(safetensors(tensors))
+    ((key, text),) = problems(folder)
+    assert key == "checkpointer.checkpoint_dir"
+    assert told in text
+    assert problems(folder, "dry_run=true") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "sep"),
+    [
+        ("a.csv", "csv", None), ("b.TSV", "csv", "\t"), ("c.parquet", "parquet", None),
+        ("d.csv.gz", "csv", None), ("e.jsonl", None, None), ("f.json", None, None),
+    ],
+)  # fmt: skip
+def test_the_ending_of_data_files_tells_their_reader(folder, name, source, sep):
+    (folder.parent / name).write_text("input,output\na,b\n")
+    given = [f"checkpoint_dir={folder}", "model.rank=2"]
+    cfg = config.load("kasa", [*given, f"dataset.data_files={folder.parent / name}"])
+    assert (cfg.dataset.get("source"), cfg.dataset.get("sep")) == (source, sep)
+
+
+def test_a_source_that_is_given_stays(folder):
+    (folder.parent / "a.csv").write_text("input,output\na,b\n")
+    given = [f"checkpoint_dir={folder}", f"dataset.data_files={folder.parent / 'a.csv'}"]
+    cfg = config.load("kasa", [*given, "model.rank=2", "+dataset.source=json"[1:]])
+    assert cfg.dataset.source == "json"
 
 
 def test_a_dry_run_needs_config_json_alone(folder):

@@ -840,8 +840,6 @@ def test_a_quantized_method_in_another_recipe_is_answered_with_the_right_one(
 def test_a_key_of_another_recipe_is_answered_with_the_recipes_that_have_it(tree, corda_tree):
     key, text = only_problem(corda_tree, "quantization.block_size=64", schema=config.CORDA)
     assert (key, "It is a key of qcorda_finetune_single_device." in text) == ("quantization", True)
-    text = problems(corda_tree, schema=config.FINETUNE)["calibration"]
-    assert "It is a key of corda_finetune_single_device, qcorda_finetune_single_device." in text
     assert (
         "It is a key of generate_text."
         in only_problem(tree, "prompts=[a]", schema=config.FINETUNE)[1]
@@ -849,6 +847,22 @@ def test_a_key_of_another_recipe_is_answered_with_the_recipes_that_have_it(tree,
     assert (
         "Did you mean beta?" in only_problem(tree, "adapter.betta=1", schema=config.FINETUNE)[1]
     )  # nobody's
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "belongs", "named"),
+    [
+        ("tiny_corda", config.FINETUNE, "corda_finetune_single_device (or _distributed)", "kasa_"),
+        ("tiny_kasa", config.CORDA, "kasa_finetune_single_device (or _distributed)", "corda_"),
+        ("tiny_kasa_generate", config.FINETUNE, "generate_text", "kasa_"),
+        ("tiny_kasa", config.EXPORT, "kasa_finetune_single_device (or _distributed)", "export_"),
+    ],
+)
+def test_a_config_of_another_recipe_is_one_sentence(name, schema, belongs, named):
+    with pytest.raises(config.ConfigError) as error:
+        config.load(name, schema=schema)
+    (problem,) = error.value.problems
+    assert problem.text.startswith(f"this is a config of {belongs}, and {named}")
 
 
 @pytest.mark.parametrize("ending", ["kasa", "corda", "qcorda", "qlora", "x"])

@@ -154,14 +154,9 @@ def environment(tmp_path, borrowed, wheels):
 @pytest.mark.parametrize(
     "steps",
     [
-        "pip ours, pip torchtune",
-        "pip torchtune, pip ours",
-        "pip torchtune ours",
-        "pip -e ours, pip torchtune",
         "pip ours, pip torchtune, pip again torchtune",
-        "uv ours, uv torchtune",
+        "pip -e ours, pip torchtune",
         "uv torchtune ours",
-        "uv torchtune, uv -e ours",
         "uv ours, pip torchtune, uv again torchtune",
         "pip torchtune ours old_torchao",
     ],

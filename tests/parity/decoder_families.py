@@ -25,6 +25,17 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_OF_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 64,
+    "n_inner": 96,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
 _YARN |= {"original_max_position_embeddings": 16}
@@ -108,12 +119,23 @@ CASES = {
     },
     "ernie4_5": {"head_dim": 24, "use_bias": True},
     "internlm3": {"qkv_bias": True, "bias": True, "head_dim": 16},
+    "gpt2": {},
+    "gpt2, scaled by depth": {
+        "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": False,
+        "reorder_and_upcast_attn": True,
+        "activation_function": "gelu",
+        "layer_norm_epsilon": 0.01,
+        "n_inner": None,
+        "tie_word_embeddings": False,
+    },
 }
 
 
 def settings_of(case: str) -> dict:
     """The content of a config.json in the layout of before transformers 5."""
-    return {**_SIZES, "model_type": case.partition(",")[0], **CASES[case]}
+    kind = case.partition(",")[0]
+    return {**(_OF_GPT2 if kind == "gpt2" else _SIZES), "model_type": kind, **CASES[case]}
 
 
 def save_random(case: str, folder: Path):
@@ -130,7 +152,11 @@ def save_random(case: str, folder: Path):
         for name, parameter in model.named_parameters():
             counts_from_one = "gemma" in kind or kind == "nemotron"
             parameter.normal_(0.0, 0.25)
-            if "norm" in name and name.endswith("weight") and not counts_from_one:
+            if (
+                ("norm" in name or ".ln_" in name)
+                and name.endswith("weight")
+                and not counts_from_one
+            ):
                 parameter.add_(1.0)
     model.save_pretrained(folder)
     return model
@@ -145,7 +171,7 @@ def load_ours(folder: Path):
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files, by their names there."""
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    return {k: v for path in Path(folder).glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def config_of(folder: Path) -> dict:

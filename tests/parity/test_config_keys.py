@@ -18,7 +18,7 @@ from tests.parity.decoder_families import settings_of, tokens, transformers
 TOLERANCE = 1e-4  # of logits that reach from 1 to 100
 # Not changed: what a model of this size needs, and what only transformers' own classes read.
 _KEPT = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"}
-_KEPT |= {"rope_parameters", "to_dict"}
+_KEPT |= {"rope_parameters", "to_dict", "n_embd", "n_layer", "n_positions"}
 _ROTARY = ("head_dim", "partial_rotary_factor", "rope_theta", "original_max_position_embeddings")
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -36,6 +36,7 @@ _SCALINGS = (
 )
 _VALUES = {
     "hidden_act": ["silu", "gelu", "gelu_pytorch_tanh", "relu2"],
+    "activation_function": ["gelu", "gelu_new", "gelu_fast", "relu", "silu", "tanh", "quick_gelu"],
     "hidden_activation": ["silu", "gelu", "gelu_pytorch_tanh"],
     "layer_types": [
         ["sliding_attention"] * 4,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kasa_tune.components import models
-from kasa_tune.components.models.base_weights import StreamedWeights, read_base_weights
+from kasa_tune.components.models.base_weights import read_base_weights
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.streamed import StreamedWeights
 from tests.parity.hf_families import FAMILIES, random_hf_model, tokens
 from tests.toy_checkpoints import checkpointer
 

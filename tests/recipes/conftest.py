@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from kasa_tune.components.linalg.nf4 import NF4Tensor
 from kasa_tune.components.models import digests
 from kasa_tune.components.training.loggers import read_metrics
 from kasa_tune.methods import methods_of
+
+from .several_runs import carry_out
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "kasa_finetune_single_device"
@@ -97,7 +100,7 @@ class Run:
     def curve(self) -> list[tuple]:
         """What must be reproduced exactly: everything logged but the speed."""
         return [
-            tuple((k, v) for k, v in line.items() if k != "tokens_per_second")
+            tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "seconds"))
             for line in self.metrics
         ]
 
@@ -457,100 +460,119 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
 
 
-def write_plan(folder: Path, entries: list[dict]) -> Path:
+def write_plan(folder: Path, entry: dict) -> Path:
     """A plan for several_runs.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.yaml").write_text(yaml.safe_dump(entries))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(entry))
     return folder / "plan.yaml"
 
 
-def pairs_of(plan: Path) -> dict[str, Pair]:
-    """The runs of a plan that has been carried out, by name."""
-    found = {}
-    for entry in yaml.safe_load(plan.read_text()):
-        ends = [
-            json.loads((plan.parent / f"{entry['name']}.rank{rank}.json").read_text())
-            for rank in (0, 1)
-        ]
-        (output_dir,) = (
-            o.partition("=")[2] for o in entry["overrides"] if o.startswith("output_dir=")
-        )
-        found[entry["name"]] = Pair(ends[0].get("status", 1), Path(output_dir), None, ends)
-    return found
+def run_pair(entry: dict, folder: Path) -> Pair:
+    """Make a run of two processes, see several_runs.py. What is kept of it besides its output goes to the folder."""
+    carry_out(entry, folder)
+    return made_pair(entry, folder)
 
 
-def planned_pairs(root: Path, alone: dict[str, Run]) -> list[dict]:
-    """All that two processes do in one start."""
-    entries = []
-
-    def add(name: str, what: str, *overrides: str, folder: str | None = None, **more) -> None:
-        method, config_name = BOTH_WAYS[what][:2] if what in BOTH_WAYS else ("kasa", "tiny_kasa")
-        output = root / (folder or name)
-        base = (
-            overrides_of(what, output, 2) if what in BOTH_WAYS else [f"output_dir={output}", *ROUGH]
-        )
-        entries.append(
-            {
-                "name": name,
-                "recipe": method,
-                "config": config_name,
-                "overrides": [*base, *overrides],
-                **more,
-            }
-        )
-
-    for name in BOTH_WAYS:
-        add(name, name)
-    for name in ("kasa", "qcorda"):
-        add(f"{name} from one", name, f"resume_from_checkpoint={alone[name].checkpoints[0]}")
-    step = root / "qcorda" / "checkpoints" / "step_00000004"
-    add("qcorda resumed", "qcorda", f"resume_from_checkpoint={step}")
-    resume = f"resume_from_checkpoint={root / 'kasa'}"
-    add("other product", "kasa", resume, "batch_size=2", "gradient_accumulation_steps=3")
-    add("again", "kasa", folder="kasa")
-    add("rough", "rough")
-    add("locked", "rough")
-    add("stopped", "rough", "save_every_n_steps=1000", trouble={"kind": "SIGTERM", "step": 5})
-    add("stopped resumed", "rough", f"resume_from_checkpoint={root / 'stopped'}")
-    add("nan", "rough", "save_every_n_steps=2", trouble={"kind": "nan", "step": 4})
-    add("other config", "rough", overrides_of_rank_1=["optimizer.lr=1e-3"])
-    component = [
-        "dataset._component_=several_runs.rows_by_rank",
-        "dataset.split_of_rank_1=train[1:23]",
+def made_pair(entry: dict, folder: Path) -> Pair:
+    """A run of two processes that has been made."""
+    ends = [
+        json.loads((folder / f"{entry['name']}.rank{rank}.json").read_text()) for rank in (0, 1)
     ]
-    add("other rows", "rough", *component)
-    return entries
+    given = [o.partition("=")[2] for o in entry["overrides"] if o.startswith("output_dir=")]
+    return Pair(ends[0].get("status", 1), Path(given[-1]), None, ends)
+
+
+class MadeOnce:
+    """Runs by name. Each is made when it is first asked for, and once for all of pytest's workers.
+
+    Args:
+        root: folder of the runs, the same for all workers.
+        make: makes the run of a name in its folder.
+        read: returns it.
+    """
+
+    def __init__(self, root: Path, make: Callable[[str], object], read: Callable[[str], Run]):
+        self._root, self._make, self._read = root, make, read
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, name: str) -> Run:
+        done = self._root / f"{name}.done"
+        with (self._root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                self._make(name)
+                done.touch()
+        return self._read(name)
+
+
+class Pairs(MadeOnce):
+    """All that two processes do for more than one test.
+
+    Args:
+        root: folder of the runs.
+        alone: the runs of one device, which some go on from.
+    """
+
+    def __init__(self, root: Path, alone: MadeOnce):
+        super().__init__(root, self._carry_out, lambda name: made_pair(self._entry(name), root))
+        self._folder = root
+        resume = "resume_from_checkpoint={}".format
+        component = "dataset._component_=tests.recipes.several_runs.rows_by_rank"
+        # What a run has beside those of its method, or beside ROUGH.
+        self._overrides = {
+            "kasa from one": lambda: [resume(alone["kasa"].checkpoints[0])],
+            "qcorda from one": lambda: [resume(alone["qcorda"].checkpoints[0])],
+            "qcorda resumed": lambda: [resume(self["qcorda"].checkpoints[0])],
+            "kasa other product": lambda: [
+                resume(self["kasa"].folder),
+                "batch_size=2",
+                "gradient_accumulation_steps=3",
+            ],
+            "kasa again": lambda: [f"output_dir={self['kasa'].folder}"],
+            "stopped": lambda: ["save_every_n_steps=1000"],
+            "stopped resumed": lambda: [resume(self["stopped"].folder)],
+            "nan": lambda: ["save_every_n_steps=2"],
+            "other rows": lambda: [component, "dataset.split_of_rank_1=train[1:23]"],
+        }
+
+    def _entry(self, name: str) -> dict:
+        what = name.split()[0]
+        method, config_name = BOTH_WAYS[what][:2] if what in BOTH_WAYS else ("kasa", "tiny_kasa")
+        folder = self._folder / name.replace(" ", "_")
+        base = (
+            overrides_of(what, folder, 2) if what in BOTH_WAYS else [f"output_dir={folder}", *ROUGH]
+        )
+        overrides = [*base, *self._overrides.get(name, list)()]
+        entry = {"name": name, "recipe": method, "config": config_name, "overrides": overrides}
+        return entry | SPECIAL.get(name, {})
+
+    def _carry_out(self, name: str) -> None:
+        locked = self._folder / "locked" / "checkpoints"
+        with run_lock(locked) if name == "locked" else contextlib.nullcontext():
+            carry_out(self._entry(name), self._folder)
+
+
+SPECIAL = {
+    "stopped": {"trouble": {"kind": "SIGTERM", "step": 5}},
+    "nan": {"trouble": {"kind": "nan", "step": 4}},
+    "other config": {"overrides_of_rank_1": ["optimizer.lr=1e-3"]},
+}
 
 
 @pytest.fixture(scope="session")
-def runs(load_recipe, tmp_path_factory) -> tuple[dict[str, Run], dict[str, Pair]]:
-    """The runs of one device and of two processes, by name; made once, whatever the number of pytest's own workers."""
+def runs(load_recipe, tmp_path_factory) -> tuple[MadeOnce, Pairs]:
+    """The runs of one device and of two processes, by name."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     root = root / "distributed"
-    root.mkdir(exist_ok=True)
-    with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        alone = {name: Run(0, root / "alone" / name, None) for name in BOTH_WAYS}
-        if not (root / "done").exists():
-            shutil.rmtree(root / "alone", ignore_errors=True)
-            shutil.rmtree(root / "pairs", ignore_errors=True)
-            for name, run in alone.items():
-                run_alone(load_recipe, name, run.folder)
-            plan = write_plan(root / "pairs", planned_pairs(root / "pairs", alone))
-            with run_lock(root / "pairs" / "locked" / "checkpoints"):
-                for entry in yaml.safe_load(plan.read_text()):  # a start each, as users have
-                    (plan.parent / "next.yaml").write_text(yaml.safe_dump([entry]))
-                    command = torchrun(
-                        Path(__file__).with_name("several_runs.py"), plan.parent / "next.yaml"
-                    )
-                    end = subprocess.run(
-                        command, env=environment(), capture_output=True, text=True, timeout=120
-                    )
-                    assert end.returncode == 0, f"{entry['name']}: {end.stderr[-4000:]}"
-            (root / "done").touch()
-    return alone, pairs_of(root / "pairs" / "plan.yaml")
+    folder = root / "alone"
+    alone = MadeOnce(
+        folder,
+        lambda name: run_alone(load_recipe, name, folder / name),
+        lambda name: Run(0, folder / name, None),
+    )
+    return alone, Pairs(root / "pairs", alone)
 
 
 def children(process: int) -> list[int]:

@@ -1,10 +1,11 @@
-"""Runs of the distributed recipes out of a plan, to be started by torchrun:
+"""A run of a distributed recipe on two processes, given as a dict, the entry: ``name``, ``recipe``, ``config``,
+``overrides``, and where wanted ``overrides_of_rank_1`` and ``trouble``, see :func:`make_trouble`. Every rank writes how
+the run ended into a folder: ``<name>.rank<rank>.json``.
+
+:func:`carry_out` forks the processes from a server that has imported torch once. As a script, started by torchrun, this
+module carries out the entry of a plan:
 
     kasa-tune run --nproc_per_node 2 tests/recipes/several_runs.py --config plan.yaml
-
-The plan is a list of one run: ``name``, ``recipe``, ``config``, ``overrides``, and where wanted ``overrides_of_rank_1``
-and ``trouble``, see :func:`make_trouble`. How it ended is written next to the plan, by every rank:
-``<name>.rank<rank>.json``. One, because a process in which many came and went has died of a SIGSEGV in the tenth.
 """
 
 import importlib.util
@@ -22,15 +23,21 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 
 from kasa_tune import config
 from kasa_tune.components.data.datasets import instruct_dataset
+from tests.components.several_processes import CONTEXT, torchrun_variables
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
-RANK = int(os.environ.get("RANK", "0"))
+ENDS_WITHIN = 120  # seconds; a loaded machine takes ten for a run
+
+
+def rank() -> int:
+    """Of this process."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def rows_by_rank(tokenizer, *, split_of_rank_1: str, split: str, **options):
     """The embedded task, of which rank 1 is given other rows."""
-    return instruct_dataset(tokenizer, split=split_of_rank_1 if RANK == 1 else split, **options)
+    return instruct_dataset(tokenizer, split=split_of_rank_1 if rank() == 1 else split, **options)
 
 
 def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
@@ -64,7 +71,7 @@ def make_trouble(recipe: object, kind: str, step: int, mark: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_loss(batch) * (float("nan") if now and kind == "nan" else 1.0)
 
-    if RANK == 1:
+    if rank() == 1:
         recipe._loss_sum = recipe.steps._loss_sum = loss_sum
         if kind == "in optimizer":
             recipe._optimizer.step = optimizer_step
@@ -87,7 +94,10 @@ def run(entry: dict) -> dict:
         for value in vars(module).values()
         if FTRecipeInterface in getattr(value, "__mro__", ())[1:]
     )
-    overrides = [*entry["overrides"], *(entry.get("overrides_of_rank_1", []) if RANK == 1 else [])]
+    overrides = [
+        *entry["overrides"],
+        *(entry.get("overrides_of_rank_1", []) if rank() == 1 else []),
+    ]
     try:
         cfg = config.load(entry["config"], overrides, SCHEMAS[entry["recipe"]], about_to_run=True)
         recipe = recipe_class(cfg)
@@ -103,12 +113,51 @@ def run(entry: dict) -> dict:
     return {"status": status, "step": recipe.steps.step}
 
 
-def main() -> None:
-    """Carry out the plan."""
-    plan = Path(sys.argv[sys.argv.index("--config") + 1])
-    (entry,) = yaml.safe_load(plan.read_text())
+def write_end(entry: dict, folder: Path) -> None:
+    """Make this rank's part of the run, and write how it ended."""
     end = run(entry)
-    (plan.parent / f"{entry['name']}.rank{RANK}.json").write_text(json.dumps(end))
+    (folder / f"{entry['name']}.rank{rank()}.json").write_text(json.dumps(end))
+
+
+def carry_out(entry: dict, folder: Path) -> None:
+    """Make a run on two processes as torchrun would start them. What they print goes to ``<name>.txt`` in the folder.
+
+    Raises:
+        AssertionError: a process died, or has not ended in time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    printed = folder / f"{entry['name']}.txt"
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    processes = [
+        CONTEXT.Process(target=_serve, args=(rank, store.port, entry, folder, printed), daemon=True)
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(ENDS_WITHIN)
+            assert process.exitcode == 0, f"{process.exitcode}: {printed.read_text()[-4000:]}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, port: int, entry: dict, folder: Path, printed: Path) -> None:
+    """What each forked process does."""
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    torch.set_num_threads(1)
+    os.environ |= torchrun_variables(rank, 2, port)
+    write_end(entry, folder)
+
+
+def main() -> None:
+    """Carry out the entry of a plan."""
+    plan = Path(sys.argv[sys.argv.index("--config") + 1])
+    write_end(yaml.safe_load(plan.read_text()), plan.parent)
 
 
 if __name__ == "__main__":

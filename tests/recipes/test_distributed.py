@@ -160,7 +160,7 @@ def test_two_processes_go_on_bit_for_bit_where_two_stopped(runs):
 
 
 def test_steps_of_another_size_are_refused_with_both_sizes(runs):
-    for end in runs[1]["other product"].ends:
+    for end in runs[1]["kasa other product"].ends:
         assert end["error"] == "ValueError"
         assert (
             "4 samples a step; batch_size x gradient_accumulation_steps x processes is now 12"
@@ -200,7 +200,7 @@ def test_a_loss_on_one_rank_that_is_no_number_stops_both_before_the_step(runs):
 
 
 def test_a_folder_that_holds_a_run_or_is_written_to_is_refused_on_both(runs):
-    for end in runs[1]["again"].ends:
+    for end in runs[1]["kasa again"].ends:
         assert end["error"] == "ValueError"
         assert (
             "already holds checkpoints, the newest step_00000015. Set resume_from_checkpoint"

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from kasa_tune.components.checkpoints import run_lock
 from kasa_tune.registry import PACKAGE_ROOT
 
 from .conftest import (
     ROUGH,
+    Pair,
     Run,
     assert_same_run,
     assert_same_tree,
@@ -23,6 +25,7 @@ from .conftest import (
     finish,
     overrides_of,
     run_alone,
+    run_pair,
     torchrun,
     wait_for_steps,
     write_plan,
@@ -31,6 +34,10 @@ from .test_distributed import SAME, assert_same_losses
 
 pytestmark = pytest.mark.slow
 RECIPE, CONFIG = "kasa_finetune_distributed", "tiny_kasa"
+# How long torchrun waits for the processes beside one that died; 30 seconds where it cannot be told.
+SOON = (
+    ("--shutdown-timeout", "3") if "--shutdown-timeout" in get_args_parser().format_help() else ()
+)
 SEVERAL = Path(__file__).with_name("several_runs.py")
 
 
@@ -70,13 +77,19 @@ def test_sigterm_to_torchrun_saves_and_one_device_goes_on(runs, start, load_reci
 def test_a_rank_that_is_killed_ends_the_job(start, tmp_path):
     folder = tmp_path / "run"
     process = start(
-        torchrun(RECIPE, CONFIG, *overrides_of("kasa", folder, 2), "save_every_n_steps=2")
+        torchrun(
+            RECIPE,
+            CONFIG,
+            *overrides_of("kasa", folder, 2),
+            "save_every_n_steps=2",
+            options=("--nproc_per_node", "2", *SOON),
+        )
     )
     wait_for_steps(process, folder, 4, seconds=240)
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
     assert sorted(ranks) == [0, 1]
     os.kill(ranks[1], signal.SIGKILL)
-    finish(process, 90)  # torchrun gives the others 30 seconds
+    finish(process, 90)
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert Run(process.returncode, folder, None).part("run")["step"] >= 2
@@ -97,9 +110,9 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(runs, start, tmp_path)
         "overrides": overrides,
         "trouble": trouble,
     }
-    plan = write_plan(tmp_path / "plan", [entry])
+    plan = write_plan(tmp_path / "plan", entry)
     process = start(
-        torchrun(SEVERAL, plan, options=("--nproc_per_node", "2", "--max-restarts", "1"))
+        torchrun(SEVERAL, plan, options=("--nproc_per_node", "2", "--max-restarts", "1", *SOON))
     )
     output = finish(process)
     assert process.returncode == 0, output[-4000:]
@@ -108,7 +121,7 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(runs, start, tmp_path)
     assert_same_run(Run(0, folder, None), pairs["rough"])
 
 
-def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
+def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(tmp_path):
     rows = (
         (PACKAGE_ROOT / "tiny_world" / "data" / "task_train.jsonl").read_text().splitlines()[:100]
     )
@@ -116,9 +129,8 @@ def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
         json.loads(rows[85]) | {"output": None}
     )  # the start looks at the first 64
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    folder = tmp_path / "run"
     overrides = [
-        f"output_dir={folder}",
+        f"output_dir={tmp_path / 'run'}",
         f"dataset.data_files={tmp_path / 'rows.jsonl'}",
         "shuffle=False",
     ]
@@ -127,46 +139,39 @@ def test_a_bad_row_that_one_rank_meets_costs_no_finished_step(start, tmp_path):
         "run_val_every_n_steps=null",
         "max_steps=3",  # a run over all rows would not begin
     ]  # of steps of 32, rank 1 takes 80 to 95 in the third
-    process = start(torchrun(RECIPE, CONFIG, *overrides))
-    output = finish(process)
-    assert process.returncode != 0
-    assert "row 85 holds null in column 'output'" in output
-    assert "A batch could not be read on another rank; its message says why." in output
-    run = Run(process.returncode, folder, None)
+    run = run_pair(
+        {"name": "run", "recipe": "kasa", "config": CONFIG, "overrides": overrides}, tmp_path
+    )
+    others, own = (end["message"] for end in run.ends)
+    assert "row 85 holds null in column 'output'" in own
+    assert "A batch could not be read on another rank; its message says why." in others
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert [path.name for path in run.checkpoints] == ["step_00000002"]
 
 
-def failed_run(start, folder: Path, kind: str, *overrides: str) -> tuple[list[dict], str]:
+def failed_run(folder: Path, kind: str, *overrides: str) -> Pair:
     """A run in which rank 1 fails in its fifth step, or when it validates after it."""
-    trouble = {"kind": kind, "step": 5}
     overrides = [f"output_dir={folder / 'run'}", *ROUGH, "save_every_n_steps=1000", *overrides]
-    entry = {"name": "run", "recipe": "kasa", "config": CONFIG}
-    plan = write_plan(folder / "plan", [entry | {"overrides": overrides, "trouble": trouble}])
-    started = time.monotonic()
-    output = finish(start(torchrun(SEVERAL, plan)))
-    assert time.monotonic() - started < 120, "the other rank waited for its time-out"
-    ends = [json.loads((plan.parent / f"run.rank{rank}.json").read_text()) for rank in (0, 1)]
-    return ends, output
+    entry = {"name": "run", "recipe": "kasa", "config": CONFIG, "overrides": overrides}
+    return run_pair(entry | {"trouble": {"kind": kind, "step": 5}}, folder)
 
 
-def check_saved(folder: Path, ends: list[dict], output: str, done: int) -> Run:
-    assert [end["error"] for end in ends] == ["OtherRankError", "OutOfMemoryError"], output
-    assert ends[0]["message"] == "Training failed on rank 1; its message says why."
-    assert f"The {done} finished steps are saved in {folder}" in output
-    run = Run(1, folder, None)
+def check_saved(run: Pair, done: int) -> None:
+    output = run.folder.with_name("run.txt").read_text()
+    assert [end["error"] for end in run.ends] == ["OtherRankError", "OutOfMemoryError"], output
+    assert run.ends[0]["message"] == "Training failed on rank 1; its message says why."
+    assert f"The {done} finished steps are saved in {run.folder}" in output
     assert [path.name for path in run.checkpoints] == [f"step_{done:08d}"]
     assert run.metrics[-1]["step"] == done
-    return run
 
 
-def test_an_error_on_one_rank_costs_no_finished_step(runs, start, tmp_path):
+def test_an_error_on_one_rank_costs_no_finished_step(runs, tmp_path):
     """The other waits in a collective of the backward pass. The run goes on bit for bit."""
-    ends, output = failed_run(start, tmp_path, "in backward")
-    run = check_saved(tmp_path / "run", ends, output, done=4)
+    run = failed_run(tmp_path, "in backward")
+    check_saved(run, done=4)
     overrides = [f"output_dir={run.folder}", *ROUGH, "resume_from_checkpoint=True"]
-    process = start(torchrun(RECIPE, CONFIG, *overrides))
-    assert "Resuming from" in finish(process)
+    run_pair({"name": "rest", "recipe": "kasa", "config": CONFIG, "overrides": overrides}, tmp_path)
+    assert "Resuming from" in (tmp_path / "rest.txt").read_text()
     whole = runs[1]["rough"]
     assert run.curve == whole.curve
     for part in ("adapter", "optimizer", "rng"):
@@ -174,79 +179,56 @@ def test_an_error_on_one_rank_costs_no_finished_step(runs, start, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "done"), [("in forward", 4), ("validating", 5)])
-def test_an_error_on_one_rank_in_other_places(start, tmp_path, kind, done):
-    ends, output = failed_run(start, tmp_path, kind, f"run_val_every_n_steps={done}")
-    check_saved(tmp_path / "run", ends, output, done)
+def test_an_error_on_one_rank_in_other_places(tmp_path, kind, done):
+    check_saved(failed_run(tmp_path, kind, f"run_val_every_n_steps={done}"), done)
 
 
-def test_an_error_while_weights_change_on_one_rank_ends_both(start, tmp_path):
-    ends, output = failed_run(start, tmp_path, "in optimizer")
-    assert [end["error"] for end in ends] == ["OtherRankError", "OutOfMemoryError"], output
-    assert not Run(1, tmp_path / "run", None).checkpoints  # half a step is not saved
+def test_an_error_while_weights_change_on_one_rank_ends_both(tmp_path):
+    run = failed_run(tmp_path, "in optimizer")
+    assert [end["error"] for end in run.ends] == ["OtherRankError", "OutOfMemoryError"]
+    assert not run.checkpoints  # half a step is not saved
 
 
 # ------------------------------------------------------------------------------------------------------ two machines
 
 
 @pytest.fixture
-def machines(request):
-    """What two commands need that run on two machines: before the command, torchrun's options, variables; of each."""
-    if request.param == "one address":
-        yield [([], [], {})] * 2
-        return
-    if not shutil.which("ip"):
-        pytest.skip("there is no command ip to make network namespaces with")
+def machines():
+    """What two commands need that run on two machines: before the command, torchrun's options, variables; of each.
+
+    The machines are network namespaces; where these are not to be had, one address stands for both.
+    """
     names = [f"kasa{os.getpid()}a", f"kasa{os.getpid()}b"]
     try:
-        yield linked_namespaces(*names)
+        yield linked_namespaces(*names) or [([], [], {})] * 2
     finally:
-        for name in names:
+        for name in names if shutil.which("ip") else ():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def linked_namespaces(*names: str) -> list[tuple]:
-    """Two network namespaces with a cable between them, each with an address of its own."""
-
-    def ip(*words: str) -> None:
-        end = subprocess.run(["ip", *words], capture_output=True, text=True)
-        if end.returncode:
-            pytest.skip(
-                f"network namespaces are not to be had: ip {' '.join(words)}: {end.stderr.strip()}"
-            )
-
-    for name in names:
-        ip("netns", "add", name)
-    ip(
-        "link",
-        "add",
-        "link0",
-        "netns",
-        names[0],
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "link0",
-        "netns",
-        names[1],
-    )
-    found = []
+def linked_namespaces(*names: str) -> list[tuple] | None:
+    """Two network namespaces with a cable between them, each with an address of its own; None without the right."""
+    link = ("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "name", "link0")
+    commands = [*(("netns", "add", name) for name in names), (*link, "netns", names[1])]
+    machines = []
     for hosts, name, address in zip("10", names, ("10.111.0.1", "10.111.0.2"), strict=True):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", "link0")
-        ip("-n", name, "link", "set", "link0", "up")
-        ip("-n", name, "link", "set", "lo", "up")
+        commands += [
+            ("-n", name, "addr", "add", f"{address}/24", "dev", "link0"),
+            ("-n", name, "link", "set", "link0", "up"),
+            ("-n", name, "link", "set", "lo", "up"),
+        ]
         before = ["ip", "netns", "exec", name]
-        options = [
-            "--local_addr",
-            address,
-            "--rdzv_conf",
-            f"is_host={hosts}",
-        ]  # no name stands for these addresses
-        found.append((before, options, {"GLOO_SOCKET_IFNAME": "link0"}))
-    return found
+        # no name stands for these addresses
+        options = ["--local_addr", address, "--rdzv_conf", f"is_host={hosts}"]
+        machines.append((before, options, {"GLOO_SOCKET_IFNAME": "link0"}))
+    if not shutil.which("ip"):
+        return None
+    for words in commands:
+        if subprocess.run(["ip", *words], capture_output=True).returncode:
+            return None
+    return machines
 
 
-@pytest.mark.parametrize("machines", ["one address", "two network namespaces"], indirect=True)
 def test_two_machines_do_what_one_does(runs, start, machines, tmp_path):
     _, pairs = runs
     folder = tmp_path / "run"

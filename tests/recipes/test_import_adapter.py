@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 
 import pytest
 import torch
@@ -21,11 +20,10 @@ from .conftest import (
     SMALL_CALIBRATION,
     SMALL_CORDA_RUN,
     Run,
-    environment,
     nf4_weights,
+    run_pair,
     run_quantized,
     run_recipe,
-    torchrun,
 )
 
 TINY_MODEL = PACKAGE_ROOT / "tiny_world" / "model"
@@ -484,10 +482,9 @@ def test_two_processes_start_as_one_does(finetune, load_recipe, tmp_path, method
         module, tmp_path / "alone", *start, config_name=config_name, schema=schema, small=small
     )
     overrides = [f"output_dir={tmp_path / 'both'}", *small, *start, "batch_size=4"]
-    command = torchrun(f"{recipe}_finetune_distributed", config_name, *overrides)
-    end = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert end.returncode == 0, end.stderr[-4000:]
-    both = Run(0, tmp_path / "both", None)
+    entry = {"name": "both", "recipe": recipe, "config": config_name, "overrides": overrides}
+    both = run_pair(entry, tmp_path)
+    assert both.status == 0, both.ends
     for step in (1, 2):
         assert loss_of_step(both, step) == pytest.approx(loss_of_step(alone, step), rel=1e-4)
     assert not (both.folder / "decomposition.json").exists()

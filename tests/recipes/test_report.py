@@ -1,5 +1,6 @@
 """A run's pictures: the numbers behind them against dense decompositions, and what is said when there are none."""
 
+import json
 import sys
 
 import matplotlib.pyplot as plt
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 from kasa_tune import config
 from kasa_tune.components.checkpoints import Checkpoint, load_part
-from kasa_tune.components.reports import plots
+from kasa_tune.components.reports import diagonals_of, layer_inputs, plots
+from kasa_tune.components.reports.measuring import covariance_picture, seen_through
 from kasa_tune.components.reports.plots import DrawnSpectrum, layer_ranks, singular_values
+from tests.components.reports.reading_pages import Page
 
 
 @pytest.fixture
@@ -148,6 +151,117 @@ def test_a_run_without_a_checkpoint_yet(report, tmp_path):
     with pytest.raises(ValueError, match="holds no finished checkpoint"):
         report(tmp_path)
     assert (tmp_path / "loss_curve.png").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Read a report.html: what a reader sees, once it is clear that nothing in it is broken."""
+
+    def read(folder):
+        page = Page((folder / "report.html").read_text(encoding="utf-8"))
+        assert page.faults == []
+        return page.text
+
+    return read
+
+
+def test_one_page_of_a_run_and_one_of_two(finetune, run_main, tmp_path, texts, capsys):
+    options = ("save_every_n_steps=2", "keep_last=5", "run_val_every_n_steps=2")
+    run = finetune("max_steps=4", "optimizer.lr=1e-2", *options)
+    record = {"step": 2, "prompt": "<b>p</b>", "completion": "said"}
+    (run.folder / "samples.jsonl").write_text(json.dumps(record) + "\n")
+    assert run_main("report_run", "--config", "report", f"run={run.folder}") == 0
+    assert f"Report: {run.folder / 'report.html'}" in capsys.readouterr().out
+    text = texts(run.folder)
+    for said in ("KaSA", "Every layer at step 4", "attn.q_proj over the checkpoints", "<b>p</b>"):
+        assert said in text
+    phases = json.loads((run.folder / "phases.json").read_text())
+    assert list(phases) == [
+        "reading data and weights", "starting the adapters", "setting up", "validation",
+        "training", "saving",
+    ]  # fmt: skip
+    assert all(name in text for name in phases)
+    runs = f"runs={{a <i>: {run.folder}, second: {run.folder}}}"
+    run_main("report_run", "--config", "report", runs, f"output_dir={tmp_path / 'both'}")
+    text = texts(tmp_path / "both")
+    assert "a <i> and second" in text
+    assert "second: Every layer at step 4" in text
+
+
+def test_the_size_of_d_is_that_of_the_checkpoints(finetune):
+    run = finetune("max_steps=2", "optimizer.lr=1e-2", "save_every_n_steps=1", "keep_last=5")
+    damaged = run.checkpoints[0] / "adapter.safetensors"
+    found = diagonals_of(run.folder)
+    assert list(found) == [1, 2]
+    for path in run.checkpoints:
+        stored = load_file(path / "adapter.safetensors")
+        diagonals = {key: value for key, value in stored.items() if key.endswith(".lora_diag")}
+        assert len(diagonals) == 35
+        of_step = found[int(path.name[-8:])]
+        for key, value in diagonals.items():
+            expected = np.abs(value.numpy().astype(float)).mean()
+            assert of_step[key.removesuffix(".lora_diag")] == pytest.approx(expected, rel=1e-12)
+    damaged.write_bytes(b"")
+    assert list(diagonals_of(run.folder)) == [2]
+
+
+def test_calibration_is_that_of_the_run(corda, run_main, texts):
+    """The spectrum of W C on the page is the one that the run's own decomposition started from."""
+    run = corda("max_steps=1", "model.rank=5")
+    cfg = config.load(run.folder / "config.yaml", [], config.CORDA)
+    decomposed = json.loads((run.folder / "decomposition.json").read_text())["layers"]
+    names = ["layers.0.attn.q_proj", "layers.3.mlp.w2"]
+    found = layer_inputs(cfg, names, device=torch.device("cpu"))
+    assert list(found) == names
+    for name, layer in found.items():
+        co_svd = layer.spectra["CO-SVD, W C"][:5]
+        assert co_svd == pytest.approx(decomposed[name]["singular_values"], rel=1e-3)
+        assert layer.width == (384 if name.endswith("w2") else 128)
+    assert run_main("report_run", "--config", "report", f"run={run.folder}", "calibrate=True") == 0
+    assert "Covariances of the inputs" in texts(run.folder)
+
+
+def test_no_covariances_without_calibration(finetune, run_main):
+    run = finetune("max_steps=1")
+    with pytest.raises(ValueError, match=r"trained without calibration.*calibrate=False"):
+        run_main("report_run", "--config", "report", f"run={run.folder}", "calibrate=True")
+
+
+def test_a_weight_seen_through_its_inputs():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, generator=generator)
+    inputs = torch.randn(40, 5, generator=generator) * torch.tensor([1.0, 2.0, 4.0, 0.5, 0.1])
+    covariance = inputs.T @ inputs / 40
+    spectra = list(seen_through(weight, covariance).spectra.values())
+    sizes = np.sqrt((inputs.double().numpy() ** 2).mean(axis=0))
+    w, c = weight.double().numpy(), covariance.double().numpy()
+    for found, matrix in zip(spectra, (w, w * np.sqrt(sizes), w @ c), strict=True):
+        expected = np.linalg.svd(matrix, compute_uv=False)
+        assert found == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_the_picture_of_a_covariance_keeps_its_outliers():
+    covariance = torch.rand(7, 7, generator=torch.Generator().manual_seed(0)) - 0.5
+    covariance[4, 5] = -9.0
+    found = covariance_picture(covariance, most=3)
+    size = np.pad(np.abs(covariance.double().numpy()), (0, 2))
+    squares = [
+        [size[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].max() for j in range(3)] for i in range(3)
+    ]
+    assert found == pytest.approx(np.sqrt(np.array(squares) / 9.0), rel=1e-6)
+    assert found[1][1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [([], "run: missing"), (["run=/tmp", "runs=[/tmp]"], "run: got .* beside runs")],
+)
+def test_a_report_is_of_one_run_or_of_several(overrides, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load("report", overrides)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -5,6 +5,7 @@ defaults are those of transformers 5.23, because a checkpoint's author left a ke
 mind.
 """
 
+from kasa_tune.architectures.families.gpt import gpt2, gpt2_dropouts
 from kasa_tune.architectures.families.llama import (
     ernie,
     glm,
@@ -44,6 +45,8 @@ __all__ = [
     "gemma3",
     "glm",
     "glm4",
+    "gpt2",
+    "gpt2_dropouts",
     "granite",
     "hunyuan",
     "internlm3",

@@ -18,7 +18,7 @@ from kasa_tune.components.adapters.state import (
     load_adapter_state_dict,
     lora_plus_groups,
 )
-from kasa_tune.components.adapters.trained_whole import TrainedWhole, whole_parameters
+from kasa_tune.components.adapters.whole import TrainedWhole, whole_parameters
 
 __all__ = [
     "AdapterLinear",

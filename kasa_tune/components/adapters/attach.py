@@ -14,6 +14,7 @@ from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.kasa import KaSALinear
 from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.lora import LoRALinear
+from kasa_tune.components.adapters.whole import freeze
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_MODULES = ("w1", "w2", "w3")  # torchtune's names for gate, down and up projection
@@ -31,7 +32,7 @@ def attach(
     **options,
 ) -> nn.Module:
     """Replace the chosen linears of a model, in place, by adapter linears with the same weights.
-    Everything else is frozen.
+    Everything else is frozen, but for modules that are :func:`trained whole <.whole.train_whole>`.
 
     Args:
         model: any torchtune model, on any device (meta included).
@@ -75,7 +76,7 @@ def attach(
             "Nothing to adapt: set attn_modules, apply_to_mlp or apply_to_output to at least one "
             "linear."
         )
-    model.requires_grad_(False)
+    freeze(model)
     for name in chosen:
         parent, _, leaf = name.rpartition(".")
         setattr(

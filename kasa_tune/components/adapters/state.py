@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.linear import AdapterLinear
-from kasa_tune.components.adapters.trained_whole import whole_parameters
+from kasa_tune.components.adapters.whole import whole_parameters
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import is_quantized
@@ -30,22 +30,22 @@ def adapter_linears(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor, and the parameters of what is
-    trained whole: all that a base needs to become the model. Factors of which every process holds a part are gathered:
-    all processes must call.
+    """Update and edit factors of every adapter linear, ``<module>.lora_*`` to tensor, and the parameters of modules
+    trained whole, by their own names: all that a base needs to become the model. Tensors of which every process holds a
+    part are gathered: all processes must call.
     """
     return {name: full_tensor(value.detach()) for name, value in adapter_tensors(model).items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors behind :func:`adapter_state_dict`, not gathered and not copied."""
-    of_linears = {
+    factors = {
         f"{name}.{key}": value
         for name, linear in adapter_linears(model)
         for key, value in linear.state_dict(keep_vars=True).items()
         if key.startswith("lora_")
     }
-    return of_linears | dict(whole_parameters(model))
+    return factors | whole_parameters(model)
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     for name, linear in adapter_linears(model):
         load_adapter(name, linear, state)
     with torch.no_grad():
-        for name, parameter in whole_parameters(model):
+        for name, parameter in whole_parameters(model).items():
             parameter.copy_(state[name])
 
 
@@ -134,7 +134,7 @@ def lora_plus_groups(
     Raises:
         ValueError: a ratio other than 1 of no ``lr``.
     """
-    whole = {name for name, _ in whole_parameters(model)}
+    whole = set(whole_parameters(model))
     every = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

@@ -23,8 +23,10 @@ log = utils.get_logger("INFO")  # prints on rank 0
 
 # Files and folders, besides checkpoints, that a run writes into its output_dir. A restarted run
 # writes them anew.
-OF_A_RUN = ("metrics.jsonl", "config.yaml", "quantized_base", "decomposition.json",
-           "evaluation.json")  # fmt: skip
+OF_A_RUN = (
+    "metrics.jsonl", "samples.jsonl", "config.yaml", "quantized_base", "decomposition.json",
+    "evaluation.json", "checkpoints/best",
+)  # fmt: skip
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
 # computed, how long it is, and where its inputs lie. That weights and data are the same is checked
@@ -32,7 +34,8 @@ OF_A_RUN = ("metrics.jsonl", "config.yaml", "quantized_base", "decomposition.jso
 RESUMABLE_KEYS = {
     "output_dir", "resume_from_checkpoint", "metric_logger", "log_every_n_steps",
     "log_peak_memory_stats", "profiler", "save_every_n_steps", "keep_last", "dataset_val",
-    "run_val_every_n_steps", "batch_size_val", "device", "compile",
+    "run_val_every_n_steps", "batch_size_val", "validation", "keep_best",
+    "early_stopping", "device", "compile",
     "enable_activation_checkpointing", "enable_activation_offloading", "num_workers", "epochs",
     "max_steps", "batch_size", "gradient_accumulation_steps", "world_size", "timeout",
     "data_parallel_shard_dim", "fsdp_cpu_offload", "verify_base", "checkpointer", "tokenizer", "dataset",

@@ -39,9 +39,16 @@ from kasa_tune.components.checkpoints.serialization import encode
 
 log = logging.getLogger(__name__)
 
+BEST = "best"  # name of the link to the best checkpoint
+
 
 def save_checkpoint(
-    folder: Path, step: int, parts: Mapping[str, Any], *, keep_last: int | None = None
+    folder: Path,
+    step: int,
+    parts: Mapping[str, Any],
+    *,
+    keep_last: int | None = None,
+    best: int | None = None,
 ) -> Path:
     """Write ``parts`` as the checkpoint ``folder/step_<step>``. It appears complete or not at all.
 
@@ -53,6 +60,8 @@ def save_checkpoint(
         keep_last: how many checkpoints up to this step stay. Older ones are removed afterwards.
             None keeps all. Checkpoints of later steps are neither removed nor counted, because they
             may be damaged ones that the run could not resume from.
+        best: step of the best checkpoint, which stays besides and gets the name ``best``. None if
+            there is none.
 
     Returns:
         The checkpoint's path.
@@ -68,17 +77,7 @@ def save_checkpoint(
     _clear_leftovers(folder)
     try:
         temporary.mkdir()
-        for name, tree in parts.items():
-            _write_part(temporary, name, tree)
-        files = {path.name: size_and_digest(path) for path in sorted(temporary.iterdir())}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "parts": list(parts),
-            "files": files,
-        }
-        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        sync_folder(temporary)
+        _write_parts(temporary, step, parts)
         _replace(final, temporary, replaced)
         sync_folder(folder)
     except BaseException as error:
@@ -92,13 +91,31 @@ def save_checkpoint(
             ) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+    point_to_best(folder, best)
     if keep_last is not None:
         not_later = [path for path in list_checkpoints(folder) if step_of(path) <= step]
-        _remove(not_later[:-keep_last])
+        _remove(not_later[:-keep_last], best)
     return final
 
 
-def clean_up(folder: Path, *, keep_last: int) -> None:
+def point_to_best(folder: Path, step: int | None) -> None:
+    """Let the link ``folder/best`` lead to the checkpoint of a step, in place of where it led. If there is no
+    such checkpoint, there is no link.
+    """
+    link, target = folder / BEST, f"{PREFIX}{step:08d}" if step is not None else None
+    try:
+        if target is None or not (folder / target).is_dir():
+            link.unlink(missing_ok=True)
+        elif not link.is_symlink() or os.readlink(link) != target:
+            temporary = folder / f".{BEST}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            os.replace(temporary, link)
+    except OSError as error:  # some file systems have no links
+        log.warning(f"{link} could not be set to {target} ({error}).")
+
+
+def clean_up(folder: Path, *, keep_last: int, best: int | None = None) -> None:
     """Remove the files of a run that was killed after writing a checkpoint and before removing old
     ones.
 
@@ -106,8 +123,10 @@ def clean_up(folder: Path, *, keep_last: int) -> None:
         folder: folder of a run's checkpoints. This process holds its lock.
         keep_last: how many of the newest intact checkpoints stay. Damaged ones that are newer than
             these stay as well.
+        best: step of the best checkpoint, which stays besides.
     """
     _clear_leftovers(folder)
+    point_to_best(folder, best)
     found = list_checkpoints(folder)
     if len(found) <= keep_last:
         return
@@ -117,7 +136,7 @@ def clean_up(folder: Path, *, keep_last: int) -> None:
             verify_checkpoint(path)
             intact += 1
         if intact == keep_last:
-            _remove([old for old in found if step_of(old) < step_of(path)])
+            _remove([old for old in found if step_of(old) < step_of(path)], best)
             return
 
 
@@ -149,9 +168,9 @@ def _replace(final: Path, temporary: Path, replaced: Path) -> None:
             return
 
 
-def _remove(checkpoints: list[Path]) -> None:
-    """Remove old checkpoints. If one cannot be removed, a warning is logged and the run goes on."""
-    for old in checkpoints:
+def _remove(checkpoints: list[Path], best: int | None) -> None:
+    """Remove old checkpoints but the best one. If one cannot be removed, a warning is logged and the run goes on."""
+    for old in (path for path in checkpoints if step_of(path) != best):
         try:
             # It is renamed first, so that nobody finds a checkpoint that is half removed.
             shutil.rmtree(old.rename(old.parent / f".{old.name}.removed.tmp"))
@@ -166,6 +185,21 @@ def _clear_leftovers(folder: Path) -> None:
         writer = leftover.name.split(".")[-2]
         if not writer.isdecimal() or int(writer) == os.getpid() or not is_running(int(writer)):
             shutil.rmtree(leftover)
+
+
+def _write_parts(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
+    """Write all parts into an empty folder, and then the manifest."""
+    for name, tree in parts.items():
+        _write_part(folder, name, tree)
+    files = {path.name: size_and_digest(path) for path in sorted(folder.iterdir())}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "parts": list(parts),
+        "files": files,
+    }
+    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
 
 
 def _write_part(folder: Path, name: str, tree: Any) -> None:

@@ -31,7 +31,9 @@ from kasa_tune.components.corda.covariance import (
     shortage,
 )
 from kasa_tune.components.linalg.decomposition import co_svd_workspace
+from kasa_tune.components.models.decoder import Decoder
 from kasa_tune.components.models.experts import mixtures_of, only_valid
+from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.rotary import build_rotary_caches
 from kasa_tune.components.processes.world import World
 
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 Batch = Mapping[
     str, Any
-]  # tokens [b, s], valid [b, s] and, where rows are packed, mask and input_pos
+]  # tokens [b, s], valid [b, s], of packed rows mask and input_pos, of rows with images these
 Wanted = Callable[[str, int], bool]
 
 
@@ -156,7 +158,14 @@ def covariances(
 
 def _embed(model: TransformerDecoder, batch: Batch) -> Tensor:
     """The first block's input for a batch, ``[b, s, d]``."""
-    return model.tok_embeddings(batch["tokens"].to(model.tok_embeddings.weight.device))
+    device = model.tok_embeddings.weight.device
+    tokens, positions = batch["tokens"].to(device), batch.get("input_pos")
+    if not isinstance(model, Decoder):
+        return model.tok_embeddings(tokens)
+    positions = None if positions is None else positions.to(device)
+    if isinstance(model, Llava):
+        return model.embed(tokens, positions, images=batch.get("images"))
+    return model.embed(tokens, positions)
 
 
 def _run_block(

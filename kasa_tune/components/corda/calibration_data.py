@@ -18,7 +18,8 @@ from kasa_tune.components.data.batches import EpochBatches, block_mask, collate
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, np.ndarray]  # tokens [n]; of packed rows also input_pos [n] and seq_lens
+# tokens [n]; of packed rows also input_pos [n] and seq_lens, of rows with images a list of these
+Row = dict[str, Any]
 
 
 def draw_rounds(
@@ -83,11 +84,18 @@ def draw_rounds(
 
 def _cut(sample: Row, length: int) -> Row:
     """The first ``length`` tokens of a sample or packed row."""
-    row = {key: sample[key][:length] for key in ("tokens", "input_pos") if key in sample}
+    row: Row = {key: sample[key][:length] for key in ("tokens", "input_pos") if key in sample}
     if "seq_lens" in sample:
         ends = np.minimum(np.cumsum(sample["seq_lens"]), length)
         lens = np.diff(ends, prepend=0)
         row["seq_lens"] = lens[lens > 0]
+    if "images" in sample:
+        row["images"] = sample["images"]
+        if len(sample["tokens"]) > length:
+            raise ValueError(
+                f"calibration.max_seq_len is {length}, and a row with images has {len(sample['tokens'])} tokens. Such "
+                "rows are not cut: raise it."
+            )
     return row
 
 
@@ -98,7 +106,12 @@ def _windows(dataset: Dataset, order: np.ndarray, length: int, count: int) -> li
     for index in order:
         if missing <= 0:
             break
-        pieces.append(dataset[int(index)]["tokens"])
+        sample = dataset[int(index)]
+        if "images" in sample:
+            raise ValueError(
+                "calibration.concatenate joins rows and cuts them anywhere, and a row has images. Set it to False."
+            )
+        pieces.append(sample["tokens"])
         missing -= len(pieces[-1])
     stream = np.concatenate([np.zeros(0, dtype=np.int64), *pieces])
     num_rows = min(count, len(stream) // length)
@@ -106,12 +119,14 @@ def _windows(dataset: Dataset, order: np.ndarray, length: int, count: int) -> li
 
 
 def rows_digest(rounds: Sequence[Sequence[Row]]) -> str:
-    """SHA-256 of the tokens of all rows and of how they fall into rounds and packed samples."""
+    """SHA-256 of the tokens and images of all rows and of how they fall into rounds and packed samples."""
     digest = hashlib.sha256()
     for rows in rounds:
         digest.update(f"round of {len(rows)} ".encode())
         for row in rows:
-            for key in sorted(row):
+            for image in row.get("images", ()):
+                digest.update(f"image {image.side} {image.aspect_ratio} {image.digest()} ".encode())
+            for key in sorted(row.keys() - {"images"}):
                 digest.update(f"{key} {len(row[key])} ".encode() + row[key].astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -135,7 +150,7 @@ def batched(
 
     Returns:
         Batches of ``tokens`` [b, s], ``valid`` [b, s] (False in the padding) and, for packed rows, ``input_pos`` and
-        ``mask``, on the CPU.
+        ``mask``, of rows with images ``images`` [n, 3, h, w], on the CPU.
     """
     pad_id = max(0, getattr(tokenizer, "pad_id", None) or 0)
     ordered = sorted(rows, key=lambda row: len(row["tokens"]))

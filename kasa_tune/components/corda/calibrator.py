@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -13,9 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
+from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from kasa_tune.components.corda.calibration import (
+    Batch,
     Covariance,
     Wanted,
     damped_covariances,
@@ -23,6 +25,9 @@ from kasa_tune.components.corda.calibration import (
 )
 from kasa_tune.components.corda.calibration_data import batched, draw_rounds, rows_digest
 from kasa_tune.components.data import build_dataset, check_batches
+from kasa_tune.components.models.llava import Llava
+
+log = get_logger("INFO")
 
 SETTINGS = ("num_samples", "max_seq_len", "concatenate", "rounds", "seed")
 
@@ -78,6 +83,8 @@ class Calibrator:
         ]
         vocab_size = model.tok_embeddings.num_embeddings
         check_batches([batch for batches in self.rounds for batch in batches], vocab_size)
+        if isinstance(model, Llava) and rank == 0:
+            log.info(visual_share(model, self.rounds))
 
     def covariances(
         self,
@@ -120,3 +127,14 @@ class Calibrator:
             loaded=loaded,
             combine=combine,
         )
+
+
+def visual_share(model: Llava, rounds: Sequence[Sequence[Batch]]) -> str:
+    """In words, how many of the tokens that covariances are taken over stand for images."""
+    batches = [batch for of_round in rounds for batch in of_round]
+    total = sum(int(batch["valid"].sum()) for batch in batches)
+    visual = sum(int((batch["tokens"] == model.image_token).sum()) for batch in batches)
+    return (
+        f"Calibration counts {total:,} tokens: {visual:,} of images ({visual / total:.1%}) and "
+        f"{total - visual:,} of text."
+    )

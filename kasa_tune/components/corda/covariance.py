@@ -11,7 +11,6 @@ from torch import Tensor
 from kasa_tune.components.linalg.fallback import on_cpu_if_no_room
 from kasa_tune.components.linalg.solvers import add_lower_gram, mirror_lower
 
-NORMALIZATIONS = ("unit_mean_diag", "published")
 # Up to this width all eigenvalues cost less than a search for the first and the last.
 ALL_BELOW = 1024
 LANCZOS_STEPS = 60

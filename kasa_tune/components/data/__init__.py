@@ -30,6 +30,7 @@ from kasa_tune.components.data.folder_tokenizer import tokenizer_from_checkpoint
 from kasa_tune.components.data.labelled_texts import LabelledTexts, labelled_texts
 from kasa_tune.components.data.tokenizers import HFTokenizer, build_tokenizer, hf_tokenizer
 from kasa_tune.components.data.training_data import Batch, TrainingData
+from kasa_tune.components.data.visual import visual_dataset
 
 __all__ = [
     "Batch",
@@ -68,4 +69,5 @@ __all__ = [
     "tensors_digest",
     "tokenizer_from_checkpoint",
     "versions",
+    "visual_dataset",
 ]

@@ -152,7 +152,8 @@ def collate(
     Returns:
         ``tokens`` [b, s] int64 and ``labels`` [b, s] int64, -100 in the padding. For packed rows also ``input_pos``
         [b, s] int64 and ``seq_lens``, b tensors that each sum to s (the padding counts as one more sample);
-        :func:`block_mask` turns these into the attention mask.
+        :func:`block_mask` turns these into the attention mask. Where samples have ``images``, these are decoded now:
+        ``images`` [n, 3, h, w] float32, sample after sample.
     """
     width = max(width or 1, *(len(sample["tokens"]) for sample in samples))
     columns = {"tokens": pad_id, "labels": IGNORE}
@@ -163,6 +164,8 @@ def collate(
         for row, sample in zip(rows, samples, strict=True):
             row[: len(sample[column])] = sample[column]
         batch[column] = torch.from_numpy(rows)
+    if images := [image.load() for sample in samples for image in sample.get("images", ())]:
+        batch["images"] = torch.stack(images)
     if packed:
         padding = [width - len(sample["tokens"]) for sample in samples]
         positions = [

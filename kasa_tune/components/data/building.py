@@ -23,6 +23,7 @@ from kasa_tune.components.data.batches import EpochBatches, build_dataloader, co
 from kasa_tune.components.data.file_faults import file_fault
 from kasa_tune.components.data.fingerprints import fingerprint
 from kasa_tune.components.data.samples import MixedDataset, ShiftedDataset, shift_labels
+from kasa_tune.components.data.visual import VisualDataset
 
 __all__ = [
     "EpochBatches",
@@ -193,6 +194,8 @@ def _packed(
     samples: ShiftedDataset, node: Mapping, name: str, cache_dir: Any, progress: Any
 ) -> Dataset:
     max_seq_len = getattr(samples.tokenizer, "max_seq_len", None)
+    if isinstance(samples.inner, VisualDataset):
+        raise ValueError(f"{name}.packed: rows with images are not packed. Set it to False.")
     if max_seq_len is None:
         raise ValueError(
             f"{name}.packed: True needs tokenizer.max_seq_len, the length of a packed row."

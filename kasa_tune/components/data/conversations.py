@@ -12,6 +12,7 @@ import numpy as np
 from torchtune.data import Message
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 from torchtune.datasets import SFTDataset
+from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.modules.transforms import Transform
 
 _OURS = "kasa_tune.components.data.chat_dataset"
@@ -330,3 +331,15 @@ def check_for_torchtune(conversation: Any, layout: Layout) -> None:
             raise ValueError(f"message {i} calls or answers a tool, and {advice}")
         if turn["weight"] == 0:
             raise ValueError(f"message {i} has weight 0, and {advice}")
+
+
+def runs_turns_together(transform: Any, tokenizer: Any) -> bool:
+    """Whether conversations become plain text in which nothing marks who speaks: the tokenizer has no template.
+
+    Args:
+        transform: of a data set.
+        tokenizer: its tokenizer. Those of torchtune that have a format of their own mark each turn.
+    """
+    is_plain = isinstance(tokenizer, Llama2Tokenizer) or hasattr(tokenizer, "chat_template")
+    given = (getattr(tokenizer, name, None) for name in ("chat_template", "prompt_template"))
+    return isinstance(transform, ConversationToMessages) and is_plain and not any(given)

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from kasa_tune.components.data import packing
+from kasa_tune.components.data.conversations import runs_turns_together
 from kasa_tune.components.data.fingerprints import fingerprint
 from kasa_tune.components.data.samples import MixedDataset, ShiftedDataset
 from kasa_tune.components.data.tokenizing import FEW, SampleCounts, TokenizedSamples, tokenize_all
@@ -21,6 +22,11 @@ from kasa_tune.components.data.tokenizing import FEW, SampleCounts, TokenizedSam
 MOST_TOKENS = (
     1 << 28
 )  # kept of one data set, 2 GiB with their labels; larger ones are tokenized at every visit
+NO_TEMPLATE = (
+    "WARNING. {name}: the rows are conversations, and the tokenizer has no chat template. Their turns follow one "
+    "another as plain text, so the model does not learn who speaks. Set tokenizer.chat_template_path or "
+    "tokenizer.prompt_template, or take the tokenizer of an instruct model."
+)
 _LARGEST_SHARE = 0.5  # of samples that have nothing to learn
 
 
@@ -142,6 +148,15 @@ def check_all_samples(
     if log is None:
         return
     log.log(logging.WARNING if counts.unlearned else logging.INFO, said)
+    _warn(source, name, log, empty=empty, counts=counts)
+
+
+def _warn(
+    source: ShiftedDataset, name: str, log: logging.Logger, *, empty: int, counts: SampleCounts
+) -> None:
+    """Of what a run goes on with, and is likely not meant."""
+    if runs_turns_together(getattr(source.inner, "_message_transform", None), source.tokenizer):
+        log.warning(NO_TEMPLATE.format(name=name))
     if empty:
         log.warning(
             f"{name}: the response of {empty} of {len(source)} rows is empty; from them the model "

@@ -89,10 +89,18 @@ def _is_location(key: str, value: Any) -> bool:
     return key in _LOCATIONS or (key == "source" and is_folder(value))
 
 
-def _probe(dataset: Dataset, count: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of up to ``count`` samples, evenly spread."""
+def _probe(dataset: Dataset, count: int) -> list[tuple[Any, ...]]:
+    """Tokens, labels and digests of the images of up to ``count`` samples, evenly spread."""
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist()
-    return [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in chosen]
+    samples = (dataset[i] for i in chosen)
+    return [
+        (
+            sample["tokens"].tolist(),
+            sample["labels"].tolist(),
+            *(image.digest() for image in sample.get("images", ())),
+        )
+        for sample in samples
+    ]
 
 
 def _file_digest(path: Path) -> str:

@@ -55,7 +55,8 @@ def tokenizer_from_checkpoint(
             supported family.
     """
     folder = Path(local_path(checkpoint_dir, "tokenizer.checkpoint_dir"))
-    length = _length(max_seq_len, read_architecture(folder).max_seq_len)
+    architecture = read_architecture(folder)
+    length = _length(max_seq_len, architecture.max_seq_len)
     if not (folder / "tokenizer.json").is_file():
         return _from_sentencepiece(folder, length, prompt_template, chat_template_path)
     tokenizer = hf_tokenizer(
@@ -64,6 +65,7 @@ def tokenizer_from_checkpoint(
         max_seq_len=length,
         prompt_template=prompt_template,
     )
+    tokenizer.vision = architecture.vision
     if tokenizer.chat_template is None and prompt_template is None:
         _log_plain(folder, tokenizer)
     return tokenizer

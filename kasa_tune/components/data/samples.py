@@ -61,7 +61,7 @@ class ShiftedDataset(Dataset):
         tokenizer: the tokenizer inside ``inner``; only its ``max_seq_len`` is looked at.
         node: the config's node that ``inner`` was built from.
 
-    ``self[i]`` is ``{"tokens": int64 [n], "labels": int64 [n]}``.
+    ``self[i]`` is ``{"tokens": int64 [n], "labels": int64 [n]}``, of a row with images also ``images``.
 
     Raises:
         ValueError: at a row that lacks a required column, holds null in it, or cannot be tokenized.
@@ -92,9 +92,11 @@ class ShiftedDataset(Dataset):
             return self.kept[index]
         sample = self._prepare(index)
         tokens = np.asarray(sample["tokens"], dtype=np.int64)
+        images = {"images": sample["images"]} if sample.get("images") else {}
         return {
             "tokens": tokens,
             "labels": shift_labels(np.asarray(sample["labels"], dtype=np.int64)),
+            **images,
         }
 
     @property

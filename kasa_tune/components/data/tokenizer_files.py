@@ -32,6 +32,7 @@ FILE_KEYS = (
     "tokenizer_config_path",
     "chat_template_path",
 )
+MOST_BYTES = 256_000_000  # of a JSON file; the largest of published tokenizers have 35,000,000
 _LFS = b"version https://git-lfs"
 _FITTING = {
     "json": "a Hugging Face tokenizer.json: set tokenizer._component_ to "
@@ -109,7 +110,7 @@ def file_kind(path: str | Path) -> str:
 
 def _holds_model(path: str | Path) -> bool:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(_text(Path(path)))
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "model" in content
@@ -128,10 +129,19 @@ def _is_sentencepiece(path: str | Path) -> bool:
 # ---------------------------------------------------------------------------------------------------- JSON
 
 
+def _text(path: Path) -> str:
+    """What is in a file. Raises ValueError if it is larger than any tokenizer's, before it is read."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(
+            f"it has {size:,} bytes, and the limit for a tokenizer's files is {MOST_BYTES:,}"
+        )
+    return path.read_text(encoding="utf-8")
+
+
 def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError with its name."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_text(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"Tokenizer file not found: {path}") from None
     except IsADirectoryError:

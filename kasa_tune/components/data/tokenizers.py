@@ -16,6 +16,7 @@ from torchtune.data._prompt_templates import _get_prompt_template
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+from kasa_tune.architectures import Vision
 from kasa_tune.components.data.chat_spans import SeamEncoder, assistant_spans
 from kasa_tune.components.data.chat_templates import (
     TemplateLimitError,
@@ -125,6 +126,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             token the chat template closes an assistant turn with.
         vocab_size: largest id + 1, added tokens included.
         special_tokens: added tokens -> id.
+        vision: of the LLaVA model whose folder the tokenizer was built from, else None.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         }
         self.chat_template = load_chat_template(folder, chat_template_path, settings)
         self.max_seq_len, self.prompt_template = max_seq_len, prompt_template
+        self.vision: Vision | None = None
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
         self.eos_id = self._named_id("eos_token")

@@ -33,6 +33,7 @@ class TrainingData:
         world_size: number of processes, each of which gets its share of every step's samples.
 
     Attributes:
+        tokenizer: that of the data.
         dataset: what is learned from, see ``build_dataset``.
         dataset_val: held-out samples, or None.
         fingerprint: SHA-256 of what is learned from; a resumed run must have the same.
@@ -56,7 +57,7 @@ class TrainingData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._vocab_size = vocab_size
+        self._vocab_size, self.tokenizer = vocab_size, tokenizer
         loader = partial(
             build_dataloader,
             tokenizer=tokenizer,

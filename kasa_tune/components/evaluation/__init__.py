@@ -1,6 +1,7 @@
 """Text generation with a trained model, and tasks that measure what it can do and what it forgot."""
 
 from kasa_tune.components.evaluation.bootstrap import Bootstrap, Metric
+from kasa_tune.components.evaluation.building import build_tasks
 from kasa_tune.components.evaluation.cached import remove_caches
 from kasa_tune.components.evaluation.choices import MultipleChoice
 from kasa_tune.components.evaluation.code_problems import CodeProblems
@@ -36,6 +37,7 @@ __all__ = [
     "Sample",
     "Scores",
     "Task",
+    "build_tasks",
     "complete",
     "generate",
     "remove_caches",

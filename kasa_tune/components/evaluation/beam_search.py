@@ -86,6 +86,7 @@ def search(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     stop_tokens: Sequence[int],
+    images: Sequence[Tensor] = (),
 ) -> list[list[int]]:
     """Complete every prompt of a batch.
 
@@ -94,6 +95,7 @@ def search(
         prompts: token ids; lengths may differ.
         decoding: with ``num_beams`` above 1.
         stop_tokens: that finish a completion.
+        images: of each prompt ``[n, 3, h, w]``; nothing if no prompt has one.
 
     Returns:
         The new tokens of each prompt, with the stop token if there is one.
@@ -101,7 +103,8 @@ def search(
     count, stops = decoding.num_beams, frozenset(stop_tokens)
     searches = [_Search(list(prompt), decoding, stops) for prompt in prompts]
     rows = [list(prompt) for prompt in prompts for _ in range(count)]
-    with cached(model, rows, decoding.max_new_tokens) as growing:
+    of_rows = [each for each in images for _ in range(count)]
+    with cached(model, rows, decoding.max_new_tokens, of_rows) as growing:
         logits = growing.start()  # [b * n, v]
         # All beams of a prompt are the same at first, so that only one may be gone on from.
         scores = logits.new_full((len(prompts), count), _NEVER)

@@ -20,12 +20,22 @@ class CachedRows:
         model: a torchtune decoder with caches for these rows.
         prompts: token ids of each row.
         length: tokens that a row may grow to, padding included.
+        images: of the rows, as :func:`cached` takes them.
     """
 
     def __init__(
-        self, model: TransformerDecoder, prompts: Sequence[Sequence[int]], length: int
+        self,
+        model: TransformerDecoder,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        images: Sequence[Tensor] = (),
     ) -> None:
         self._model, self._device = model, next(model.parameters()).device
+        self._images = (
+            {"images": torch.cat([each for each in images if len(each)])}
+            if sum(map(len, images))
+            else {}
+        )
         width = max(map(len, prompts))
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         columns = torch.arange(length, device=self._device)
@@ -44,7 +54,8 @@ class CachedRows:
         mask.diagonal(dim1=1, dim2=2).fill_(True)
         padding = width - self.lengths
         positions = (self._columns[:width] - padding[:, None]).clamp(min=0)  # [b, width]
-        return self._model(self._tokens, mask=mask, input_pos=positions)[:, -1].float()
+        logits = self._model(self._tokens, mask=mask, input_pos=positions, **self._images)
+        return logits[:, -1].float()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one more token of each row, ``[b]``; the logits of the next one, ``[b, v]`` in float32."""
@@ -64,16 +75,26 @@ class CachedRows:
 
 @contextlib.contextmanager
 def cached(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    images: Sequence[Tensor] = (),
 ) -> Iterator[CachedRows]:
-    """While active, the model has caches for these prompts and ``max_new_tokens`` more each."""
+    """While active, the model has caches for these prompts and ``max_new_tokens`` more each.
+
+    Args:
+        model: a torchtune decoder, or one that also sees.
+        prompts: token ids of each row.
+        max_new_tokens: of a row.
+        images: of each prompt ``[n, 3, h, w]``, empty of one without; nothing if no prompt has one.
+    """
     length = max(map(len, prompts)) + max_new_tokens
     with next(model.parameters()).device:
         # Unlike a quantized weight, the embedding always has the dtype of the present run.
         dtype = model.tok_embeddings.weight.dtype
         model.setup_caches(len(prompts), dtype, decoder_max_seq_len=length)
     try:
-        yield CachedRows(model, prompts, length)
+        yield CachedRows(model, prompts, length, images)
     finally:
         remove_caches(model)
 

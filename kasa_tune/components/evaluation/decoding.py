@@ -25,6 +25,7 @@ class Decoding:
         length_penalty: beam search divides a completion's log-probability by its length to this power.
         no_repeat_ngram_size: no sequence of so many tokens occurs twice in prompt and completion; 0: any may.
         early_stopping: beam search ends once there are as many finished completions as beams.
+        stop_tokens: ids that end a completion, besides the tokenizer's.
 
     Raises:
         ValueError: a value is out of its range, or two settings exclude each other.
@@ -38,8 +39,10 @@ class Decoding:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     early_stopping: bool = False
+    stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, least in (
             ("max_new_tokens", 1),
             ("num_beams", 1),
@@ -60,6 +63,16 @@ class Decoding:
             )
         if (self.top_k or self.top_p) and not self.temperature:
             raise ValueError("top_k and top_p belong to sampling: set a temperature above 0.")
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError if a setting is a list that must be a number, or the other way round."""
+        for name, value in vars(self).items():
+            is_list = isinstance(value, Sequence)
+            if name == "stop_tokens":
+                if not is_list or not all(type(token) is int and token >= 0 for token in value):
+                    raise ValueError(f"stop_tokens must be a list of token ids; got {value!r}.")
+            elif is_list:
+                raise ValueError(f"{name} must be a number; got {value!r}.")
 
     @property
     def is_sampling(self) -> bool:

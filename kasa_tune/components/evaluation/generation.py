@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.evaluation import beam_search
@@ -26,6 +27,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    images: Sequence[Tensor] = (),
 ) -> list[list[int]]:
     """Continue every prompt until a stop token or ``max_new_tokens``.
 
@@ -36,30 +38,36 @@ def generate(
         model: a torchtune decoder with its output projection. It is left in eval mode and without caches.
         prompts: token ids of each prompt. Lengths may differ.
         decoding: how tokens are chosen.
-        stop_tokens: generation of a prompt ends before the first of these.
+        stop_tokens: generation of a prompt ends before the first of these and of ``decoding``'s.
         is_finished: generation of a prompt also ends where this says so. Beam search does not ask.
         batch_size: number of prompts in a batch. Beam search has as many rows a prompt as beams.
         seed: seed of the sampling.
         progress: called after each batch with its number of prompts.
+        images: of each prompt ``[n, 3, h, w]``, for a model that also sees; nothing if no prompt has one.
 
     Returns:
         The new tokens of each prompt in the given order, without the stop token.
 
     Raises:
-        ValueError: a prompt is empty, or ``max_new_tokens`` does not leave room for it in the model's length.
+        ValueError: a prompt is empty, ``max_new_tokens`` does not leave room for it in the model's length, or the
+            model has no such token as one of ``decoding.stop_tokens``.
     """
+    vocab_size = model.tok_embeddings.num_embeddings
+    if none := [token for token in decoding.stop_tokens if token >= vocab_size]:
+        raise ValueError(f"stop_tokens {none} are no tokens of the model, which has {vocab_size}.")
     _check_lengths(model, prompts, decoding.max_new_tokens)
+    stop_tokens = [*stop_tokens, *decoding.stop_tokens]
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        batch = [prompts[i] for i in rows]
+        batch, seen = [prompts[i] for i in rows], [images[i] for i in rows] if images else []
         if decoding.num_beams > 1:
-            found = beam_search.search(model, batch, decoding, stop_tokens)
+            found = beam_search.search(model, batch, decoding, stop_tokens, seen)
         else:
-            found = _one_by_one(model, batch, decoding, stop_tokens, is_finished, generator)
+            found = _one_by_one(model, batch, decoding, stop_tokens, is_finished, generator, seen)
         for row, tokens in zip(rows, found, strict=True):
             completions[row] = _before_stop(tokens, stop_tokens)
         if progress:
@@ -78,6 +86,7 @@ def complete(
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    images: Sequence[Tensor] = (),
 ) -> list[list[int]]:
     """Continue every prompt, greedily or by sampling: :func:`generate` with the settings one by one.
 
@@ -96,6 +105,7 @@ def complete(
         batch_size=batch_size,
         seed=seed,
         progress=progress,
+        images=images,
     )
 
 
@@ -126,12 +136,13 @@ def _one_by_one(
     stop_tokens: Sequence[int],
     is_finished: Finished | None,
     generator: torch.Generator,
+    images: Sequence[Tensor],
 ) -> list[list[int]]:
     """Continue one batch of prompts by a token at a time, all rows until the last one ends."""
     stops = frozenset(stop_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    with cached(model, prompts, decoding.max_new_tokens) as growing:
+    with cached(model, prompts, decoding.max_new_tokens, images) as growing:
         logits = growing.start()
         while True:
             if decoding.no_repeat_ngram_size:

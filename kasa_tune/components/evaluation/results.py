@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,32 @@ class Results:
             tasks = [task for task in self.tasks if task.measures == measures]
             if tasks:
                 yield heading, tasks
+
+
+@dataclass(frozen=True)
+class MainMetric:
+    """A task's main metric, as results.json has it.
+
+    Args:
+        name: of the task and the metric.
+        measures: ``learned``, ``kept`` or None.
+        values: by model; NaN stands for what is not finite.
+    """
+
+    name: str
+    measures: str | None
+    values: dict[str, float]
+
+
+def read_main_metrics(path: Path) -> list[MainMetric]:
+    """The main metric of each task in a results.json. Tasks that others judge have none."""
+    found = []
+    for task, told in json.loads(path.read_text(encoding="utf-8"))["tasks"].items():
+        for metric in list(told["results"][BASE])[:1]:
+            values = {name: numbers[metric]["value"] for name, numbers in told["results"].items()}
+            finite = {n: math.nan if value is None else value for n, value in values.items()}
+            found.append(MainMetric(f"{task} {metric}", told["measures"], finite))
+    return found
 
 
 def _negative(change: Estimate) -> Estimate:

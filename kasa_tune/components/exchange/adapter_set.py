@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears, adapter_update, check_adapter_fits
+from kasa_tune.components.adapters.whole import refuse_whole
 from kasa_tune.components.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -293,6 +294,7 @@ def _trained_model(checkpoint: Checkpoint, folder: str | None) -> nn.Module:
     build = partial(build_allowed, section, "model", checkpoint)
     model = build_on_meta(build, dtype=torch.float32)
     check_adapter_fits(model, state)
+    refuse_whole(model, checkpoint)
     if any(name.endswith(".lora_magnitude") for name in state):
         raise CheckpointError(
             f"{checkpoint} is a DoRA adapter. It scales the rows of the base's weights, which cannot be added to "

@@ -111,7 +111,8 @@ def evaluated_models(
 def _can_share(checkpoint: Checkpoint) -> bool:
     """Whether an adapter is something added to weights that all adapters have."""
     is_dora = any(name.endswith(".lora_magnitude") for name in checkpoint.adapter)
-    return not is_dora and not checkpoint.has_quantized_base
+    trains_more = any(".lora_" not in name for name in checkpoint.adapter)
+    return not is_dora and not trains_more and not checkpoint.has_quantized_base
 
 
 def _alone(

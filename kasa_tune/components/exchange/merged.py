@@ -63,8 +63,12 @@ def write_merged(
         ValueError: ``max_shard_size`` is no size, or a file to be copied is a link out of its folder.
     """
     side_files = _side_files(run)
-    modules = run.modules(run.changed)
-    weights = {key for key in run.base.stored if _ROTARY not in key}
+    modules, whole = run.modules(run.changed), run.whole
+    weights = {
+        key
+        for key, value in run.base.stored.items()
+        if _ROTARY not in key and value.is_floating_point()
+    }
     stored = {
         key: value.to(dtype) if dtype and key in weights else value
         for key, value in run.base.stored.items()
@@ -76,7 +80,10 @@ def write_merged(
     for filename, keys in plan.filename_to_tensors.items():
         shard = {}
         for key in keys:
-            shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
+            if key in whole:
+                shard[key] = whole[key].to(stored[key].dtype)
+            else:
+                shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
         save_file(shard, folder / filename, metadata={"format": "pt"})
         del shard
     if plan.is_sharded:
@@ -97,13 +104,13 @@ def _tensor(
     errors: Deviations,
 ) -> Tensor:
     if linears is None:
-        return run.base.read(key).to(dtype)
+        return run.base.as_in_file(key, run.base.read(key).to(dtype))
     trained = run.merged(key, linears)
     merged = trained.to(dtype)
     errors[key.removesuffix(".weight")] = deviation(
         merged.to(torch.float32, copy=True), trained, run.module_update(key, linears).norm()
     )
-    return merged.contiguous()
+    return run.base.as_in_file(key, merged)
 
 
 def copy_side_files(run: TrainedRun, folder: Path) -> None:

@@ -21,7 +21,6 @@ _UNSUPPORTED = {
     "trainable_token_indices": "it trained tokens' embeddings besides",
     "target_parameters": "it adapts parameters that are no linear's weight",
     "lora_bias": "its B have biases",
-    "fan_in_fan_out": "its weights are transposed, as GPT-2's",
     "layer_replication": "it uses layers more than once",
     "alora_invocation_tokens": "it is active after some tokens alone (aLoRA)",
     "use_qalora": "it pools its inputs (QALoRA)",

@@ -31,8 +31,9 @@ from kasa_tune.components.linalg.decomposition import (
 )
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
-from kasa_tune.components.models.base_weights import StreamedWeights, weights_digest
+from kasa_tune.components.models.base_weights import weights_digest
 from kasa_tune.components.models.loading import block_linears, build_on_meta
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.methods import LINEARS, METHODS, methods_of
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,6 @@ _UNTOUCHED = (
     "mica",
 )  # starts that leave the base as it is
 _FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
-_FROM_BASE = (
-    *_FOUND_AGAIN,
-    "corda",
-    "lora_ga",
-    "loftq",
-)  # starts that take themselves out of the base
 _BUILDERS = "kasa_tune.components.models"
 
 
@@ -92,6 +87,7 @@ class PeftImport:
         for adapter in filter(None, (peft, initial)):
             adapter.check_fits(base.stored)
             adapter.check_copies(base.read, base.stored)
+            _check_layout(adapter, base)
         _check_start(peft, initial)
         self._check_architecture()
         self._places = self._find_places(model)
@@ -310,8 +306,23 @@ def open_peft(
         raise ValueError(
             "The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use."
         )
+    given = base_architecture(base.folder) if base.folder else None
+    if given and given.vision:
+        raise ValueError(
+            f"{base.folder} holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
+        )
     initial = PeftAdapter(initial_folder) if initial_folder else None
     return PeftImport(PeftAdapter(folder), base, model, initial)
+
+
+def _check_layout(peft: PeftAdapter, base: StreamedWeights) -> None:
+    """See that weights are not said to be transposed where they are not. PEFT looks at its modules, not at the flag."""
+    weights = [f"{module}.weight" for module in peft.layers]
+    if peft.config.get("fan_in_fan_out") and not any(map(base.transposed, weights)):
+        raise ValueError(
+            f"{peft.folder} cannot be imported: fan_in_fan_out is {peft.config['fan_in_fan_out']!r}: its weights are "
+            "transposed, as GPT-2's, and those of the base are not."
+        )
 
 
 def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:

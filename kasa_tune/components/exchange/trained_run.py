@@ -21,6 +21,7 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
 )
+from kasa_tune.components.adapters.whole import whole_parameters
 from kasa_tune.components.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -33,7 +34,6 @@ from kasa_tune.components.linalg.nf4 import dequantize
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_files import checked_config, listed_files, shards_of
 from kasa_tune.components.models.base_weights import (
-    StreamedWeights,
     read_base_weights,
     weights_digest,
     weights_fingerprint,
@@ -46,6 +46,7 @@ from kasa_tune.components.models.loading import (
     read_tensor,
     require_adapters,
 )
+from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.components.quantized.base import QuantizedWeights, linears_in_nf4
 from kasa_tune.methods import LINEARS, METHODS, Method, method_of, methods_of
 
@@ -131,6 +132,12 @@ class TrainedRun:
     def changed(self) -> list[str]:
         """Names of the linears whose weights are not the base's: adapted, or quantized."""
         return list(dict.fromkeys([*self.linears, *self.quantized]))
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Tensors of the base that were trained whole, as trained, by their own names."""
+        keys = {name: self.base.key_of(name) for name in whole_parameters(self.model)}
+        return {key: self.adapter[name] for name, key in keys.items() if key}
 
     def update(self, name: str) -> LowRank:
         """``W_eff - W0`` of an adapted linear as factors, see :func:`~kasa_tune.components.adapters.adapter_update`."""

@@ -154,8 +154,9 @@ def extreme_singular_subspace(
         )
     if solver == "auto":
         solver = "svd" if n < EXACT_BELOW or k > n * EXACT_ABOVE_SHARE else "krylov"
-    if not largest and n < m:
-        # The square triangle has the same left vectors and singular values, and it has LU factors.
+    if n < m and (not largest or solver == "svd"):
+        # The square triangle has the same left vectors and singular values. It has LU factors, and
+        # its SVD finds no right vectors of length m, which nobody needs.
         matrix = torch.linalg.qr(matrix.T, mode="r").R.T
     if solver == "krylov":
         try:

@@ -108,7 +108,7 @@ def check_architecture(
     Sizes, norms, biases, activation, rotary embeddings, windows, caps and scales are compared. A
     window that no sequence reaches is no difference. Sequences of more tokens than config.json
     has positions are warned of: a rotary embedding goes on beyond them. They are refused where it
-    changes there, as it does with dynamic scaling.
+    changes there, as it does with dynamic scaling, and where positions are learned.
 
     Of a model of one's own builder, values that its modules do not tell are named in a warning.
 
@@ -188,10 +188,15 @@ def _check_length(
 ) -> None:
     if longest <= file.max_seq_len:
         return
+    key = "n_positions" if file.learned_positions else "max_position_embeddings"
     words = (
-        f"Sequences have up to {longest} tokens ({setting}), and max_position_embeddings is "
+        f"Sequences have up to {longest} tokens ({setting}), and {key} is "
         f"{file.max_seq_len} in {folder / 'config.json'}"
     )
+    if file.learned_positions:
+        raise ValueError(
+            f"{words}: the model has learned as many positions and has no others. Lower {setting}."
+        )
     if changes_beyond(values):
         raise ValueError(
             f"{words}: beyond that its rotary embedding is another one (dynamic scaling), which is "

@@ -30,15 +30,21 @@ class Attention(nn.Module):
         architecture: of the model.
         layer: what this layer has to itself.
         rotary: its position embedding, which layers may share. None if it has none.
+        dropout: of the attention weights in training.
     """
 
     def __init__(
-        self, architecture: Architecture, layer: Layer, rotary: RotaryEmbedding | None
+        self,
+        architecture: Architecture,
+        layer: Layer,
+        rotary: RotaryEmbedding | None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        a = architecture
+        a, self.dropout = architecture, dropout
         self.num_heads, self.num_kv_heads, self.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
-        self.scale, self.cap, self.window = a.attention_scale, a.attention_cap, layer.window
+        self.scale = a.attention_scale * layer.attention_scale
+        self.cap, self.window = a.attention_cap, layer.window
         self.temperature = a.query_temperature
         queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         self.q_proj = nn.Linear(a.embed_dim, queries, bias="q_proj" in a.biases)
@@ -106,7 +112,8 @@ class Attention(nn.Module):
         if self.kv_cache is not None and self.cache_enabled:
             k, v = self.kv_cache.update(k, v)
         mask = windowed(mask, self.window, s, x.device)
-        out = attend(q, k, v, mask, scale=self.scale, cap=self.cap)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, v, mask, scale=self.scale, cap=self.cap, dropout=dropout)
         return self.output_proj(out.transpose(1, 2).reshape(b, s, -1))
 
     def _positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +169,16 @@ def _windowed_blocks(mask: BlockMask, window: int) -> BlockMask:
     return made[window]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, cap: float | None):
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    cap: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention of ``q [b, h, s, d]`` to ``k`` and ``v [b, k, m, d]``: ``[b, h, s, d]``.
 
     Args:
@@ -172,6 +188,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, cap: fl
         mask: of :class:`Attention`; None for causal attention.
         scale: what scores are multiplied by.
         cap: soft bound of the scores.
+        dropout: share of the weights that become zero. Caps and block masks have none.
     """
     if isinstance(mask, BlockMask):
         return _flex(q, k, v, mask, scale, cap)
@@ -183,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, cap: fl
     if cap is None:
         causal = mask is None
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout
         )
     scores = cap * torch.tanh(q @ k.mT * (scale / cap))
     if mask is None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torchtune.config import instantiate
 from torchtune.models import convert_weights
@@ -21,7 +21,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
-from kasa_tune.architectures import read_architecture
+from kasa_tune.architectures import is_transposed, read_architecture, usual_name
 from kasa_tune.architectures.comparing import AS_STORED
 from kasa_tune.components.checkpoints import Checkpoint, CheckpointError
 from kasa_tune.components.models.agreement import base_architecture, kept_architecture
@@ -30,21 +30,12 @@ from kasa_tune.components.models.base_files import (
     checked_config,
     weight_files,
 )
-from kasa_tune.components.models.digests import digest_line, digest_lines
+from kasa_tune.components.models.digests import digest_line
 from kasa_tune.components.models.from_checkpoint import to_native
+from kasa_tune.components.models.streamed import FLOATING, Convert, StreamedWeights, floating
 from kasa_tune.components.processes.world import World
 
 _ROWS_COMPARED = 64
-
-Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-# What safetensors calls the dtypes of unquantized weights.
-_FLOATING = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 class CheckpointFolder:
@@ -69,8 +60,14 @@ class CheckpointFolder:
         architecture = read_architecture(self.folder)
         paths = [self.folder / name for name in weight_files(self.folder)]
         try:
-            convert = partial(to_native, architecture)
-            weights = StreamedWeights(paths, convert, self.folder, AS_STORED)
+            weights = StreamedWeights(
+                paths,
+                partial(to_native, architecture),
+                self.folder,
+                AS_STORED,
+                named=partial(usual_name, architecture),
+                transposed=partial(is_transposed, architecture),
+            )
             if architecture.tied:
                 _check_tied(weights)
             return weights
@@ -88,7 +85,7 @@ def _check_tied(weights: StreamedWeights) -> None:
     Raises:
         ValueError: it is another.
     """
-    embedding = weights._keys.get("tok_embeddings.weight")
+    embedding = weights.key_of("tok_embeddings.weight")
     if embedding is None:  # which the comparison of shapes reports
         return
     shape = weights.stored[embedding].shape
@@ -200,97 +197,6 @@ def open_base(
     return base, kept | {"base_digest": digest}
 
 
-class Location(NamedTuple):
-    """Where a weight lies in a checkpoint: the tensor's name there, and which of its rows ``(d_out,)`` are the
-    weight's, in the weight's order.
-    """
-
-    key: str
-    rows: Tensor
-
-
-class StreamedWeights(Mapping[str, Tensor]):
-    """Tensors of safetensors files under other names, in other layouts; none is held between two requests.
-
-    Args:
-        paths: the files; of a name in several of them the last counts.
-        convert: a dict of the files' names and tensors to one of this mapping's, tensor by tensor.
-        folder: of the checkpoint, with its config.json. None if there is none.
-        model_type: of the checkpointer that converts, or
-            :data:`~kasa_tune.architectures.comparing.AS_STORED`.
-
-    Attributes:
-        meta: this mapping on the meta device: shapes and dtypes without reading any tensor.
-        stored: the files' own tensors on the meta device, by their own names.
-
-    Raises:
-        ValueError: a tensor is of no unquantized floating dtype, or the files of a
-            :class:`CheckpointFolder` hold it twice.
-    """
-
-    def __init__(
-        self,
-        paths: list[Path],
-        convert: Convert,
-        folder: Path | None = None,
-        model_type: str | None = None,
-    ) -> None:
-        self._convert, self.folder, self.model_type = convert, folder, model_type
-        self._keys: dict[str, str] = {}
-        self.meta: dict[str, Tensor] = {}
-        self.stored: dict[str, Tensor] = {}
-        self._paths: dict[str, Path] = {}
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    header = file.get_slice(key)
-                    dtype = _floating(key, header.get_dtype())
-                    self.stored[key] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
-                    converted = convert({key: self.stored[key]})
-                    twice = converted.keys() & self._keys.keys()
-                    if twice and model_type == AS_STORED:  # torchtune takes the last
-                        raise ValueError(
-                            f"{path} holds {min(twice)} as {key}, and the checkpoint holds it as "
-                            f"{self._keys[min(twice)]} too. Remove the one that is wrong."
-                        )
-                    self._paths[key] = path
-                    self._keys |= dict.fromkeys(converted, key)
-                    self.meta |= converted
-
-    def __getitem__(self, name: str) -> Tensor:
-        key = self._keys[name]
-        return self._convert({key: self.read(key)})[name]
-
-    def read(self, key: str) -> Tensor:
-        """A tensor of the files as it is there, by its own name."""
-        with safe_open(self._paths[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    def rows(self, key: str, step: int) -> Tensor:
-        """Every ``step``-th row of a matrix of the files, by its own name."""
-        with safe_open(self._paths[key], framework="pt") as file:
-            part = file.get_slice(key)
-            height = self.stored[key].shape[0]
-            return torch.cat([part[row : row + 1] for row in range(0, height, step)])
-
-    def digest_lines(self) -> dict[str, str]:
-        """Of every tensor of the files its line of :func:`weights_digest`, by its own name."""
-        return digest_lines(self._paths)
-
-    def location(self, name: str) -> Location:
-        """Where the rows of a weight lie in the files, found by sending row numbers through the conversion."""
-        key = self._keys[name]
-        rows, columns = self.stored[key].shape
-        numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, columns)
-        return Location(key, self._convert({key: numbers})[name][:, 0].long())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without reading a tensor where the mapping knows them."""
     known = getattr(weights, "meta", weights)
@@ -366,19 +272,10 @@ class SharedReading(Mapping[str, Tensor]):
         return len(self.weights)
 
 
-def _floating(key: str, dtype: str) -> torch.dtype:
-    if dtype not in _FLOATING:
-        raise ValueError(
-            f"{key} is stored as {dtype}: the checkpoint is quantized already. Give the unquantized one, in bfloat16, "
-            "float16 or float32."
-        )
-    return _FLOATING[dtype]
-
-
 def _checked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in weights.items():
-        if tensor.dtype not in _FLOATING.values():
-            _floating(name, str(tensor.dtype).removeprefix("torch."))
+        if tensor.dtype not in FLOATING.values():
+            floating(name, str(tensor.dtype).removeprefix("torch."))
     return weights
 
 

@@ -17,7 +17,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from kasa_tune.architectures import Architecture, Layer, Rotary
+from kasa_tune.architectures import Architecture, Dropouts, Layer, Rotary
 from kasa_tune.components.models.attention import Attention, Mask
 from kasa_tune.components.models.experts import MixtureOfExperts
 from kasa_tune.components.models.norms import Norm
@@ -34,7 +34,9 @@ class ReLUSquared(nn.Module):
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
+    "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
     "relu_squared": ReLUSquared,
 }
 
@@ -113,18 +115,19 @@ class Decoder(TransformerDecoder):
 
     Args:
         architecture: what it computes.
+        dropouts: of training.
 
     Raises:
         ValueError: the architecture caps the logits of an output projection that is not tied.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, dropouts: Dropouts = Dropouts()) -> None:  # noqa: B008 (frozen)
         a = architecture
         rotary: dict[str, RotaryEmbedding] = {}  # one for all layers that rotate alike
         embedding = ScaledEmbedding(a.vocab_size, a.embed_dim, a.embedding_scale)
         super().__init__(
             tok_embeddings=embedding,
-            layers=[_layer(a, layer, rotary) for layer in a.layers],
+            layers=[_layer(a, layer, rotary, dropouts) for layer in a.layers],
             max_seq_len=a.max_seq_len,
             num_heads=a.num_heads,
             head_dim=a.head_dim,
@@ -132,11 +135,41 @@ class Decoder(TransformerDecoder):
             norm=Norm(a, a.embed_dim, scale=a.logit_scale),
             output=_output(a, embedding),
         )
+        if a.learned_positions:
+            self.position_embeddings = nn.Embedding(a.max_seq_len, a.embed_dim)
+        self.embedding_dropout = nn.Dropout(dropouts.embedding)
         self.architecture = a
+
+    def embed(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        """The first layer's input ``[b, s, d]`` for ``tokens [b, s]``.
+
+        Args:
+            tokens: ids.
+            input_pos: their positions, as :class:`Attention` takes them.
+        """
+        h = self.tok_embeddings(tokens)
+        if self.architecture.learned_positions:
+            s = tokens.shape[1]
+            if input_pos is None:
+                input_pos = torch.arange(s, device=tokens.device)
+            h = h + self.position_embeddings(input_pos.view(-1, s))
+        return self.embedding_dropout(h)
+
+    def forward(
+        self, tokens: Tensor, *, mask: Mask = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """``tokens [b, s]`` to logits ``[b, s, vocab]``; the arguments are those of
+        :class:`Attention`.
+        """
+        self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
+        h = self.embed(tokens, input_pos)
+        for layer in self.layers:
+            h = layer(h, mask=mask, input_pos=input_pos)
+        return self.unembed(h)
 
 
 def _layer(
-    a: Architecture, layer: Layer, shared: dict[str, RotaryEmbedding]
+    a: Architecture, layer: Layer, shared: dict[str, RotaryEmbedding], dropouts: Dropouts
 ) -> TransformerSelfAttentionLayer:
     if layer.sparse and a.experts is not None:
         mlp: nn.Module = MixtureOfExperts(a, a.experts, feed_forward)
@@ -147,9 +180,10 @@ def _layer(
         norms["sa_norm"] = Norm(a, a.embed_dim)
         if not a.parallel:
             norms["mlp_norm"] = Norm(a, a.embed_dim)
-    norms |= {"sa_scale": _after(a), "mlp_scale": _after(a)}
+    norms |= {name: _after(a, dropouts.residual) for name in ("sa_scale", "mlp_scale")}
     kind = ParallelLayer if a.parallel else TransformerSelfAttentionLayer
-    return kind(Attention(a, layer, _rotary(a, layer.rotary, shared)), mlp, **norms)
+    attention = Attention(a, layer, _rotary(a, layer.rotary, shared), dropouts.attention)
+    return kind(attention, mlp, **norms)
 
 
 def _rotary(
@@ -160,8 +194,10 @@ def _rotary(
     return shared.setdefault(repr(rotary), RotaryEmbedding(rotary, a.head_dim))
 
 
-def _after(a: Architecture) -> nn.Module | None:
+def _after(a: Architecture, dropout: float) -> nn.Module | None:
     """What happens to the output of attention or MLP before it is added."""
+    if dropout:  # of GPT-2, which has nothing else there
+        return nn.Dropout(dropout)
     if a.norm_after:
         return Norm(a, a.embed_dim, scale=a.residual_scale)
     return None if a.residual_scale == 1.0 else Scaled(a.residual_scale)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchtune.modules import FeedForward
 
 from kasa_tune.architectures.encoder import EncoderArchitecture
-from kasa_tune.components.adapters.trained_whole import TrainedWhole
+from kasa_tune.components.adapters.whole import TrainedWhole
 from kasa_tune.components.models.disentangled import (
     DisentangledAttention,
     EncoderAttention,

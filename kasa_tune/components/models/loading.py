@@ -12,7 +12,12 @@ from torchtune.modules import MultiHeadAttention
 
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.adapters.trained_whole import TrainedWhole, whole_parameters
+from kasa_tune.components.adapters.whole import (
+    TrainedWhole,
+    is_trained_whole,
+    new_parameters,
+    whole_modules,
+)
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.attention import Attention
 from kasa_tune.components.models.base_weights import shapes_of
@@ -86,6 +91,8 @@ def load_base_weights(
                 module.rope_init()
     for _, linear in adapter_linears(model):
         linear.materialize(device, adapter_dtype)
+    for module in whole_modules(model):
+        module.to(adapter_dtype)
     for module in model.modules():
         if isinstance(module, TrainedWhole):
             module.start(device, adapter_dtype)
@@ -112,8 +119,8 @@ def check_shapes(model: nn.Module, weights: Mapping[str, Tensor], advice: str = 
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state without that of its adapters, and of what is trained whole beside them."""
-    own = {name for name, _ in whole_parameters(model)}
+    """The model's state without that of its adapters, and of modules that the base lacks."""
+    own = new_parameters(model)
     state = model.state_dict()
     return {
         name: value for name, value in state.items() if ".lora_" not in name and name not in own
@@ -134,24 +141,30 @@ def read_tensor(
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a frozen tensor in the place of the model's parameter or buffer of that name."""
+    """Put a tensor in the place of the model's parameter or buffer of that name. It is frozen, but
+    for one of a module that is trained whole.
+    """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     setattr(
         module,
         leaf,
-        nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor,
+        nn.Parameter(tensor, requires_grad=is_trained_whole(module))
+        if leaf in module._parameters
+        else tensor,
     )
 
 
 def needs_dense_mask(model: nn.Module) -> bool:
     """Whether an attention of the model takes boolean masks alone.
 
-    Torchtune's Gemma 2 does, and every attention whose heads are too small for the kernels of flex attention.
+    Torchtune's Gemma 2 does, and every attention with dropout, or whose heads are too small for the kernels of flex
+    attention.
     """
     return any(
         isinstance(module, Gemma2Attention)
         or (isinstance(module, MultiHeadAttention | Attention) and module.head_dim < FLEX_HEAD_DIM)
+        or (isinstance(module, Attention) and module.dropout > 0)
         for module in model.modules()
     )
 

@@ -20,6 +20,7 @@ from kasa_tune.components.adapters.attach import builders
 from kasa_tune.components.models import encoder_folder as _encoders
 from kasa_tune.components.models import from_checkpoint as _from_checkpoint
 from kasa_tune.components.models import gemma as _own_gemma
+from kasa_tune.components.models import gpt2 as _gpt2
 from kasa_tune.components.models import phi as _own_phi
 
 # Llama 2 and Code Llama
@@ -62,6 +63,13 @@ kasa_gemma2, lora_gemma2, corda_gemma2 = builders(_own_gemma.gemma2)
 kasa_gemma2_2b, lora_gemma2_2b, corda_gemma2_2b = builders(_own_gemma.gemma2_2b)
 kasa_gemma2_9b, lora_gemma2_9b, corda_gemma2_9b = builders(_own_gemma.gemma2_9b)
 kasa_gemma2_27b, lora_gemma2_27b, corda_gemma2_27b = builders(_own_gemma.gemma2_27b)
+
+# GPT-2
+kasa_gpt2, lora_gpt2, corda_gpt2 = builders(_gpt2.gpt2)
+kasa_gpt2_small, lora_gpt2_small, corda_gpt2_small = builders(_gpt2.gpt2_small)
+kasa_gpt2_medium, lora_gpt2_medium, corda_gpt2_medium = builders(_gpt2.gpt2_medium)
+kasa_gpt2_large, lora_gpt2_large, corda_gpt2_large = builders(_gpt2.gpt2_large)
+kasa_gpt2_xl, lora_gpt2_xl, corda_gpt2_xl = builders(_gpt2.gpt2_xl)
 
 # Phi-3 and Phi-4
 kasa_phi3, lora_phi3, corda_phi3 = builders(_phi3.phi3)

@@ -32,6 +32,7 @@ from kasa_tune.components.training.memory import (
 )
 from kasa_tune.components.training.model import build_classifier, build_training_model
 from kasa_tune.components.training.optimizers import MuonWithAdamW
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.step import NonFiniteError, Step
 from kasa_tune.components.training.steps import Steps
 
@@ -41,6 +42,7 @@ __all__ = [
     "LossOnLogits",
     "MuonWithAdamW",
     "NonFiniteError",
+    "Phases",
     "SilentLogger",
     "Step",
     "Steps",

@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune.config import instantiate
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class JSONLLogger:
         """Write one value."""
         self.log_dict({name: data}, step)
 
-    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+    def log_dict(self, payload: Mapping[str, Any], step: int) -> None:
         """Write the values of one step as one line."""
         values = {
             name: value.item() if hasattr(value, "item") else value
@@ -86,8 +88,81 @@ class JSONLLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
 
+class RunLoggers:
+    """All loggers of a run. JSON lines and config.yaml are always written, whatever others there are.
+
+    A logger other than JSON lines that fails, as one that writes to a network may, is told once and
+    not called again.
+
+    Args:
+        cfg: the checked config of a fine-tuning recipe.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        nodes = cfg.metric_logger
+        loggers = [
+            instantiate(node) for node in (nodes if isinstance(nodes, ListConfig) else [nodes])
+        ]
+        self._files = [logger for logger in loggers if isinstance(logger, JSONLLogger)]
+        self._files = self._files or [JSONLLogger(cfg.output_dir)]
+        self._others = [logger for logger in loggers if not isinstance(logger, JSONLLogger)]
+        self._samples = Path(cfg.output_dir) / "samples.jsonl"
+
+    def rewind(self, step: int) -> None:
+        """Remove the lines of steps after ``step``, because a resumed run writes them again."""
+        for logger in self._files:
+            logger.rewind(step)
+        if self._samples.exists():
+            logger = JSONLLogger(str(self._samples.parent), self._samples.name)
+            logger.rewind(step)
+            logger.close()
+
+    def log_config(self, config: DictConfig) -> None:
+        """Write the resolved config."""
+        for logger in self._files:
+            logger.log_config(config)
+        self._tell_others("log_config", config)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Write the values of one step."""
+        for logger in self._files:
+            logger.log_dict(payload, step)
+        self._tell_others("log_dict", payload, step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append a line for each prompt and its answer to samples.jsonl."""
+        if samples:
+            logger = JSONLLogger(str(self._samples.parent), self._samples.name)
+            for sample in samples:
+                logger.log_dict(sample, step)
+            logger.close()
+
+    def close(self) -> None:
+        """Close all."""
+        for logger in self._files:
+            logger.close()
+        self._tell_others("close")
+
+    def _tell_others(self, method: str, *arguments: Any) -> None:
+        for logger in list(self._others):
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:  # whatever its library and the network raise
+                self._others.remove(logger)
+                log.warning(
+                    f"{type(logger).__name__} failed ({type(error).__name__}: {error}). The run goes on without it; "
+                    "metrics.jsonl has all values."
+                )
+
+
 class SilentLogger:
-    """A logger that writes nothing. Every process but rank 0 has one."""
+    """Writes nothing. Every process but rank 0 has one."""
+
+    def rewind(self, step: int) -> None:
+        """Do nothing."""
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Do nothing."""
 
     def log_config(self, config: DictConfig) -> None:
         """Do nothing."""

@@ -16,7 +16,8 @@ default is -100.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -222,3 +223,18 @@ def return_hidden_states(model: TransformerDecoder) -> None:
     FSDP attached to the forward pass still works.
     """
     model.unembed = lambda hidden: model.norm(hidden)
+
+
+@contextlib.contextmanager
+def logits_returned(model: TransformerDecoder) -> Iterator[None]:
+    """While active, a model of :func:`return_hidden_states` returns logits ``[b, s, vocab]``, in
+    evaluation mode.
+    """
+    hidden_only = model.__dict__.pop("unembed", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        if hidden_only is not None:
+            model.unembed = hidden_only
+        model.train()

@@ -17,6 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
+from kasa_tune.components.adapters.whole import whole_modules
 from kasa_tune.components.checkpoints.writing import check_saveable
 from kasa_tune.components.linalg.nf4 import to_parts
 from kasa_tune.components.models.rotary import build_rotary_caches
@@ -75,6 +76,8 @@ def memory_budget(
     """
     for _, linear in adapter_linears(model):
         linear.materialize("meta", adapter_dtype)
+    for module in whole_modules(model):
+        module.to(adapter_dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     edits = [
         buffer

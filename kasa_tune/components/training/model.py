@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import modules, training
@@ -15,6 +16,7 @@ from kasa_tune.components.models.agreement import check_base
 from kasa_tune.components.models.base_weights import read_base
 from kasa_tune.components.models.encoder import Encoder
 from kasa_tune.components.models.encoder_folder import check_encoder
+from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.loading import (
     OTHER_CONFIG,
     build_on_meta,
@@ -22,6 +24,7 @@ from kasa_tune.components.models.loading import (
     require_adapters,
 )
 from kasa_tune.components.training.loss import return_hidden_states
+from kasa_tune.components.training.validating import Validation
 
 
 def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
@@ -38,10 +41,14 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters of this package, or config.json describes another
-            model than this one or than the weights of its folder.
+            model than this one or than the weights of its folder. Or a task of the section
+            ``validation`` cannot be done.
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
+    _check_supported(model, cfg)
+    if "validation" in cfg and not cfg.dry_run:
+        Validation(cfg, model)  # its data is looked at before any weight
     check_base(model, cfg)
     base = cfg.get("checkpointer")  # a config whose bytes are counted has none
     if base and base._component_ == FOLDER and not cfg.dry_run:
@@ -51,6 +58,20 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
         blocks = {modules.TransformerSelfAttentionLayer}
         training.set_activation_checkpointing(model, blocks)
     return model
+
+
+def _check_supported(model: nn.Module, cfg: DictConfig) -> None:
+    """Refuse a model that also sees where its tower is not dealt with.
+
+    Raises:
+        ValueError: it would be held in NF4, or by several processes.
+    """
+    if isinstance(model, Llava) and (cfg.get("quantization") or dist.is_initialized()):
+        raise ValueError(
+            "checkpointer.checkpoint_dir holds a LLaVA model. Such models are trained by "
+            "kasa_finetune_single_device and corda_finetune_single_device; neither the distributed "
+            "recipes nor those with a base in four bits take them yet."
+        )
 
 
 def build_classifier(cfg: DictConfig, *, dtype: torch.dtype) -> Encoder:

@@ -99,6 +99,8 @@ class Saver:
             "lr_scheduler": scheduler.state_dict() if scheduler else None,
             "config": OmegaConf.to_container(steps.cfg, resolve=True),
             "world_size": steps.processes.size,
+            "best": steps.best.state(),
+            "early_stopping": steps.stopper.state(),
         }
         adapter = {name: tensor.detach() for name, tensor in self._adapter.items()}
         parts = {"adapter": adapter, "optimizer": steps.optimizer.state_dict(), "run": run}
@@ -110,5 +112,6 @@ class Saver:
         parts, keep_last = whole.parts | {"rng": rng}, self._steps.cfg.keep_last
         with self._lock:
             folder = self._steps.folder
-            self.path = save_checkpoint(folder, whole.step, parts, keep_last=keep_last)
+            best = self._steps.best.step
+            self.path = save_checkpoint(folder, whole.step, parts, keep_last=keep_last, best=best)
             self.last_step = whole.step

@@ -129,6 +129,7 @@ class Step:
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
         seconds = time.perf_counter() - self._started
         self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
+        self.metrics["seconds"] = seconds
         steps.saver.mark_position()
 
     def _agree(self, scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -47,10 +47,12 @@ from kasa_tune.components.processes import (
     distribute_optimizer_state,
     watch_steps,
 )
-from kasa_tune.components.training.loggers import SilentLogger
+from kasa_tune.components.training.loggers import RunLoggers, SilentLogger
+from kasa_tune.components.training.phases import Phases
 from kasa_tune.components.training.saving import Saver
 from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
+from kasa_tune.components.training.validating import LOSS, Best, Validation
 
 log = utils.get_logger("INFO")  # prints on rank 0
 
@@ -77,6 +79,7 @@ class Steps:
         device: device of the model.
         ignore_index: label of tokens that nothing is learned from.
         processes: the processes that train together. None for a single process.
+        phases: the clock of the run, with what came before the first step. None starts one now.
 
     Attributes:
         step: number of optimizer steps done.
@@ -102,10 +105,11 @@ class Steps:
         device: torch.device,
         ignore_index: float = -100,
         processes: World | SingleProcess | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.cfg, self.model, self.data, self.device = cfg, model, data, device
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.processes = processes or SingleProcess()
+        self.processes, self.phases = processes or SingleProcess(), phases or Phases()
         self.fingerprints, self.ignore_index = fingerprints, ignore_index
         self._loss_sum = loss_sum
         self.folder = Path(cfg.output_dir) / "checkpoints"
@@ -114,6 +118,9 @@ class Steps:
         self._current: Step | None = None
         self.stopping = False  # all processes agree on it
         self.all_fail = False  # all processes raise in the same place
+        self.validation = Validation(cfg, model)
+        self.best = Best(cfg.keep_best)
+        self.stopper = Best(cfg.early_stopping.metric, cfg.early_stopping.min_delta)
         self.saver = Saver(self)
         self._resumed = checkpoint is not None and checkpoint.resumes
         if checkpoint is not None and checkpoint.resumes:
@@ -129,9 +136,9 @@ class Steps:
             with self.processes.all_succeed("Opening the output folder"):
                 if is_rank_zero:
                     resources.enter_context(run_lock(self.folder))
-                    clean_up(self.folder, keep_last=cfg.keep_last)
+                    clean_up(self.folder, keep_last=cfg.keep_last, best=self.best.step)
             self.signals = resources.enter_context(StopSignals())
-            self._logger = instantiate(cfg.metric_logger) if is_rank_zero else SilentLogger()
+            self._logger = RunLoggers(cfg) if is_rank_zero else SilentLogger()
             resources.callback(self._logger.close)
             enabled = cfg.profiler.enabled
             profiler = instantiate(cfg.profiler)[0] if enabled else training.DummyProfiler()
@@ -165,6 +172,9 @@ class Steps:
                 "to continue from here."
             )
         elif self.saver.path:
+            if self._stops_early:
+                since = f"since step {self.stopper.step}" if self.stopper.step else "at all"
+                log.info(f"Stopped early: {self.stopper.metric} has not got better {since}.")
             log.info(f"Finished. Adapter: {self.saver.path / 'adapter.safetensors'}")
 
     def _save_after_break(self, step: Step) -> None:
@@ -213,6 +223,7 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         self.model.train()
+        self.phases.done("setting up")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # do not count loading
         self._open_log()
@@ -222,10 +233,12 @@ class Steps:
             for batches in self._batches_of_steps():
                 self._current = step = Step(self, batches)
                 yield step
+                self.phases.done("training")
                 self._finish_step(step)
                 self.saver.mark_position()
                 self._current = None
-                if self._done or (save_every and self.step % save_every == 0):
+                due = save_every and self.step % save_every == 0
+                if self._done or due or self.best.step == self.step:
                     self.save()
                 if self._done:
                     return
@@ -238,7 +251,11 @@ class Steps:
     def _done(self) -> bool:
         if self.processes.size == 1:  # several processes agree on stopping at their next step
             self.stopping |= self.signals.received is not None
-        return self.stopping or self.step >= self.data.total_steps
+        return self.stopping or self._stops_early or self.step >= self.data.total_steps
+
+    @property
+    def _stops_early(self) -> bool:
+        return self.stopper.validations_since >= self.cfg.early_stopping.patience
 
     def _batches_of_steps(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step of the current epoch.
@@ -286,7 +303,8 @@ class Steps:
         last, every = self.step == self.data.total_steps, cfg.get("run_val_every_n_steps")
         try:
             if every and (last or self.step % every == 0) and not self.stopping:
-                metrics["val_loss"] = self.validate()
+                metrics |= self._validation_metrics()
+                self.phases.done("validation")
         finally:  # the step itself is done
             self._log(metrics, last=last)
 
@@ -294,7 +312,7 @@ class Steps:
         shown = {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        if self.step % self.cfg.log_every_n_steps == 0 or "val_loss" in metrics or last:
+        if self.step % self.cfg.log_every_n_steps == 0 or LOSS in metrics or last:
             self._logger.log_dict(metrics, step=self.step)
 
     def _open_log(self) -> None:
@@ -302,13 +320,33 @@ class Steps:
         steps that a resumed run does again.
         """
         self._logger.log_config(self.cfg)
-        if hasattr(self._logger, "rewind"):
-            self._logger.rewind(self.step if self._resumed else -1)
+        self._logger.rewind(self.step if self._resumed else -1)
         if self.step == 0 and self.cfg.get("run_val_every_n_steps"):
             with disable_adapter(self.model):
                 base_loss = self.validate()
-            losses = {"val_loss_base": base_loss, "val_loss": self.validate()}
-            self._logger.log_dict(losses, step=0)
+            metrics = {"val_loss_base": base_loss, **self._validation_metrics()}
+            self.phases.done("validation")
+            self._logger.log_dict(metrics, step=0)
+
+    def _validation_metrics(self) -> dict[str, float]:
+        """Compute the validation loss, do the tasks of the section ``validation``, and compare with the best so far.
+
+        Raises:
+            ValueError: no task measures a metric that the config names.
+        """
+        loss, asked = self.validate(), self.validation.ask(self.model, self.data.tokenizer)
+        # Every process did the same tasks. The values of one decide, however the others rounded.
+        found: dict[str, float] = self.processes.gather({LOSS: loss} | asked.metrics)[0]
+        for best in (self.best, self.stopper):
+            if best.metric is not None and best.metric not in found:
+                raise ValueError(
+                    f"{best.metric} is no metric of this run's validation. It measures "
+                    f"{', '.join(found)}: set keep_best or early_stopping.metric to one of these."
+                )
+            if self.step:
+                best.update(self.step, found, {LOSS} | asked.lower_is_better)
+        self._logger.log_samples(asked.samples, step=self.step)
+        return found
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -330,6 +368,9 @@ class Steps:
         All processes must call this, after a finished step.
         """
         self.saver.save()
+        self.phases.done("saving")
+        if self.processes.is_rank_zero:
+            self.phases.write(self.folder.parent)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Restore the optimizer, the schedule, the position in the data and the random state."""
@@ -346,5 +387,8 @@ class Steps:
                     f"The schedule now spans {data.total_steps} steps instead of "
                     f"{run['total_steps']}."
                 )
+        self.best.restore(run.get("best"))
+        self.stopper.restore(run.get("early_stopping"))
         self.processes.set_rng_state(checkpoint.part("rng"))
         self.saver.last_step, self.saver.path = self.step, checkpoint.path
+        self.phases.add_earlier(self.folder.parent)

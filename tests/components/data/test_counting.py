@@ -276,3 +276,25 @@ def test_empty_responses_are_told(char_tokenizer, write_rows, caplog):
     assert "the response of 2 of 8 rows is empty" in told
     caplog.clear()
     assert len(check(build(node(write_rows(PAIRS)), char_tokenizer), caplog)) == 1
+
+
+CHAT = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}
+] * 4
+
+
+@pytest.mark.parametrize(("template", "warns"), [(None, True), ("{{ messages }}", False)])
+def test_conversations_without_a_template_are_a_warning(
+    char_tokenizer, write_rows, caplog, template, warns
+):
+    char_tokenizer.chat_template = template
+    dataset = build(node(write_rows(CHAT), OURS + "chat_dataset"), char_tokenizer)
+    said = [text for level, text in check(dataset, caplog) if level == "WARNING"]
+    assert bool(said) == warns
+    assert all("no chat template" in text for text in said)
+
+
+def test_rows_of_prompt_and_answer_need_no_template(char_tokenizer, write_rows, caplog):
+    char_tokenizer.chat_template = None
+    assert check(build(node(write_rows(PAIRS * 4)), char_tokenizer), caplog)[0][0] == "INFO"
+    assert len(caplog.records) == 1

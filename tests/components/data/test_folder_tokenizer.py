@@ -9,7 +9,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from torchtune.data import Message
 
-from kasa_tune.components.data import build_tokenizer, tokenizer_from_checkpoint
+from kasa_tune.components.data import (
+    build_tokenizer,
+    tokenizer_files,
+    tokenizer_from_checkpoint,
+)
 from kasa_tune.registry import resource
 
 MARKS = ["<end>", "<turn>", "<stop>"]
@@ -140,3 +144,9 @@ def test_a_tokenizer_that_cannot_be_read_is_named(folder, name, content, error, 
     with pytest.raises(error) as raised:
         tokenizer_from_checkpoint(str(folder))
     assert words in str(raised.value)
+
+
+def test_a_file_larger_than_any_tokenizers_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(tokenizer_files, "MOST_BYTES", 10)
+    with pytest.raises(ValueError, match=r"the limit for a tokenizer's files is 10"):
+        tokenizer_from_checkpoint(folder)

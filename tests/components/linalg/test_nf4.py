@@ -437,13 +437,8 @@ def goes_on_bit_for_bit(optimizer_class, folder, dtype=torch.float32):
 def test_low_bit_optimizers_go_on_bit_for_bit(optimizer_class, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: function
-    )  # minutes of compiling for one step
+    )  # minutes of compiling for one step; tests/recipes/test_resume.py has a run with compiled ones
     goes_on_bit_for_bit(optimizer_class, tmp_path, dtype)
-
-
-@pytest.mark.slow
-def test_a_compiled_8_bit_optimizer_goes_on_bit_for_bit(tmp_path):
-    goes_on_bit_for_bit(AdamW8bit, tmp_path)
 
 
 # --------------------------------------------------------------------------------- used

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torchtune.training import FullModelTorchTuneCheckpointer
 
-from kasa_tune.components.models import base_weights
+from kasa_tune.components.models import streamed
 from kasa_tune.components.models.base_weights import (
-    StreamedWeights,
     read_base_weights,
     shapes_of,
     weights_fingerprint,
 )
 from kasa_tune.components.models.loading import build_on_meta, load_base_weights
+from kasa_tune.components.models.streamed import StreamedWeights
 from tests.toy_checkpoints import MODELS, checkpointer, to_hf, toy, write_checkpoint
 from tests.toy_models import FAMILIES, tokens
 
@@ -30,7 +30,7 @@ def _no_collections(monkeypatch):
 @pytest.fixture
 def spy(monkeypatch):
     """Names of the tensors that are read from the files, in order."""
-    read, opened = [], base_weights.safe_open
+    read, opened = [], streamed.safe_open
 
     class Spied:
         def __init__(self, *args, **options):
@@ -50,7 +50,7 @@ def spy(monkeypatch):
             read.append(name)
             return self._inside.get_tensor(name)
 
-    monkeypatch.setattr(base_weights, "safe_open", Spied)
+    monkeypatch.setattr(streamed, "safe_open", Spied)
     return read
 
 

@@ -30,6 +30,10 @@ UNUSUAL = {
 }
 
 
+SIZES_OF_GPT2 = {"vocab_size": 31, "num_layers": 3, "num_heads": 2, "embed_dim": 24}
+SIZES_OF_GPT2 |= {"max_seq_len": 40}
+
+
 def on_meta(builder, **sizes):
     return build_on_meta(lambda: builder(**sizes), dtype=torch.float32)
 
@@ -71,7 +75,9 @@ def test_builders_are_known_without_torch(name):
     base, values = signatures.built_from(f"kasa_tune.components.models.{name}")
     assert base in BUILDERS
     sizes = {}
-    if name.removeprefix("kasa_") in BUILDERS:
+    if base == "gpt2":
+        sizes = SIZES_OF_GPT2 if name == "kasa_gpt2" else {}
+    elif name.removeprefix("kasa_") in BUILDERS:
         sizes = unusual(base)
     elif "tie_word_embeddings" in signatures.static(f"torchtune.models.{base}.{base}").parameters:
         assert values["tie_word_embeddings"] in (True, False)

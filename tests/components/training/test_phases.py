@@ -1,0 +1,50 @@
+"""The clock of a run's phases: each moment belongs to one of them."""
+
+import json
+
+import pytest
+
+from kasa_tune.components.training import Phases, phases
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Set the time."""
+    now = [100.0]
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, 100.0 + seconds)
+
+
+def test_phases_add_up_to_the_run(clock):
+    found = Phases()
+    for at, name in ((2, "reading"), (5, "training"), (6, "saving"), (10, "training")):
+        clock(at)
+        found.done(name)
+    assert found.seconds == {"reading": 2, "training": 7, "saving": 1}
+    clock(10.5)
+    assert found.done("saving") == 0.5
+
+
+def test_a_resumed_run_adds_to_what_there_is(clock, tmp_path):
+    first = Phases()
+    clock(3)
+    first.done("training")
+    first.write(tmp_path)
+    second = Phases()
+    clock(4)
+    second.done("setting up")
+    second.add_earlier(tmp_path)
+    clock(6)
+    second.done("training")
+    second.write(tmp_path)
+    assert json.loads((tmp_path / "phases.json").read_text()) == {"training": 5, "setting up": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["phases.json"]
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"training": "x"}', '{"a": null}'])
+def test_an_unreadable_file_counts_as_nothing(content, clock, tmp_path):
+    if content is not None:
+        (tmp_path / "phases.json").write_text(content)
+    found = Phases()
+    found.add_earlier(tmp_path)
+    assert found.seconds == {}
