@@ -864,6 +864,7 @@ SCHEMAS_IN_DOCS = {
     "corda_finetune_single_device": config.CORDA,
     "qcorda_finetune_single_device": config.QCORDA,
     "generate_text": config.GENERATE,
+    "classify_finetune_single_device": config.CLASSIFY,
     "evaluate_model": config.EVALUATE,
     "compare_methods": config.COMPARE,
     "export_adapter": config.EXPORT,

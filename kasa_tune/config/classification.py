@@ -62,7 +62,7 @@ def of_encoders(corda: Schema) -> Schema:
         "adapter": replace(adapter, keys=keys),
         "dataset_val": OneOrMany(DATASET, help="the rows that each epoch is evaluated on"),
     }
-    return {name: spec for name, spec in schema.items() if name not in _OF_DECODERS} | _OWN
+    return {**{name: spec for name, spec in schema.items() if name not in _OF_DECODERS}, **_OWN}
 
 
 def _method() -> Key:

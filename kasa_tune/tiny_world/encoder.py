@@ -19,6 +19,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -34,10 +35,11 @@ from kasa_tune.tiny_world import world
 NUM_TOLD = 60
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
-CONFIG = {
+PAD_ID, VOCAB_SIZE = 1, 2048
+CONFIG: dict[str, Any] = {
     "architectures": ["RobertaForMaskedLM"],
     "model_type": "roberta",
-    "vocab_size": 2048,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -49,7 +51,7 @@ CONFIG = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "bos_token_id": 0,
-    "pad_token_id": 1,
+    "pad_token_id": PAD_ID,
     "eos_token_id": 2,
     "dtype": "float32",
 }
@@ -108,7 +110,7 @@ def train_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"] - 1,
+        vocab_size=VOCAB_SIZE - 1,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -124,6 +126,12 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def _mask_id(tokenizer: Tokenizer) -> int:
+    found = tokenizer.token_to_id(MASK)
+    assert found is not None
+    return found
+
+
 def masked_batch(
     texts: list[Text], tokenizer: Tokenizer, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
@@ -132,10 +140,10 @@ def masked_batch(
     In half of the texts all values of one part are masked. Of the other tokens 15 % are chosen, and
     of these 80 % are masked, 10 % replaced and 10 % kept.
     """
-    mask_id, size = tokenizer.token_to_id(MASK), tokenizer.get_vocab_size()
+    mask_id, size = _mask_id(tokenizer), tokenizer.get_vocab_size()
     encoded = tokenizer.encode_batch(texts)
     longest = max(len(e.ids) for e in encoded)
-    tokens = torch.full((len(texts), longest), CONFIG["pad_token_id"])
+    tokens = torch.full((len(texts), longest), PAD_ID)
     labels = torch.full((len(texts), longest), -100)
     for row, (text, e) in enumerate(zip(texts, encoded, strict=True)):
         parts = _parts(text)
@@ -165,7 +173,7 @@ def masked_loss(model: Encoder, tokens: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def cloze_accuracy(model: Encoder, tokenizer: Tokenizer, limit: int | None = None) -> float:
     """Share of the facts whose value the model fills in, in their held-out wordings."""
-    mask_id = tokenizer.token_to_id(MASK)
+    mask_id = _mask_id(tokenizer)
     facts = [fact for person in told() for fact in person][:limit]
     right = 0
     for fact in facts:
@@ -192,7 +200,8 @@ def pretrain(tokenizer: Tokenizer, minutes: float) -> Encoder:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    rng, began, step, waiting = random.Random(world.SEED), time.process_time(), 0, []
+    rng, began, step = random.Random(world.SEED), time.process_time(), 0
+    waiting: list[Text] = []
     while (spent := (time.process_time() - began) / (60 * minutes)) < 1:
         if len(waiting) < BATCH:
             waiting += documents(rng)

@@ -2,7 +2,6 @@
 
 - `order`: a sentence, and whether its words are in order (as CoLA). Metric: Matthews correlation.
 - `same`: two statements of a fact about a person, and whether they agree (as MRPC).
-- `alike`: two descriptions of a person, and how many of their three facts agree (as STS-B).
 
 Names of people, and sentences, of the validation rows are in no training row.
 """
@@ -64,23 +63,7 @@ def _same(rng: random.Random, names: list[str]) -> Iterator[Row]:
         }
 
 
-def _alike(rng: random.Random, names: list[str]) -> Iterator[Row]:
-    while True:
-        name, relations = rng.choice(names), rng.sample(world.RELATIONS, 3)
-        agreeing = rng.randrange(4)
-        both: list[list[str]] = [[], []]
-        for index, relation in enumerate(relations):
-            value, other = rng.sample(relation.values, 2)
-            for clauses, v in zip(both, (value, value if index < agreeing else other), strict=True):
-                clauses.append(rng.choice(relation.clauses).format(v=v))
-        for clauses in both:
-            rng.shuffle(clauses)
-        texts = [f"{name} {', '.join(c[:-1])} and {c[-1]}." for c in both]
-        yield {"sentence1": texts[0], "sentence2": texts[1], "score": float(agreeing)}
-
-
 TASKS: dict[str, Callable[[random.Random, list[str]], Iterator[Row]]] = {
     "order": _order,
     "same": _same,
-    "alike": _alike,
 }

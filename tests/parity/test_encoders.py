@@ -232,7 +232,7 @@ def test_tokens_of_tokenizer_json_equal_those_of_transformers():
         encoder_tokenizer(str(folder), max_seq_len=24),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
-    rows = sentences.rows("alike", "val")[:30]
+    rows = sentences.rows("same", "val")[:30]
     for row in rows:
         for pair in ((row["sentence1"],), (row["sentence1"], row["sentence2"])):
             expected = theirs(*pair, truncation="longest_first", max_length=24)["input_ids"]

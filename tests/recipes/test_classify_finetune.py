@@ -114,7 +114,8 @@ def test_a_start_in_the_weights_leaves_the_model_as_it_is(overrides, tmp_path):
 
 
 def test_a_regression_learns_its_scores(tmp_path):
-    run("tiny_roberta_alike_kasa_classify", tmp_path, "max_steps=2")
+    scores = ["model.num_labels=1", "metric=pearson"]
+    run("tiny_roberta_kasa_classify", tmp_path, "max_steps=2", *scores)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert {"pearson", "spearman"} <= found["last"].keys()
 

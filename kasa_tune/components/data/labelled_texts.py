@@ -161,7 +161,9 @@ def labelled_texts(
     Raises:
         ValueError: a column is missing, or ``labels`` names one twice.
     """
-    chosen = dict(columns or {"text": "text", "label": "label"})
+    chosen: dict[str, str] = {"text": "text", "label": "label"}
+    if columns:
+        chosen = {str(column): theirs for column, theirs in columns.items()}
     unknown = sorted(chosen.keys() - set(COLUMNS))
     if unknown or "text" not in chosen:
         raise ValueError(

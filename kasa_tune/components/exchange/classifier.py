@@ -26,6 +26,11 @@ _HEADS = {
 }
 
 
+def _model(run: TrainedRun) -> Any:
+    """The encoder that a run trained."""
+    return run.model
+
+
 def is_classifier(run: TrainedRun) -> bool:
     """Whether a run trained an encoder."""
     return isinstance(run.model, Encoder)
@@ -41,7 +46,7 @@ def write_classifier_peft(run: TrainedRun, folder: Path, **options: Any) -> Devi
         options: those of ``write_peft``.
     """
     errors = write_peft(run, folder, **options)
-    kind = run.model.architecture.model_type
+    kind = _model(run).architecture.model_type
     # The base's file may name its tensors without the prefix that the model in PEFT has.
     names = {key: _hub(run, name) for name in run.linears for key in run.modules([f"{name}"])}
     names = {key.removesuffix(".weight"): to.removesuffix(".weight") for key, to in names.items()}
@@ -81,7 +86,7 @@ def write_classifier_merged(
     Returns:
         By how much each merged weight differs from the trained one, because of ``dtype``.
     """
-    kind, errors, tensors = run.model.architecture.model_type, Deviations(), {}
+    kind, errors, tensors = _model(run).architecture.model_type, Deviations(), {}
     for name in run.base:
         key, linear = hub_name(kind, _TASK, name), name.removesuffix(".weight")
         stored = run.base[name]
@@ -108,13 +113,12 @@ def write_classifier_merged(
 
 def labels_of(run: TrainedRun) -> dict[str, Any]:
     """The labels of the head, as config.json has them."""
-    count = run.model.head.out_proj.out_features
+    count = _model(run).head.out_proj.out_features
     dataset = run.config.get("dataset")
     given = dataset.get("labels") if isinstance(dataset, dict) else None
-    known = (
-        isinstance(given, list) and len(given) == count and all(isinstance(g, str) for g in given)
-    )
-    names = given if known else [f"LABEL_{i}" for i in range(count)]
+    names = [str(name) for name in given] if isinstance(given, list) else []
+    if len(names) != count:
+        names = [f"LABEL_{i}" for i in range(count)]
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -127,7 +131,7 @@ def _head(run: TrainedRun) -> dict[str, Tensor]:
 
 
 def _hub(run: TrainedRun, linear: str) -> str:
-    return hub_name(run.model.architecture.model_type, _TASK, f"{linear}.weight")
+    return hub_name(_model(run).architecture.model_type, _TASK, f"{linear}.weight")
 
 
 def classifier_card(run: TrainedRun, form: str, base: str | None, digest: str) -> str:
@@ -139,7 +143,7 @@ def classifier_card(run: TrainedRun, form: str, base: str | None, digest: str) -
         base: name of the base; None if it has none.
         digest: of the base.
     """
-    count = run.model.head.out_proj.out_features
+    count = _model(run).head.out_proj.out_features
     auto = "from transformers import AutoModelForSequenceClassification\n\n"
     named = json.dumps(base or "<the base>")
     load = {

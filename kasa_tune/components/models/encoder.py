@@ -62,7 +62,7 @@ class EncoderEmbeddings(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed ``tokens [b, s]``: ``[b, s, d]``."""
         x, mask = self.words(tokens), tokens != self.pad_id
-        if self.positions is not None:
+        if self.positions is not None and self.types is not None:
             x = x + self.positions(self._positions(mask)) + self.types(self._types(tokens, mask))
         x = self.norm(x)
         if self.positions is None:  # DeBERTa's padding is zero
