@@ -130,6 +130,9 @@ def recipe_checks() -> list[Check]:
         checks.append(Check(f"export {kind}", (*command, to, adapter), after="resume"))
     imported = ("peft_adapter={output}/export peft", "output_dir={output}/import")
     checks.append(other("import", "import_adapter", "tiny_lora", *imported, after="export peft"))
+    classified = ("output_dir={output}/classify", "epochs=1")
+    recipe = "classify_finetune_single_device"
+    checks.append(other("classify", recipe, "tiny_roberta_kasa_classify", *classified))
     report = ("-m", "kasa_tune", "run", "report_run", "--config", f"{{output}}/{first}/config.yaml")
     checks.append(Check("report", report, after="resume"))
     return checks

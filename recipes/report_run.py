@@ -64,7 +64,8 @@ def drawn_spectra(cfg: DictConfig, checkpoint: Checkpoint) -> dict[str, DrawnSpe
         model=OmegaConf.to_container(cfg.model, resolve=True),
         architecture=base_architecture(cfg.checkpointer.checkpoint_dir),
     )
-    drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in adapter)))
+    of_linears = [key for key in adapter if ".lora_" in key]  # not what was trained whole
+    drawn = _spread(list(dict.fromkeys(key.partition(".lora_")[0] for key in of_linears)))
     weights = {name: base[f"{name}.weight"] for name in drawn}
     del base  # the weights of a large model would stay in memory during the decompositions
     model = build_on_meta(partial(config.instantiate, cfg.model), dtype=torch.float32)

@@ -10,10 +10,10 @@ truncated and d at one, as the tiny configs have it.
 
 import sys
 
-from common import calibration, compare, parser
+from variants import calibration, compare, parser
 
 if __name__ == "__main__":
-    options = parser(__doc__, steps=80, rates=[2e-3, 4e-3, 8e-3]).parse_args()
+    options = parser(__doc__, steps=80, rates=[4e-3, 8e-3, 1.6e-2]).parse_args()
     methods = {
         "lora": [],
         "kasa_published": ["method=kasa"],

@@ -199,7 +199,7 @@ def task_files(cfg: dict[str, Any]) -> Iterator[Problem]:
     """The data of tasks is there, and adapters to evaluate are."""
     in_training = _nodes(cfg.get("validation") or {}, "tasks", "validation.")
     for key, node in (*_nodes(cfg, "tasks"), *in_training):
-        if isinstance(node.get("data_file"), str):
+        if isinstance(node, dict) and isinstance(node.get("data_file"), str):
             yield from _missing(f"{key}.data_file", node["data_file"])
     for name, path in (cfg.get("adapters") or {}).items():
         yield from _missing(f"adapters.{name}", path)

@@ -221,9 +221,10 @@ def _evaluation_of_gpt2() -> tuple[str, str]:
     ]
     parts = [
         "\n".join(lines),
-        f"checkpoint_dir: {model.checkpoint_dir}\noutput_dir: /tmp/kasa_tune/tiny_gpt2_evaluate",
+        "output_dir: /tmp/kasa_tune/tiny_gpt2_evaluate",
         tokenizer(model, task),
-        "adapters:\n  kasa: /tmp/kasa_tune/tiny_gpt2_kasa",
+        model_section(TrainingConfig(model, task, METHODS["lora"])),
+        f"{checkpointer(model, '')}\nadapters:\n  kasa: /tmp/kasa_tune/tiny_gpt2_kasa",
         _EVALUATION,
         f"device: {task.device}\ndtype: {task.dtype}\n",
     ]

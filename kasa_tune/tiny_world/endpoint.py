@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
-        super().__exit__(*exc_info)
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that have gone."""

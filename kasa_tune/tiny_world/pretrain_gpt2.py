@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -29,7 +30,7 @@ from kasa_tune.tiny_world.pretrain import IGNORE, SECOND_STAGE_PASS, TOKENIZER_P
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 1024
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
     "vocab_size": VOCAB_SIZE,
@@ -82,7 +83,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> list[Example]:
     In a document that opens with a question, only the answer has labels. The question is drawn at
     random, so that nothing can be learned from its words.
     """
-    colon, end = tokenizer.token_to_id(":"), tokenizer.token_to_id(END)
+    (colon,), (end,) = (tokenizer.encode(text).ids for text in (":", END))
     examples = []
     for text, encoding in zip(documents, tokenizer.encode_batch(documents), strict=True):
         ids = [*encoding.ids, end]
@@ -127,7 +128,8 @@ def _of_documents(examples: list[Example], size: int) -> Iterator[list[Example]]
 
 def _of_rows(examples: list[Example], size: int) -> Iterator[list[Example]]:
     """Groups of rows of as many positions as the model has, each of whole documents."""
-    length, rows = CONFIG["n_positions"] + 1, [([], [])]
+    length = CONFIG["n_positions"] + 1
+    rows: list[Example] = [([], [])]
     for ids, labels in examples:
         if len(rows[-1][0]) + len(ids) > length:
             rows.append(([], []))

@@ -99,6 +99,7 @@ def lines_of(out, method, seed):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_numbers_follow_from_the_runs(compared):
     """Worked out from the metrics files, with the quantile 12.706 of Student's distribution with one degree."""
     out, said = compared
@@ -135,6 +136,7 @@ def test_the_numbers_follow_from_the_runs(compared):
     assert (out / "comparison.md").read_text().strip() in said
 
 
+@pytest.mark.slow
 def test_what_was_trained_and_how(compared):
     out, _ = compared
     found = json.loads((out / "comparison.json").read_text())["methods"]
@@ -152,6 +154,7 @@ def test_what_was_trained_and_how(compared):
         assert (out / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_tasks_are_those_of_evaluate_model(compared):
     out, said = compared
     found = json.loads((out / "comparison.json").read_text())
@@ -179,6 +182,7 @@ def recipe(load_recipe):
     return recipe
 
 
+@pytest.mark.slow
 def test_a_run_with_another_config_is_refused_or_moved_aside(compared, recipe, capsys):
     out, _ = compared
     path = out.parent / "compare.yaml"

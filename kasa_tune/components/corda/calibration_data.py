@@ -84,7 +84,7 @@ def draw_rounds(
 
 def _cut(sample: Row, length: int) -> Row:
     """The first ``length`` tokens of a sample or packed row."""
-    row = {key: sample[key][:length] for key in ("tokens", "input_pos") if key in sample}
+    row: Row = {key: sample[key][:length] for key in ("tokens", "input_pos") if key in sample}
     if "seq_lens" in sample:
         ends = np.minimum(np.cumsum(sample["seq_lens"]), length)
         lens = np.diff(ends, prepend=0)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
+DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 MOST_PIXELS = 50_000_000  # a decoded image takes three bytes a pixel
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 # What a whole file has near its end. Decoding would tell too, but only where a batch needs it.
@@ -57,7 +57,7 @@ class ImageFile(NamedTuple):
             raise ValueError(f"{self.path} is broken: {error}.") from None
         square = (_padded if self.aspect_ratio == "pad" else _cropped)(rgb, self.side)
         values = np.asarray(square, dtype=np.float32) / np.float32(255)  # [side, side, 3]
-        values = (values - np.float32(MEAN)) / np.float32(DEVIATION)
+        values = (values - MEAN) / DEVIATION
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
     def digest(self) -> str:

@@ -83,6 +83,7 @@ class VisualPrompts:
                 f"is {self.vision.image_token}"
             )
         self.tokenizer, self.system = tokenizer, system
+        assert tokenizer.eos_id is not None
         self.end = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
 
     def __call__(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:

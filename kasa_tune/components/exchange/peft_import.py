@@ -32,7 +32,6 @@ from kasa_tune.components.linalg.decomposition import (
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_weights import weights_digest
-from kasa_tune.components.models.llava import Llava
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.methods import LINEARS, METHODS, methods_of
@@ -307,6 +306,11 @@ def open_peft(
         raise ValueError(
             "The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use."
         )
+    given = base_architecture(base.folder) if base.folder else None
+    if given and given.vision:
+        raise ValueError(
+            f"{base.folder} holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
+        )
     initial = PeftAdapter(initial_folder) if initial_folder else None
     return PeftImport(PeftAdapter(folder), base, model, initial)
 
@@ -377,9 +381,4 @@ def _section(given: Mapping[str, Any], method: str, needed: Mapping[str, Any]) -
 
 def _build(section: Mapping[str, Any]) -> nn.Module:
     build: Callable[[], nn.Module] = partial(build_allowed, section, "model", "The adapter")
-    model = build_on_meta(build, dtype=torch.float32)
-    if isinstance(model, Llava):
-        raise ValueError(
-            "checkpointer.checkpoint_dir holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
-        )
-    return model
+    return build_on_meta(build, dtype=torch.float32)

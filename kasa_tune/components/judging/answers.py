@@ -55,16 +55,17 @@ def read_answers(
             for row in read_json_lines(path, limit):
                 references = row.get("references")
                 first = references[0] if isinstance(references, list) and references else references
-                texts = (row.get("prompt"), row.get("answer"), first)
-                if not all(isinstance(text, str) for text in texts):
+                texts = [row.get("prompt"), row.get("answer"), first]
+                prompt, text, reference = (
+                    (each,) if isinstance(each, str) else () for each in texts
+                )
+                if not (prompt and text and reference):
                     raise ValueError(
-                        f"{path}, row {row.get('index')} has no texts as prompt, answer and reference: the protocol "
+                        f"{path}, row {row.get('index')} has no texts as prompt, answer and reference: the protocols "
                         "single and pairwise judge answers of tasks whose references are texts."
                     )
-                prompt, text, reference = texts
                 identity = f"{number}.{row.get('index')}"
-                one = ((prompt,), (text,), (reference,))
-                answers.append(Answer(path.stem, task, identity, *one))
+                answers.append(Answer(path.stem, task, identity, prompt, text, reference))
     return answers
 
 
@@ -121,7 +122,7 @@ def _turns_by_question(path: Path) -> dict[Any, tuple[str, ...]]:
     for row in read_json_lines(path):
         choices = row.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else {}
-        given = first.get("turns") if isinstance(first, dict) else None
+        given: Any = first.get("turns") if isinstance(first, dict) else None
         if not _are_texts(given) or not isinstance(row.get("question_id"), int | str):
             raise ValueError(f"{path}: a row is not in FastChat's layout of answers.")
         turns[row["question_id"]] = tuple(given)

@@ -44,10 +44,9 @@ def parse_reply(text: str, *, most: int, longest: int = LONGEST_TEXT) -> ParsedR
 def _pair(entry: Any, longest: int) -> Pair | None:
     if not isinstance(entry, dict):
         return None
-    texts = (entry.get("instruction"), entry.get("response"))
-    if not all(isinstance(text, str) and _is_text(text, longest) for text in texts):
-        return None
-    return Pair(*(text.strip() for text in texts))
+    texts = [entry.get("instruction"), entry.get("response")]
+    good = [text.strip() for text in texts if isinstance(text, str) and _is_text(text, longest)]
+    return Pair(*good) if len(good) == len(texts) else None
 
 
 def _is_text(text: str, longest: int) -> bool:

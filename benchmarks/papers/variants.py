@@ -57,6 +57,7 @@ def parser(doc: str | None, *, steps: int, rates: Sequence[float]) -> argparse.A
         "--tasks", type=Path, help="YAML list of tasks; default: the tiny world's two"
     )
     made.add_argument("--overrides", nargs="*", default=[], help="changes of the base config")
+    made.add_argument("--only", nargs="+", help="names of the variants to take; default: all")
     made.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     made.add_argument("--sweep-seeds", type=int, default=1, help="seeds that choose the rate")
     made.add_argument("--steps", type=int, default=steps)
@@ -97,7 +98,11 @@ def compare(
         "output_dir": str(options.output.absolute()),
         "base": options.base,
         "overrides": [*overrides, *own, *options.overrides],
-        "methods": {name: list(texts) for name, texts in methods.items()},
+        "methods": {
+            name: list(texts)
+            for name, texts in methods.items()
+            if not options.only or name in options.only
+        },
         "reference": reference,
         "seeds": options.seeds,
         "sweep_seeds": options.sweep_seeds,
