@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kasa_tune.architectures.architecture import Architecture
 from kasa_tune.architectures.files import header_of
-from kasa_tune.architectures.names import parts_of
+from kasa_tune.architectures.names import is_transposed, parts_of, usual_name
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # what is packed in fewer bits has a shape of its own
 
@@ -25,13 +25,14 @@ def wrong_shapes(architecture: Architecture, paths: Iterable[Path]) -> list[str]
     """
     wrong, layers = [], set()
     for path in paths:
-        for key, entry in header_of(path).items():
-            if key == "__metadata__":
+        for stored, entry in header_of(path).items():
+            if stored == "__metadata__":
                 continue
+            key = usual_name(architecture, stored)
             names = [part.name for part in parts_of(architecture, key)]
             layers |= {name.split(".")[1] for name in names if name.startswith("layers.")}
             expected = [_shape(architecture, name) for name in names]
-            shape = tuple(entry["shape"])
+            shape = tuple(entry["shape"])[:: -1 if is_transposed(architecture, key) else 1]
             if entry["dtype"] not in _FLOATS or None in expected or not expected:
                 continue
             whole = (sum(one[0] for one in expected if one), *(expected[0] or ())[1:])

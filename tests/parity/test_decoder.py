@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from kasa_tune.architectures import FAMILIES, Rotary, parts_of, read_architecture
+from kasa_tune.architectures.shapes import wrong_shapes
 from kasa_tune.components.evaluation.generation import complete
 from kasa_tune.components.models.attention import attend, windowed
 from kasa_tune.components.models.decoder import Decoder
@@ -39,6 +40,17 @@ def pair_of(tmp_path_factory):
 
 def test_every_family_has_a_case():
     assert {case.partition(",")[0] for case in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_of_transformers_have_the_shapes_that_config_json_tells(pair_of, case):
+    folder, *_ = pair_of(case)
+    told, files = read_architecture(folder), list(folder.glob("*.safetensors"))
+    assert wrong_shapes(told, files) == []
+    wider = replace(told, embed_dim=told.embed_dim + 1, layers=(*told.layers, told.layers[0]))
+    wrong = wrong_shapes(wider, files)
+    assert len(wrong) > told.num_layers
+    assert f"the weights of layer {told.num_layers} are missing" in wrong[-1]
 
 
 @pytest.mark.parametrize("length", [LENGTH, 8])  # beyond every window and original length, and not
