@@ -23,7 +23,7 @@ log = utils.get_logger("INFO")  # prints on rank 0
 
 # Files and folders, besides checkpoints, that a run writes into its output_dir. A restarted run
 # writes them anew.
-OF_A_RUN = ("metrics.jsonl", "config.yaml", "quantized_base", "decomposition.json")
+OF_A_RUN = ("metrics.jsonl", "phases.json", "config.yaml", "quantized_base", "decomposition.json")
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
 # computed, how long it is, and where its inputs lie. That weights and data are the same is checked
