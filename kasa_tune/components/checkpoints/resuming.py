@@ -24,8 +24,8 @@ log = utils.get_logger("INFO")  # prints on rank 0
 # Files and folders, besides checkpoints, that a run writes into its output_dir. A restarted run
 # writes them anew.
 OF_A_RUN = (
-    "metrics.jsonl", "samples.jsonl", "config.yaml", "quantized_base", "decomposition.json",
-    "evaluation.json", "checkpoints/best",
+    "metrics.jsonl", "samples.jsonl", "phases.json", "config.yaml", "quantized_base",
+    "decomposition.json", "evaluation.json", "checkpoints/best",
 )  # fmt: skip
 
 # Keys that may differ between a run and its continuation. They say how a run is watched, saved and
