@@ -47,7 +47,7 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
     _check_supported(model, cfg)
-    if not cfg.dry_run:
+    if cfg.get("dry_run") is False:
         Validation(cfg, model)  # its data is looked at before any weight
     check_base(model, cfg)
     base = cfg.get("checkpointer")  # a config whose bytes are counted has none
