@@ -79,13 +79,16 @@ def run_notebook(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     names: dict[str, Any] = {"__shell__": shell, "__name__": "__main__"}
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for number, cell in enumerate(code, start=1):
-            print(f"[{number}/{len(code)}]", file=sys.stderr, flush=True)
-            cell["outputs"] = run_cell("".join(cell["source"]), names)
-            cell["execution_count"] = number
-        os.chdir(path.parent)
+        try:
+            for number, cell in enumerate(code, start=1):
+                print(f"[{number}/{len(code)}]", file=sys.stderr, flush=True)
+                cell["outputs"] = run_cell("".join(cell["source"]), names)
+                cell["execution_count"] = number
+        finally:
+            os.chdir(before)
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     path.write_text(text.replace(folder, "."), encoding="utf-8")
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from kasa_tune import config
 from kasa_tune.components.adapters import (
     adapter_linears,
-    check_adapter_fits,
     kasa_regularization,
     load_adapter_state_dict,
 )
@@ -64,8 +63,6 @@ class KaSAFinetuneRecipeSingleDevice(FTRecipeInterface):
         """Set up the run. The checks that can fail quickly come before any weight is read."""
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_training_model(cfg, dtype=self._dtype)
-        if self._checkpoint:
-            check_adapter_fits(self._model, self._checkpoint.adapter)
         vocab_size = self._model.tok_embeddings.num_embeddings
         self._loss = summed_loss(config.instantiate(cfg.loss), vocab_size)
         check_optimizer(partial(config.instantiate, cfg.optimizer), self._model, device=cfg.device)

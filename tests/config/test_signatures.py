@@ -206,5 +206,5 @@ def test_the_models_room_exports_builders_and_a_checkpointer_alone():
     names = {name for name in vars(models) if not name.startswith("_")}
     modules = {name for name in names if inspect.ismodule(getattr(models, name))}
     assert {"gemma", "phi", "sizes"} <= modules
-    others = names - modules - {"attach", "builders", "CheckpointFolder"}
+    others = names - modules - {"attach", "builders", "CheckpointFolder", "EncoderFolder"}
     assert {name.partition("_")[0] for name in others} == {"kasa", "lora", "corda"}

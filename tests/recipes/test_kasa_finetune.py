@@ -316,8 +316,8 @@ def test_a_checkpoint_of_another_width(finetune, base):
     about = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(about | {"intermediate_size": 256}))
     with pytest.raises(
-        ValueError,
-        match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)",
+        config.ConfigError,
+        match=r"holds model\.layers\.0\.mlp\.down_proj\.weight of shape \(128, 384\)",
     ):
         finetune("model.intermediate_dim=256", f"checkpointer.checkpoint_dir={base}")
 
@@ -331,8 +331,13 @@ def test_nan_in_the_base_weights_names_the_layer(finetune, base):
 
 
 def test_a_tokenizer_that_does_not_fit(finetune, base):
+    """A base of 300 tokens, and a tokenizer of 1024."""
     about = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(about | {"vocab_size": 300}))
+    weights = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:300].clone()
+    save_file(weights, base / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit the model"):
         finetune("model.vocab_size=300", f"checkpointer.checkpoint_dir={base}")
 

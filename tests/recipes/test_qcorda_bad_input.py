@@ -277,8 +277,8 @@ def test_a_base_of_another_width(qcorda, base):
     path = Path(override.partition("=")[2]) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 256}))
     with pytest.raises(
-        ValueError,
-        match=r"mlp\.w1\.weight: the model has \(256, 128\), the checkpoint \(384, 128\)",
+        config.ConfigError,
+        match=r"holds model\.layers\.0\.mlp\.down_proj\.weight of shape \(128, 384\)",
     ):
         qcorda(override, "model.intermediate_dim=256", config_name="tiny_qlora")
 

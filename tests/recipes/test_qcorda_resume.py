@@ -14,6 +14,7 @@ from kasa_tune.components.checkpoints import Checkpoint
 from kasa_tune.components.corda import calibration, calibrator
 from kasa_tune.components.quantized import start as quantized_start
 from kasa_tune.components.quantized.base import FOLDER
+from kasa_tune.components.reports.measuring import words_of
 from kasa_tune.components.training import Step
 from kasa_tune.registry import PACKAGE_ROOT
 
@@ -345,7 +346,7 @@ def test_the_report_shows_what_was_learned(method, whole_quantized, load_recipe)
         assert layer.from_start == starts_inside
         wanted = torch.linalg.svdvals(learned)[: len(layer.update)]
         assert layer.update.tolist() == pytest.approx(wanted.tolist(), rel=1e-6, abs=1e-9)
-    words = report._words(cfg)
+    words = words_of(cfg)
     assert words["removed"] == ("moved into the adapter" if starts_inside else "removed")
     assert words["update"] == {"qlora": "s B A", "qkasa": "s B diag(d) A"}.get(
         method, "s (B A - B₀ A₀)"

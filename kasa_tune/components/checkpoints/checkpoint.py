@@ -168,6 +168,19 @@ class Checkpoint:
                     f"{self} was trained on these weights with another config.json: {told}. Give "
                     "the config.json that it was trained with."
                 )
+        self.check_model(model)
+
+    def check_model(self, model: Mapping[str, Any]) -> None:
+        """Compare the section ``model`` of a config with that of the checkpoint's.
+
+        Args:
+            model: as a plain mapping. ``dropout``, which may differ, and ``checkpoint_dir``, which
+                says where the base lies, do not count.
+
+        Raises:
+            CheckpointError: they differ. The message names the key, the saved value and the given
+                value.
+        """
         saved, unset = self.config.get("model"), "unset"
         if not isinstance(saved, Mapping):
             raise CheckpointError(f"{self}: the config in its run.json has no section model.")

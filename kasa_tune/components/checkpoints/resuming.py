@@ -66,8 +66,8 @@ def starting_checkpoint(
         world_size: number of processes.
 
     Raises:
-        ValueError: another run writes to the output folder, or one of the reasons of
-            :func:`resume_point` and :func:`adapter_start`.
+        ValueError: another run writes to the output folder, the checkpoint is of another model, or
+            one of the reasons of :func:`resume_point` and :func:`adapter_start`.
         OSError: the output folder or a checkpoint cannot be read.
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
@@ -78,13 +78,17 @@ def starting_checkpoint(
             check_unlocked(folder)
             resumed = resume_point(folder, choice, settings, world_size=world_size)
             if resumed:
+                resumed.check_model(settings["model"])
                 return resumed
         elif rank == 0:
             set_aside(Path(cfg.output_dir))
     quantized = None
     if "quantization" in settings:
         quantized = {key: settings[key] for key in ("quantization", "dtype")}
-    return adapter_start(cfg.adapter_checkpoint, quantized=quantized)
+    start = adapter_start(cfg.adapter_checkpoint, quantized=quantized)
+    if start:
+        start.check_model(settings["model"])
+    return start
 
 
 def set_aside(output_dir: Path) -> None:

@@ -433,7 +433,9 @@ def folder_of(row, real_data):
     return real_data / "configs" / row.repository.rpartition("/")[2]
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize(
+    "name", [n for n, row in TABLE.items() if "checkpoint_dir" not in row.sizes]
+)
 def test_shipped_configs_are_the_published_models(name, real_data):
     row = TABLE[name]
     folder = folder_of(row, real_data)
