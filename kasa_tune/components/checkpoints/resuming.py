@@ -70,7 +70,7 @@ def starting_checkpoint(
             one of the reasons of :func:`resume_point` and :func:`adapter_start`.
         OSError: the output folder or a checkpoint cannot be read.
     """
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.get("dry_run"):
         folder = Path(cfg.output_dir) / "checkpoints"
         choice = cfg.resume_from_checkpoint
