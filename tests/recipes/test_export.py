@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import textwrap
 
 import pytest
@@ -85,9 +86,8 @@ def plain_model(folder):
         "checkpoint_files": ["model.safetensors"],
         "model_type": "LLAMA3",
     }
-    weights = FullModelHFCheckpointer(
-        **options, output_dir=str(folder.with_name("unused"))
-    ).load_checkpoint()
+    with tempfile.TemporaryDirectory() as unused:  # the embedded model lies in the package
+        weights = FullModelHFCheckpointer(**options, output_dir=unused).load_checkpoint()
     model = llama3(**SIZES)
     model.load_state_dict(weights["model"])
     return model.eval()
