@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from safetensors import safe_open
 
 from kasa_tune import config
 from kasa_tune.components.checkpoints import find_checkpoint
-from kasa_tune.components.checkpoints.locking import check_unlocked
 from kasa_tune.components.checkpoints.planned import (
     as_yaml,
     changed_keys,
@@ -160,12 +160,13 @@ class CompareMethodsRecipe:
         if not told.exists():
             plan.folder.mkdir(parents=True, exist_ok=True)
             write_whole(plan.folder / "run.yaml", as_yaml(plan.tree))
-            self._wait_for_other(plan)
             started = time.monotonic()
             processes = self._cfg.nproc_per_node
             options = ["--nproc_per_node", str(processes)] if processes > 1 else []
             command = [*_RUN, *options, plan.recipe, "--config", str(plan.folder / "run.yaml")]
-            status, peak = self._children.run(command, plan.folder / "log.txt")
+            words = f"{plan}: waiting for the process that an earlier comparison started."
+            tell = partial(print, words, flush=True)
+            status, peak = self._children.run(command, plan.folder / "log.txt", waiting=tell)
             if status > 128:
                 print(f"{plan}: stopped. Repeat the command to go on.")
                 return status
@@ -184,21 +185,6 @@ class CompareMethodsRecipe:
         self._done.append(run)
         print(f"{plan}: {self._cfg.metric} {self._comparison().final(run):.4g}", flush=True)
         return 0
-
-    def _wait_for_other(self, plan: Plan) -> None:
-        """Wait while a process that an earlier, killed comparison has started still trains this run."""
-        waited = False
-        while not self._children.stopped:
-            try:
-                return check_unlocked(plan.folder / "checkpoints")
-            except ValueError:
-                if not waited:
-                    print(
-                        f"{plan}: waiting for the process that an earlier comparison started.",
-                        flush=True,
-                    )
-                waited = True
-                time.sleep(1)
 
     # --- results
 
