@@ -36,6 +36,7 @@ CURVES = {
     "l3": ("Regularizer L3, how far A and B are from orthogonal", "L3"),
     "grad_norm": ("Norm of the gradient", "norm"),
     "tokens_per_second": ("Speed", "tokens a second"),
+    "seconds": ("Time of a step", "seconds"),
     "peak_memory_gib": ("Largest memory so far", "GiB"),
 }
 _ELSEWHERE = {"step", "loss", "val_loss", "val_loss_base", "num_tokens"}
