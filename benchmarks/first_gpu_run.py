@@ -59,7 +59,7 @@ def training(name: str, recipe: str, config: str, *overrides: str, **options: ob
     common = (
         f"output_dir={{output}}/{name}", "device={device}", "dtype=bf16", "dataset.packed=True",
         f"max_steps={RECIPE_STEPS}", f"save_every_n_steps={RECIPE_STEPS // 2}",
-        "dataset_val=null",
+        "dataset_val=null", "run_val_every_n_steps=null",
     )  # fmt: skip
     arguments = ("-m", "kasa_tune", "run", recipe, "--config", config, *common, *overrides)
     return Check(name, arguments, **options)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kasa_tune import config
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
@@ -39,6 +41,18 @@ def test_the_first_gpu_run_has_every_recipe(monkeypatch):
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     assert {check.after for check in checks} - {None} <= set(names)
+
+
+def test_the_first_gpu_run_trains_with_valid_configs(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("first_gpu_run")
+    places = {"device": "cpu", "output": "/tmp/first_gpu", "root": str(FOLDER.parent)}
+    trained = [c for c in script.recipe_checks() if "_finetune_" in " ".join(c.arguments)]
+    assert len(trained) > 20
+    for check in trained:
+        words = script.fill(check, places)
+        name, *overrides = words[words.index("--config") + 1 :]
+        config.load(name, [o for o in overrides if not check.gpu or "offload" not in o])
 
 
 def test_a_failed_check_does_not_end_the_first_gpu_run(monkeypatch, tmp_path):
