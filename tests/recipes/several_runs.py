@@ -126,7 +126,7 @@ def write_end(entry: dict, folder: Path) -> None:
 def carry_out(entry: dict, folder: Path) -> None:
     """Make a run on two processes as torchrun would start them. What they print goes to ``<name>.txt`` in the folder.
 
-    A process has been seen to abort in glibc's malloc, once in some hundred runs, see docs/distributed.md. A run of a
+    A process has been seen to abort in glibc's malloc, once in about 150 runs, see docs/distributed.md. A run of a
     new output folder is therefore made a second time after such an end, and a warning says so.
 
     Raises:
