@@ -238,6 +238,8 @@ def test_an_adapter_of_another_model_or_base_is_refused(finetune, tmp_path):
         ValueError, match=r"belongs to another model: model\.rank: checkpoint 16, config 8"
     ):
         finetune(start, "model.rank=8", **options)
+    with pytest.raises(ValueError, match=r"belongs to another model: model\.rank"):
+        finetune(start, "model.rank=8", "dry_run=True", **options)
     with pytest.raises(
         ValueError, match=r"model\._component_: checkpoint '.*lora_llama3', config '.*kasa_llama3'"
     ):
