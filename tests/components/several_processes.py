@@ -1,5 +1,6 @@
 """Processes that have met as those of torchrun do, and do what a test asks of them."""
 
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ STARTED_WITHIN, DONE_WITHIN = (
 )  # seconds; a loaded machine takes ten to start and one to answer
 GIVES_UP_AFTER = 30  # seconds, of a process that waits for another; less than DONE_WITHIN, so that it says so itself
 
-# Processes are forked from a server that has imported torch once and has no threads yet.
+# Processes are forked from a server that has imported torch once, and of whose threads none is torch's.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -125,6 +126,7 @@ class Processes:
 
 def _serve(rank: int, size: int, port: int, options: dict[str, Any], pipe: Any) -> None:
     """What each process does: meet the others, then one work after the other."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ |= torchrun_variables(rank, size, port)
     world = World.join("cpu", **options)
