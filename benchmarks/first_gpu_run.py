@@ -130,6 +130,11 @@ def recipe_checks() -> list[Check]:
     classified = ("output_dir={output}/classify", "epochs=1")
     recipe = "classify_finetune_single_device"
     checks.append(other("classify", recipe, "tiny_roberta_kasa_classify", *classified))
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+    script = "{root}/recipes/classify_finetune_distributed.py"
+    several_classify = ("--config", "tiny_roberta_corda_classify", "device={device}", "epochs=1")
+    to = "output_dir={output}/classify on torchrun"
+    checks.append(Check("classify on torchrun", (*start, script, *several_classify, to)))
     report = ("-m", "kasa_tune", "run", "report_run", "--config", f"{{output}}/{first}/config.yaml")
     checks.append(Check("report", report, after="resume"))
     return checks

@@ -21,6 +21,7 @@ RESOURCE_SCHEME = "kasa_tune://"
 # Suffixes of the names of the configs of recipes that train nothing.
 _CONFIG_SUFFIXES: dict[str, tuple[str, ...]] = {
     "classify_finetune_single_device": ("_classify",),
+    "classify_finetune_distributed": ("_classify",),
     "generate_text": ("_generate",),
     "evaluate_model": ("_evaluate",),
     "compare_methods": ("_compare",),

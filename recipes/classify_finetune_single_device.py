@@ -110,6 +110,7 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
             checkpoint=self._checkpoint,
             fingerprints=self._fingerprints,
             device=self._device,
+            ignore_index=self._data.ignore_index,
         )
 
     def _setup_weights(self, cfg: DictConfig) -> None:

@@ -38,7 +38,7 @@ from kasa_tune.components.processes.child import Children
 from kasa_tune.components.reports import comparison_plots
 from kasa_tune.components.reports.comparison import Comparison, Trained
 from kasa_tune.components.training import read_metrics
-from kasa_tune.config.comparing import named_methods, with_method
+from kasa_tune.config.comparing import classifies, named_methods, with_method
 
 _LOWER = ("val_loss", "perplexity", "bits_per_byte")  # ends of metrics that are better when lower
 _RUN = (sys.executable, "-m", "kasa_tune", "run")
@@ -86,13 +86,23 @@ class CompareMethodsRecipe:
             write_whole(path, as_yaml(plans[0].tree))
             checked = config.load(path, about_to_run=True)
             path.unlink()
-            if not checked.run_val_every_n_steps:
+            if classifies(plans[0].tree):
+                self._check_classifier()
+            elif not checked.run_val_every_n_steps:
                 raise ValueError(
                     f"{name}: nothing is measured without validation. Set dataset_val and "
                     "run_val_every_n_steps in the base config."
                 )
         for plan in (plan for plans in self._plans.values() for plan in plans):
             self._check_unchanged(plan)
+
+    def _check_classifier(self) -> None:
+        """See that nothing is asked of classifiers that they do not measure."""
+        if self._cfg.tasks or self._cfg.metric == "val_loss":
+            raise ValueError(
+                f"{self._cfg.base} trains a classifier, which does no tasks and measures its own metrics: set "
+                "tasks=null, and metric to one of them, such as val_accuracy."
+            )
 
     def _plans_of(self, name: str) -> list[Plan]:
         """All runs of a method: every learning rate with every seed."""
@@ -106,7 +116,8 @@ class CompareMethodsRecipe:
             rates = rates[name]
         if rates is None:
             rates = [(tree.get("optimizer") or {}).get("lr")]
-        kind = "distributed" if cfg.nproc_per_node > 1 else "single_device"
+        recipe = "classify_finetune" if classifies(tree) else method.recipe
+        recipe += "_distributed" if cfg.nproc_per_node > 1 else "_single_device"
         plans = []
         for seed in cfg.seeds:
             for lr in rates:
@@ -115,7 +126,7 @@ class CompareMethodsRecipe:
                 own = {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": True}
                 optimizer = dict(tree.get("optimizer") or {}) | ({} if lr is None else {"lr": lr})
                 whole = {**tree, **own, "optimizer": optimizer}
-                plans.append(Plan(name, lr, seed, folder, f"{method.recipe}_{kind}", whole))
+                plans.append(Plan(name, lr, seed, folder, recipe, whole))
         return plans
 
     def _check_unchanged(self, plan: Plan) -> None:

@@ -62,7 +62,7 @@ def convert(cfg: DictConfig, imported: PeftImport) -> dict[str, Tensor]:
     """
     device = utils.get_device(cfg.device)
     how = {"device": device, "dtype": training.get_dtype(cfg.dtype, device=device)}
-    adapter = imported.left_alone()
+    adapter = imported.left_alone() | imported.head
     for module in tqdm(imported.peft.layers, "Importing", unit="module", dynamic_ncols=True):
         adapter |= imported.tensors(module, **how)
     return adapter
@@ -100,7 +100,10 @@ def command_to_train_on(cfg: DictConfig, imported: PeftImport) -> list[str]:
             "corda_finetune_single_device --config <one of this base: *_corda, *_pissa, *_lora>"
         )
         keys.append("adapter.method=lora")
-    if folder := imported.model.get("checkpoint_dir"):
+    if imported.head:
+        recipe = "classify_finetune_single_device --config <one of this base: *_classify>"
+        keys = [*keys[:2], f"adapter.method={'kasa' if imported.method == 'kasa' else 'lora'}"]
+    elif folder := imported.model.get("checkpoint_dir"):
         recipe = f"{recipe.partition(' <')[0]} {imported.method}"
         keys += [f"checkpoint_dir={shlex.quote(folder)}", "dataset.data_files=<your data>"]
     return ["tune run", recipe, *keys, shlex.quote(f"model={model}")]

@@ -119,7 +119,8 @@ def test_a_config_belongs_to_one_recipe_for_one_device_and_to_its_twin_for_sever
         assert len(listed) == len({*listed})
     configs = {recipe.name: recipe.configs for recipe in shipped}
     twins = {name for name in configs if name.endswith("_distributed")}
-    assert twins == {f"{method}_finetune_distributed" for method in ("kasa", "corda", "qcorda")}
+    kinds = ("kasa", "corda", "qcorda", "classify")
+    assert twins == {f"{kind}_finetune_distributed" for kind in kinds}
     for twin in twins:
         assert configs[twin] == configs[twin.replace("_distributed", "_single_device")] != []
 

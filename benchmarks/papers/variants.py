@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -110,8 +111,13 @@ def compare(
         "tasks": tasks if with_tasks else None,
         "batch_size": 64,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "compare.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return run(options.output, tree)
+
+
+def run(folder: Path, tree: Mapping[str, Any]) -> int:
+    """Run ``compare_methods`` with a config that is written to a folder, and return its exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
     command = [sys.executable, "-m", "kasa_tune", "run", "compare_methods", "--config", str(path)]
     return subprocess.run(command, check=False).returncode

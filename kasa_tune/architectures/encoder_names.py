@@ -123,3 +123,16 @@ def hub_name(model_type: str, task: str, name: str) -> str:
     used = _DEBERTA_IN_LAYER if model_type == "deberta-v2" else _IN_LAYER
     inner = {ours: theirs for theirs, ours in used.items()}  # of two, the last
     return f"{prefix}.encoder.layer.{number}.{inner[rest]}.{leaf}"
+
+
+def usual_encoder_name(model_type: str, task: str, key: str) -> str:
+    """What a tensor of a checkpoint is called in transformers' model for a task. Files may leave the prefix of the
+    family out. A name that is not known comes back as it is.
+
+    Args:
+        model_type: of the architecture.
+        task: ``classification`` or ``masked``.
+        key: the tensor's name in the file.
+    """
+    ours = encoder_name(model_type, task, key)
+    return key if ours is None or ours == key else hub_name(model_type, task, ours)

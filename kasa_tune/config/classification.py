@@ -1,4 +1,4 @@
-"""The schema of `classify_finetune_single_device`."""
+"""The schema of the classification recipes."""
 
 from dataclasses import replace
 from typing import Literal
@@ -11,8 +11,7 @@ from kasa_tune.methods import METHODS
 # Keys of the recipes of decoders alone.
 _OF_DECODERS = (
     "loss run_val_every_n_steps max_steps_per_epoch num_workers compile device_flops dry_run "
-    "enable_activation_checkpointing enable_activation_offloading world_size "
-    "data_parallel_shard_dim fsdp_cpu_offload timeout"
+    "enable_activation_checkpointing enable_activation_offloading world_size fsdp_cpu_offload"
 ).split()
 _MODEL = replace(
     MODEL,

@@ -128,6 +128,11 @@ def named_methods(
     return found
 
 
+def classifies(tree: dict[str, Any]) -> bool:
+    """Whether a config is one of the classification recipes, which train the methods of all others."""
+    return "metric" in tree
+
+
 def with_method(tree: dict[str, Any], method: Method) -> dict[str, Any]:
     """The config `tree` for another method: its builder, its section `adapter`, and no sections that it does not read.
 
@@ -145,8 +150,8 @@ def with_method(tree: dict[str, Any], method: Method) -> dict[str, Any]:
         taken["quantization"] = {}
     for key in ("method", "mode"):
         adapter.pop(key, None)
-    if method.setting:
-        adapter["method"] = method.setting
+    if method.setting or classifies(tree):
+        adapter["method"] = method.setting or method.name
     if method.setting == "corda":
         adapter["mode"] = str(method.mode)
     taken["adapter"] = adapter

@@ -327,7 +327,7 @@ GENERATE: Schema = {
 # Of a base that has a training config, that one will do.
 IMPORT: Schema = {
     **OF_IMPORT,
-    **{name: Ignored() for name in QCORDA if name not in OF_IMPORT},
+    **{name: Ignored() for name in {**QCORDA, **CLASSIFY} if name not in OF_IMPORT},
 }
 
 RECIPES: Mapping[str, Schema] = {

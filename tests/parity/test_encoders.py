@@ -77,7 +77,7 @@ def test_bare_checkpoints_are_read_with_and_without_a_prefix(prefix, tmp_path):
         if not key.startswith("classifier")
     }
     tensors |= {f"{prefix}pooler.dense.weight": torch.ones(32, 32), "lm_head.bias": torch.ones(60)}
-    tensors[f"{prefix}embeddings.position_ids"] = torch.ones(1, 42)
+    tensors[f"{prefix}embeddings.position_ids"] = torch.arange(42)[None]
     save_file(tensors, file)
     model = our_model(tmp_path)
     with torch.no_grad():

@@ -31,7 +31,12 @@ from kasa_tune.components.data.datasets import instruct_dataset
 from tests.components.several_processes import CONTEXT, torchrun_variables
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-SCHEMAS = {"kasa": config.FINETUNE, "corda": config.CORDA, "qcorda": config.QCORDA}
+SCHEMAS = {
+    "kasa": config.FINETUNE,
+    "corda": config.CORDA,
+    "qcorda": config.QCORDA,
+    "classify": config.CLASSIFY,
+}
 ENDS_WITHIN = 120  # seconds; a loaded machine takes ten for a run
 
 

@@ -132,6 +132,24 @@ def test_exports_of_a_run(kasa_run, tmp_path):
     assert settings["architectures"] == ["RobertaForSequenceClassification"]
 
 
+def test_an_export_for_peft_comes_back_with_its_head(kasa_run, run_main, tmp_path):
+    to = [f"adapter_checkpoint={kasa_run}", f"output_dir={tmp_path / 'peft'}"]
+    assert run_main("export_adapter", "--config", "peft_export", *to) == 0
+    back = [f"peft_adapter={tmp_path / 'peft'}", f"output_dir={tmp_path / 'back'}"]
+    assert run_main("import_adapter", "--config", "tiny_roberta_order_kasa_classify", *back) == 0
+    model = open_run(tmp_path / "back").config["model"]
+    assert (model["num_labels"], model["train_pooler"], model["rank"]) == (2, True, 9)
+    recipe, _ = set_up(
+        "tiny_roberta_order_kasa_classify",
+        tmp_path / "run",
+        "adapter.method=lora",
+        f"model={json.dumps(model)}",
+        f"adapter_checkpoint={tmp_path / 'back'}",
+    )
+    last = json.loads((kasa_run / "evaluation.json").read_text())["last"]
+    assert {**recipe.evaluate(), "step": 4, "epoch": 1} == pytest.approx(last)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -224,3 +224,49 @@ def test_what_cannot_be_is_refused_before_any_run(override, recipe, tmp_path):
     with pytest.raises(ValueError, match="(?s)" + REFUSED[override]):
         recipe(path, override)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- classifiers
+
+CLASSIFIERS = {
+    "base": "tiny_roberta_lora_classify",
+    "metric": "val_accuracy",
+    "seeds": [3],
+    "overrides": [
+        "max_steps=1",
+        "batch_size=4",
+        "dataset_val.split=train[:20]",
+        "lr_scheduler=null",
+    ],
+}
+CALIBRATED = ["method=corda", "calibration.dataset=${dataset}", "calibration.num_samples=8"]
+
+
+def test_every_method_is_a_classifier_of_the_same_recipe(recipe, tmp_path):
+    methods = {"lora": [], "kasa": ["model.truncation_rank=2"], "ipm": CALIBRATED, "pissa": []}
+    made = recipe(write(tmp_path, **CLASSIFIERS, methods=methods))
+    plans = [plan for plans in made._plans.values() for plan in plans]
+    assert {plan.recipe for plan in plans} == {"classify_finetune_single_device"}
+    chosen = {plan.method: plan.tree["adapter"]["method"] for plan in plans}
+    assert chosen == {"lora": "lora", "kasa": "kasa", "ipm": "corda", "pissa": "pissa"}
+    built = {plan.method: plan.tree["model"]["_component_"].rpartition(".")[2] for plan in plans}
+    of_classes = {"lora": "lora", "kasa": "kasa", "ipm": "corda", "pissa": "corda"}
+    assert built == {n: f"{kind}_encoder_from_checkpoint" for n, kind in of_classes.items()}
+
+
+@pytest.mark.parametrize("wrong", [{"metric": "val_loss"}, {"tasks": [FACTS]}])
+def test_what_classifiers_do_not_measure_is_refused(wrong, recipe, tmp_path):
+    with pytest.raises(ValueError, match="which does no tasks and measures its own metrics"):
+        recipe(write(tmp_path, **CLASSIFIERS | wrong, methods={"lora": []}))
+
+
+@pytest.mark.slow
+def test_classifiers_are_compared_by_their_metric(recipe, tmp_path):
+    made = recipe(write(tmp_path, **CLASSIFIERS, methods={"lora": []}))
+    assert made.run() == 0
+    made.report(made.evaluate())
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    accuracy = json.loads((folder / "evaluation.json").read_text())["last"]["accuracy"]
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["lower_is_better"] is False
+    assert found["methods"]["lora"]["final"]["mean"] == accuracy

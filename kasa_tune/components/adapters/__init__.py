@@ -16,6 +16,7 @@ from kasa_tune.components.adapters.state import (
     check_adapter_fits,
     load_adapter,
     load_adapter_state_dict,
+    load_whole,
     lora_plus_groups,
 )
 from kasa_tune.components.adapters.whole import TrainedWhole, whole_parameters
@@ -36,6 +37,7 @@ __all__ = [
     "kasa_regularization",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_whole",
     "lora_plus_groups",
     "whole_parameters",
 ]

@@ -62,9 +62,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     check_adapter_fits(model, state)
     for name, linear in adapter_linears(model):
         load_adapter(name, linear, state)
-    with torch.no_grad():
-        for name, parameter in whole_parameters(model).items():
-            parameter.copy_(state[name])
+    load_whole(model, state)
 
 
 def check_adapter_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -103,6 +101,13 @@ def load_adapter(name: str, linear: AdapterLinear, state: Mapping[str, Tensor]) 
     edit = LowRank(state[f"{name}.lora_edit_out"].clone(), state[f"{name}.lora_edit_in"].clone())
     folded_before = is_quantized(linear.weight) and linear.edit_storage == "folded"
     linear.set_edit(edit, taken_out=folded_before and edit.rank > 0)
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The part of :func:`load_adapter_state_dict` that belongs to modules trained whole, which no process has cut."""
+    for name, parameter in whole_parameters(model).items():
+        parameter.copy_(state[name])
 
 
 def adapter_update(state: Mapping[str, Tensor], name: str, scaling: float) -> LowRank:

@@ -24,13 +24,22 @@ class TextCalibrator(Calibrator):
         tokenizer: of the model.
         model: on the meta device.
         device: that the model will run on.
+        rank: rank of this process.
+        world_size: number of processes. Each runs the model on its share of every round.
 
     Raises:
         ValueError: the data hold too few texts, or a row cannot be used.
     """
 
     def __init__(
-        self, cfg: DictConfig, tokenizer: EncoderTokenizer, model: Encoder, *, device: torch.device
+        self,
+        cfg: DictConfig,
+        tokenizer: EncoderTokenizer,
+        model: Encoder,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._cfg, self._model = cfg, model
         self.groups = shared_inputs(model)
@@ -41,9 +50,9 @@ class TextCalibrator(Calibrator):
         settings["max_seq_len"] = min(settings["max_seq_len"], model.max_seq_len)
         rounds = draw_rounds(texts, longest=model.max_seq_len, **settings)
         self.digest = rows_digest(rounds)
-        size = cfg.calibration.batch_size
+        options = {"batch_size": cfg.calibration.batch_size, "device": device}
         self.rounds = [
-            batched(rows, tokenizer=tokenizer, batch_size=size, device=device) for rows in rounds
+            batched(rows[rank::world_size], tokenizer=tokenizer, **options) for rows in rounds
         ]
         for batches in self.rounds:
             for batch in batches:

@@ -4,6 +4,7 @@ longest of their batch.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -15,7 +16,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from torchtune.utils import get_logger
 
-from kasa_tune.components.data.batches import EpochBatches
+from kasa_tune.components.data.batches import FILLER, EpochBatches
 from kasa_tune.components.data.building import load_rows
 from kasa_tune.components.data.encoder_tokenizer import EncoderTokenizer
 from kasa_tune.components.data.fingerprints import data_fingerprint
@@ -35,6 +36,9 @@ class EncodedTexts(Dataset):
         num_labels: of the model.
         name: the config's key, for messages.
         labelled: False for texts whose labels do not matter; they may then have none.
+
+    Attributes:
+        ignore_index: the label of rows that fill up a batch. Nothing is learned from them.
 
     Raises:
         ValueError: a row cannot be used; the message names row and column. Or there are no labels.
@@ -61,6 +65,7 @@ class EncodedTexts(Dataset):
         self.tokens, self.labels = rows.encode(
             num_labels if labelled else None, name=name, node=self.node
         )
+        self.ignore_index = -100 if self.labels.dtype == np.int64 else -math.inf
         if cut := tokenizer.num_full - before:
             log.info(
                 f"{name}: {cut:,} of {len(rows):,} rows have as many tokens as "
@@ -74,12 +79,15 @@ class EncodedTexts(Dataset):
         return {"tokens": self.tokens[index], "labels": self.labels[index : index + 1]}
 
     def batch(self, indices: list[int], pad_id: int) -> Batch:
-        """Rows as ``tokens [b, s]``, padded on the right, and ``labels [b]``."""
+        """Rows as ``tokens [b, s]``, padded on the right, and ``labels [b]``. FILLER among the
+        indices is a row with the label ``ignore_index``.
+        """
         chosen = [self.tokens[i] for i in indices]
         tokens = np.full((len(chosen), max(map(len, chosen))), pad_id, dtype=np.int64)
         for row, ids in zip(tokens, chosen, strict=True):
             row[: len(ids)] = ids
-        labels = torch.from_numpy(self.labels[indices])
+        labels = np.where(np.equal(indices, FILLER), self.ignore_index, self.labels[indices])
+        labels = torch.from_numpy(labels.astype(self.labels.dtype))
         return {"tokens": torch.from_numpy(tokens), "labels": labels}
 
 
@@ -91,12 +99,15 @@ class ClassificationData:
         tokenizer: built from ``cfg.tokenizer``.
         num_labels: of the model; 1 for a regression.
         vocab_size: rows of the model's embedding.
+        rank: of this process.
+        world_size: number of processes, each of which gets its share of every batch's rows.
 
     Attributes:
         dataset, dataset_val: the rows.
+        ignore_index: the label of rows that fill up a batch which does not divide by the processes.
         fingerprint: SHA-256 of what is learned from; a resumed run must have the same.
         steps_per_epoch, total_steps: optimizer steps.
-        num_batches: of an epoch.
+        num_batches: of an epoch, on one process.
         batches_per_step: of an optimizer step.
 
     Raises:
@@ -105,14 +116,21 @@ class ClassificationData:
     """
 
     def __init__(
-        self, cfg: DictConfig, tokenizer: EncoderTokenizer, *, num_labels: int, vocab_size: int
+        self,
+        cfg: DictConfig,
+        tokenizer: EncoderTokenizer,
+        *,
+        num_labels: int,
+        vocab_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(
                 f"The tokenizer does not fit the model: it has {tokenizer.vocab_size} tokens, and "
                 f"the model has {vocab_size}. Set tokenizer to the one the checkpoint came with."
             )
-        self._pad_id, self._val_size = tokenizer.pad_id, cfg.batch_size_val
+        self._pad_id = tokenizer.pad_id
         self.dataset = EncodedTexts(cfg.dataset, tokenizer, num_labels, name="dataset")
         self.dataset_val = EncodedTexts(cfg.dataset_val, tokenizer, num_labels, name="dataset_val")
         if self.dataset.pairs != self.dataset_val.pairs:
@@ -120,8 +138,13 @@ class ClassificationData:
                 "dataset and dataset_val: one has the column text_pair and the other has not. Set "
                 "columns alike."
             )
+        self.ignore_index = self.dataset.ignore_index
+        share = {"seed": cfg.seed, "rank": rank, "world_size": world_size}
         self._batches = EpochBatches(
-            [len(self.dataset)], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle
+            [len(self.dataset)], batch_size=cfg.batch_size, shuffle=cfg.shuffle, **share
+        )
+        self._validation = EpochBatches(
+            [len(self.dataset_val)], batch_size=cfg.batch_size_val, shuffle=False, **share
         )
         self.num_batches = len(self._batches)
         self.batches_per_step = cfg.gradient_accumulation_steps
@@ -144,7 +167,8 @@ class ClassificationData:
             yield [self.dataset.batch(one, self._pad_id) for one in of_step]
 
     def validation(self) -> Iterator[Batch]:
-        """The batches of the validation set, each row once, in the order of the file."""
-        for start in range(0, len(self.dataset_val), self._val_size):
-            indices = list(range(start, min(start + self._val_size, len(self.dataset_val))))
+        """The batches of the validation set, each row once, in the order of the file. Every process
+        has the same number of them.
+        """
+        for indices in self._validation:
             yield self.dataset_val.batch(indices, self._pad_id)

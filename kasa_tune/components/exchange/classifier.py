@@ -47,25 +47,17 @@ def write_classifier_peft(run: TrainedRun, folder: Path, **options: Any) -> Devi
     """
     errors = write_peft(run, folder, **options)
     kind = _model(run).architecture.model_type
-    # The base's file may name its tensors without the prefix that the model in PEFT has.
-    names = {key: _hub(run, name) for name in run.linears for key in run.modules([f"{name}"])}
-    names = {key.removesuffix(".weight"): to.removesuffix(".weight") for key, to in names.items()}
     file = folder / "adapter_model.safetensors"
-    tensors: dict[str, Tensor] = {}
-    for key, value in load_file(file).items():
-        module, _, leaf = key.removeprefix(PREFIX).partition(".lora_")
-        tensors[f"{PREFIX}{names[module]}.lora_{leaf}"] = value
+    tensors = load_file(file)
     for name, value in _head(run).items():
         tensors[f"{PREFIX}{hub_name(kind, _TASK, name)}"] = value.contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    pattern = {names[module]: rank for module, rank in config["rank_pattern"].items()}
     config |= {
         "task_type": "SEQ_CLS",
         # Whole names, because the head's linears have the same last parts as those of layers.
-        "target_modules": sorted(names.values()),
-        "rank_pattern": pattern,
+        "target_modules": sorted(_hub(run, name).removesuffix(".weight") for name in run.linears),
         "modules_to_save": _HEADS[kind],
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

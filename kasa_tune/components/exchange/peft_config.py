@@ -113,6 +113,11 @@ def values_of(
     return found
 
 
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter is one of a classifier of sequences, whose head is trained whole."""
+    return config.get("task_type") == "SEQ_CLS"
+
+
 def is_number(value: Any, largest: float) -> bool:
     return type(value) in (int, float) and abs(value) <= largest and math.isfinite(value)
 
@@ -136,7 +141,7 @@ def _is_dropout(value: Any) -> bool:
 # What a key may hold besides null; `r` and `lora_alpha` are looked at layer by layer.
 _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("target_modules", "exclude_modules", "layers_pattern"),
+        ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"),
         (_is_names, "a name or pattern, or a list of names"),
     ),
     **dict.fromkeys(
@@ -164,7 +169,7 @@ def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
     wrong = [
         f"{key} is {shown(config[key])}: {why}"
         for key, why in _UNSUPPORTED.items()
-        if config.get(key)
+        if config.get(key) and not (key == "modules_to_save" and is_classifier(config))
     ]
     if config.get("kasa_config") and config.get("use_dora"):
         wrong.append("it is KaSA and DoRA at once")

@@ -59,6 +59,7 @@ class PeftAdapter:
         base_digest, architecture: of the base it was exported for, if checksums.json says so.
         layers: the adapted modules by their names in the base model.
         copies: modules of which the file also holds the base's weight, as PEFT does with an adapted output projection.
+        whole: names of the parameters of ``modules_to_save``, which were trained whole.
 
     Raises:
         FileNotFoundError: the folder or one of the two files is missing.
@@ -70,6 +71,7 @@ class PeftAdapter:
         self.base_digest, self.architecture = check_checksums(folder)
         self.config = read_config(folder)
         self.copies: list[str] = []
+        self.whole: list[str] = []
         self._biases: dict[str, str] = {}  # keys of the base's biases that the file holds besides
         self._keys, self._shapes = self._headers()
         needed = (
@@ -112,6 +114,23 @@ class PeftAdapter:
         if not tensor.isfinite().all():
             raise ValueError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinity.")
         return tensor
+
+    def read_whole(self, name: str) -> Tensor:
+        """A parameter of ``whole``, float32.
+
+        Raises:
+            ValueError: it holds NaN or infinity.
+        """
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            tensor = file.get_tensor(PREFIX + name).float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.folder / WEIGHTS}: {PREFIX + name} holds NaN or infinity.")
+        return tensor
+
+    def _is_whole(self, key: str) -> bool:
+        saved = self.config.get("modules_to_save") or ()
+        names = [saved] if isinstance(saved, str) else saved
+        return key.startswith(PREFIX) and any(f".{name}." in key for name in names)
 
     def check_copies(self, read: Callable[[str], Tensor], stored: Collection[str]) -> None:
         """See that weights and biases of the base that the file holds besides are the base's.
@@ -183,6 +202,7 @@ class PeftAdapter:
     def _check_targets(self, modules: Collection[str]) -> None:
         if self.config.get("target_modules") == "all-linear":
             return  # the file says which
+        modules = [name for name in modules if not self._is_whole(f"{PREFIX}{name}.")]
         targets = targets_of(self.config, modules)
         if not targets:
             raise ValueError(
@@ -213,6 +233,9 @@ class PeftAdapter:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if self._is_whole(key):
+                        self.whole.append(key.removeprefix(PREFIX))
+                        continue
                     if bias := _BIAS.fullmatch(key):
                         self._biases[bias["module"]] = key
                         continue

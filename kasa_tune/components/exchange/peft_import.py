@@ -23,6 +23,8 @@ from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
 from kasa_tune.components.checkpoints import build_allowed
 from kasa_tune.components.exchange.peft_files import PeftAdapter
+from kasa_tune.components.exchange.peft_head import read_head
+from kasa_tune.components.exchange.peft_start import FOUND_AGAIN, UNTOUCHED, check_start
 from kasa_tune.components.linalg.decomposition import (
     check_finite,
     co_svd,
@@ -32,21 +34,14 @@ from kasa_tune.components.linalg.decomposition import (
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.models.agreement import base_architecture, check_architecture
 from kasa_tune.components.models.base_weights import weights_digest
+from kasa_tune.components.models.encoder import Encoder
+from kasa_tune.components.models.encoder_folder import check_encoder
 from kasa_tune.components.models.loading import block_linears, build_on_meta
 from kasa_tune.components.models.streamed import StreamedWeights
 from kasa_tune.methods import LINEARS, METHODS, methods_of
 
 log = logging.getLogger(__name__)
 
-_UNTOUCHED = (
-    "true",
-    "false",
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # starts that leave the base as it is
-_FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
 _BUILDERS = "kasa_tune.components.models"
 
 
@@ -70,6 +65,7 @@ class PeftImport:
 
     Attributes:
         method: ``lora``, ``kasa`` or ``corda``, whose linears can hold the adapter; see :meth:`_method`.
+        head: the trained head of a classifier, see :func:`~kasa_tune.components.exchange.peft_head.read_head`.
         model: the section ``model`` that the adapter needs.
 
     Raises:
@@ -88,9 +84,11 @@ class PeftImport:
             adapter.check_fits(base.stored)
             adapter.check_copies(base.read, base.stored)
             _check_layout(adapter, base)
-        _check_start(peft, initial)
+        check_start(peft, initial)
         self._check_architecture()
-        self._places = self._find_places(model)
+        built = self._built(model)
+        self.head = self._find_head(built)
+        self._places = self._find_places(built, model["_component_"])
         self._adapted = [
             name for name, place in self._places.items() if place.module in peft.layers
         ]
@@ -178,13 +176,30 @@ class PeftImport:
                         f"that in {self.base.folder}: {told}."
                     )
 
-    def _find_places(self, model: Mapping[str, Any]) -> dict[str, Location]:
-        """Of every linear that could be adapted, in the model's order."""
+    def _built(self, model: Mapping[str, Any]) -> nn.Module:
+        """The base with an adapter on every linear of its blocks, without weights, seen to be that of config.json."""
         everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
         built = _build(_section(model, "lora", everything))
-        if self.base.folder:  # no sequence is run here, so a window makes no difference
+        if isinstance(built, Encoder):
+            check_encoder(built, self.base.folder)
+        elif self.base.folder:  # no sequence is run here, so a window makes no difference
             builder, kind = model["_component_"], self.base.model_type
             check_architecture(built, self.base.folder, longest=0, builder=builder, model_type=kind)
+        return built
+
+    def _find_head(self, built: nn.Module) -> dict[str, Tensor]:
+        """The head of a classifier; empty if the base is none."""
+        if isinstance(built, Encoder):
+            return read_head(self.peft, built, self.base.folder)
+        if self.peft.whole:
+            raise ValueError(
+                f"{self.peft.folder} cannot be imported: it trained {self.peft.whole[0]} whole besides. Only the "
+                "head of an encoder can be imported with its adapter."
+            )
+        return {}
+
+    def _find_places(self, built: nn.Module, builder: str) -> dict[str, Location]:
+        """Of every linear that could be adapted, in the model's order."""
         names = [
             *block_linears(built),
             *(["output"] if isinstance(getattr(built, "output", None), nn.Linear) else []),
@@ -194,7 +209,7 @@ class PeftImport:
             found = getattr(self.base.meta.get(f"{name}.weight"), "shape", None)
             if found != (expected := built.get_submodule(name).weight.shape):
                 raise ValueError(
-                    f"The base is not one of model._component_ {model['_component_']}: {name} is {tuple(expected)} in "
+                    f"The base is not one of model._component_ {builder}: {name} is {tuple(expected)} in "
                     f"the model and {found and tuple(found)} in checkpointer.checkpoint_dir."
                 )
             key, rows = self.base.location(f"{name}.weight")
@@ -238,7 +253,7 @@ class PeftImport:
 
     @property
     def _takes_out(self) -> bool:
-        return self.initial is not None or self.peft.start not in _UNTOUCHED
+        return self.initial is not None or self.peft.start not in UNTOUCHED
 
     def _model_section(self, given: Mapping[str, Any]) -> dict[str, Any]:
         largest = max(self.peft.layers.values(), key=lambda layer: layer.rank)
@@ -253,6 +268,9 @@ class PeftImport:
             needed["apply_to_output"] = "output" in self._leaves
         if dropout := self.peft.config.get("lora_dropout"):
             needed["dropout"] = dropout
+        if self.head:
+            needed["num_labels"] = len(self.head["head.out_proj.bias"])
+            needed["train_pooler"] = any("dense" in name for name in self.peft.whole)
         if self.method == "lora" and (self.peft.is_dora or "use_dora" in given):
             needed["use_dora"] = self.peft.is_dora
         if self.method == "kasa":
@@ -272,7 +290,7 @@ class PeftImport:
             return LowRank(out * layer.scaling, into)
         if self.peft.is_kasa:
             return smallest_triplets(self._weight(module, **how), layer.rank)[0].to("cpu")
-        if self.peft.start not in _FOUND_AGAIN:
+        if self.peft.start not in FOUND_AGAIN:
             return LowRank.empty(*self.base.stored[f"{module}.weight"].shape)
         weight = self._weight(module, **how)
         if self.peft.start == "pissa":
@@ -322,41 +340,6 @@ def _check_layout(peft: PeftAdapter, base: StreamedWeights) -> None:
         raise ValueError(
             f"{peft.folder} cannot be imported: fan_in_fan_out is {peft.config['fan_in_fan_out']!r}: its weights are "
             "transposed, as GPT-2's, and those of the base are not."
-        )
-
-
-def _check_start(peft: PeftAdapter, initial: PeftAdapter | None) -> None:
-    """Whether what the adapter took out of its base is known."""
-    start = (
-        "pissa with approximated vectors" if peft.start.startswith("pissa_niter") else peft.start
-    )
-    if initial is None:
-        if start not in (*_UNTOUCHED, *_FOUND_AGAIN):
-            raise ValueError(
-                f"{peft.folder} started as {start}, as a part of the base model that its file does not hold. Set "
-                "initial_adapter to the folder of the same adapter saved before training, or save it in PEFT as a "
-                "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=<that folder>)."
-            )
-    elif peft.is_kasa:
-        raise ValueError(
-            f"{peft.folder} is KaSA: what it took out follows from the base. Leave initial_adapter out."
-        )
-    elif initial.folder.resolve() == peft.folder.resolve():
-        raise ValueError(
-            f"initial_adapter is peft_adapter itself: give {peft.folder} as it was before training."
-        )
-    elif initial.layers != peft.layers:
-        raise ValueError(
-            f"{initial.folder} is not {peft.folder} before its training: they differ in modules, ranks or scalings."
-        )
-    if peft.is_dora and (initial is not None or start not in _UNTOUCHED):
-        raise ValueError(
-            f"{peft.folder} is DoRA that started as a part of its base ({start}); nothing here holds both."
-        )
-    if start == "loftq":
-        log.warning(
-            f"{peft.folder} was trained on a base that PEFT had quantized. Here it goes on the unquantized one, with "
-            "what was learned; what quantization lost, LoftQ's start had taken up to a part, is not lost here."
         )
 
 

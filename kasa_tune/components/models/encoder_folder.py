@@ -19,7 +19,7 @@ from kasa_tune.architectures.encoder import (
     encoder_of,
     read_encoder,
 )
-from kasa_tune.architectures.encoder_names import encoder_name
+from kasa_tune.architectures.encoder_names import encoder_name, usual_encoder_name
 from kasa_tune.architectures.files import read_object
 from kasa_tune.components.models.base_files import weight_files
 from kasa_tune.components.models.base_weights import CheckpointFolder, StreamedWeights
@@ -92,7 +92,8 @@ class EncoderFolder(CheckpointFolder):
         self.task = task
 
     def open(self) -> StreamedWeights:
-        """The weights by the names of :class:`Encoder`.
+        """The weights by the names of :class:`Encoder`. Their own names are those of transformers' model for the task,
+        whatever prefix the files have.
 
         Raises:
             FileNotFoundError: config.json or a file with weights is missing.
@@ -102,12 +103,18 @@ class EncoderFolder(CheckpointFolder):
         return _open(self.folder, self.task, with_head=self.task == "masked")
 
 
+def open_with_head(folder: str | Path) -> StreamedWeights:
+    """The weights of :class:`EncoderFolder`, and those of a classifier's head if the files hold it."""
+    return _open(Path(folder), "classification", with_head=True)
+
+
 def _open(folder: Path, task: str, *, with_head: bool) -> StreamedWeights:
     a = read_encoder(folder)
     paths = [folder / name for name in weight_files(folder)]
     convert = partial(_convert, a, task, with_head)
+    named = partial(usual_encoder_name, a.model_type, task)
     try:
-        return StreamedWeights(paths, convert, folder, AS_STORED)
+        return StreamedWeights(paths, convert, folder, AS_STORED, named=named)
     except SafetensorError as error:
         raise ValueError(
             f"A file with weights in {folder} is damaged or was not fetched whole: {error}. "
@@ -139,7 +146,7 @@ def take_head(head: nn.Module, folder: str | Path) -> list[str]:
     Returns:
         The names of the parameters that were filled.
     """
-    stored = _open(Path(folder), "classification", with_head=True)
+    stored = open_with_head(folder)
     taken = []
     for name, parameter in head.named_parameters():
         key = f"head.{name}"

@@ -22,7 +22,8 @@ FLOATING = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_OF_MASKS = {"U8": torch.uint8, "BOOL": torch.bool}
+# Those of masks and positions, buffers that no model here reads.
+_OF_BUFFERS = {"U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
 
 
 def floating(key: str, dtype: str) -> torch.dtype:
@@ -96,7 +97,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def _add(self, path: Path, name: str, key: str, shape: list[int], kind: str) -> None:
         """Take a tensor up, by its name in a file and its own."""
-        dtype = FLOATING.get(kind, _OF_MASKS.get(kind))
+        dtype = FLOATING.get(kind, _OF_BUFFERS.get(kind))
         tensor = torch.empty(shape, dtype=dtype or floating(name, kind), device="meta")
         tensor = self._upright(key, tensor)
         converted = self._convert({key: tensor})
