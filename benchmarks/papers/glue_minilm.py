@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--overrides", nargs="*", default=[], help="further changes of the config")
     options = parser.parse_args()
     for task in options.tasks:
         if status := run(options.output / task, comparison(task, options)):
@@ -57,7 +58,7 @@ def comparison(task: str, options: argparse.Namespace) -> dict[str, object]:
     ]
     overrides += [f"model.num_labels={row.num_labels}", f"metric={row.metric}"]
     overrides += [f"max_steps={options.steps}", "batch_size=16", "epochs=1000"]
-    overrides += ["save_every_n_steps=1000000", "batch_size_val=64"]
+    overrides += ["save_every_n_steps=1000000", "batch_size_val=64", *options.overrides]
     return {
         "output_dir": str((options.output / task).absolute()),
         "base": "tiny_roberta_lora_classify",
