@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import yaml
 from variants import calibration, run
 
 from kasa_tune.families.classification import TASKS
@@ -32,7 +33,13 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["sst2", "stsb"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument(
+        "--rates",
+        type=yaml.safe_load,
+        default=[0.002, 0.004, 0.008],
+        help="a list, or a list for each method: {lora: [0.004], kasa: [0.004], corda_ipm: [0.002]}",
+    )
+    parser.add_argument("--overrides", nargs="*", default=[], help="further changes of the config")
     options = parser.parse_args()
     for task in options.tasks:
         if status := run(options.output / task, comparison(task, options)):
@@ -57,7 +64,7 @@ def comparison(task: str, options: argparse.Namespace) -> dict[str, object]:
     ]
     overrides += [f"model.num_labels={row.num_labels}", f"metric={row.metric}"]
     overrides += [f"max_steps={options.steps}", "batch_size=16", "epochs=1000"]
-    overrides += ["save_every_n_steps=1000000", "batch_size_val=64"]
+    overrides += ["save_every_n_steps=1000000", "batch_size_val=64", *options.overrides]
     return {
         "output_dir": str((options.output / task).absolute()),
         "base": "tiny_roberta_lora_classify",

@@ -10,13 +10,37 @@ from kasa_tune.components import models
 from kasa_tune.components.models.disentangled import log_bucket
 from kasa_tune.components.models.loading import build_on_meta
 
-# All parameters of the published models with a head of two labels; DeBERTaV3's from the sum of its shapes.
+
+def deberta(layers, d):
+    """The sum of the shapes of DeBERTaV3's tensors. The published table counts 22 M, 44 M, 86 M and 304 M without those
+    of the vocabulary.
+    """
+    layer = 4 * (d * d + d) + 2 * (4 * d * d) + 4 * d + d + 2 * 2 * d
+    return 128_100 * d + 2 * d + layers * layer + 512 * d + 2 * d + (d * d + d) + (2 * d + 2)
+
+
+# All parameters of the published models with a head of two labels.
 PARAMETERS = {
     "roberta_base": 124_647_170,
     "roberta_large": 355_361_794,
     "bert_base_uncased": 109_483_778,
+    "deberta_v3_xsmall": deberta(12, 384),
+    "deberta_v3_small": deberta(6, 768),
     "deberta_v3_base": 184_423_682,
+    "deberta_v3_large": deberta(24, 1024),
 }
+BACKBONES = {
+    "xsmall": (12, 384, 22),
+    "small": (6, 768, 44),
+    "base": (12, 768, 86),
+    "large": (24, 1024, 304),
+}
+
+
+def test_backbones_have_the_published_millions():
+    assert deberta(12, 768) == PARAMETERS["deberta_v3_base"]
+    for layers, width, millions in BACKBONES.values():
+        assert (deberta(layers, width) - 128_100 * width) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -87,8 +87,8 @@ class EncodedTexts(Dataset):
         for row, ids in zip(tokens, chosen, strict=True):
             row[: len(ids)] = ids
         labels = np.where(np.equal(indices, FILLER), self.ignore_index, self.labels[indices])
-        labels = torch.from_numpy(labels.astype(self.labels.dtype))
-        return {"tokens": torch.from_numpy(tokens), "labels": labels}
+        labels = labels.astype(self.labels.dtype)
+        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
 
 
 class ClassificationData:

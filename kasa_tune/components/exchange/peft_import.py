@@ -22,6 +22,7 @@ from kasa_tune.architectures.comparing import told_apart
 from kasa_tune.components import models
 from kasa_tune.components.adapters.attach import ATTN_MODULES, MLP_MODULES
 from kasa_tune.components.checkpoints import build_allowed
+from kasa_tune.components.exchange.peft_config import shown
 from kasa_tune.components.exchange.peft_files import PeftAdapter
 from kasa_tune.components.exchange.peft_head import read_head
 from kasa_tune.components.exchange.peft_start import FOUND_AGAIN, UNTOUCHED, check_start
@@ -176,29 +177,29 @@ class PeftImport:
                         f"that in {self.base.folder}: {told}."
                     )
 
-    def _built(self, model: Mapping[str, Any]) -> nn.Module:
+    def _built(self, model: Mapping[str, Any]) -> Any:
         """The base with an adapter on every linear of its blocks, without weights, seen to be that of config.json."""
         everything = {"attn_modules": list(ATTN_MODULES), "apply_to_mlp": True, "rank": 1}
         built = _build(_section(model, "lora", everything))
-        if isinstance(built, Encoder):
+        if isinstance(built, Encoder) and self.base.folder:
             check_encoder(built, self.base.folder)
         elif self.base.folder:  # no sequence is run here, so a window makes no difference
             builder, kind = model["_component_"], self.base.model_type
             check_architecture(built, self.base.folder, longest=0, builder=builder, model_type=kind)
         return built
 
-    def _find_head(self, built: nn.Module) -> dict[str, Tensor]:
+    def _find_head(self, built: Any) -> dict[str, Tensor]:
         """The head of a classifier; empty if the base is none."""
-        if isinstance(built, Encoder):
+        if isinstance(built, Encoder) and self.base.folder:
             return read_head(self.peft, built, self.base.folder)
-        if self.peft.whole:
+        if saved := self.peft.config.get("modules_to_save"):
             raise ValueError(
-                f"{self.peft.folder} cannot be imported: it trained {self.peft.whole[0]} whole besides. Only the "
-                "head of an encoder can be imported with its adapter."
+                f"{self.peft.folder} cannot be imported: modules_to_save is {shown(saved)}: it trained whole modules "
+                "besides. Only the head of an encoder can be imported with its adapter."
             )
         return {}
 
-    def _find_places(self, built: nn.Module, builder: str) -> dict[str, Location]:
+    def _find_places(self, built: Any, builder: str) -> dict[str, Location]:
         """Of every linear that could be adapted, in the model's order."""
         names = [
             *block_linears(built),

@@ -65,17 +65,35 @@ def bert_base_uncased(num_labels: int = 2, train_pooler: bool = True) -> Encoder
     return Encoder(a, num_labels, train_pooler)
 
 
+def deberta_v3_xsmall(num_labels: int = 2, train_pooler: bool = True) -> Encoder:
+    """DeBERTaV3 xsmall as a classifier; see :func:`encoder_from_checkpoint`."""
+    return Encoder(_deberta_v3(384, 12, 6), num_labels, train_pooler)
+
+
+def deberta_v3_small(num_labels: int = 2, train_pooler: bool = True) -> Encoder:
+    """DeBERTaV3 small as a classifier; see :func:`encoder_from_checkpoint`."""
+    return Encoder(_deberta_v3(768, 6, 12), num_labels, train_pooler)
+
+
 def deberta_v3_base(num_labels: int = 2, train_pooler: bool = True) -> Encoder:
     """DeBERTaV3 base as a classifier; see :func:`encoder_from_checkpoint`."""
-    a = EncoderArchitecture(
-        "deberta-v2", 128100, 768, 12, 12, 3072, pad_id=0, sep_id=2, position_offset=0,
-        type_vocab_size=0, norm_eps=1e-7, dropout_before=0.0, relative=RelativePositions(256, 512),
-    )  # fmt: skip
-    return Encoder(a, num_labels, train_pooler)
+    return Encoder(_deberta_v3(768, 12, 12), num_labels, train_pooler)
+
+
+def deberta_v3_large(num_labels: int = 2, train_pooler: bool = True) -> Encoder:
+    """DeBERTaV3 large as a classifier; see :func:`encoder_from_checkpoint`."""
+    return Encoder(_deberta_v3(1024, 24, 16), num_labels, train_pooler)
 
 
 def _roberta(width: int, layers: int, heads: int) -> EncoderArchitecture:
     return EncoderArchitecture("roberta", 50265, width, layers, heads, 4 * width)
+
+
+def _deberta_v3(width: int, layers: int, heads: int) -> EncoderArchitecture:
+    return EncoderArchitecture(
+        "deberta-v2", 128100, width, layers, heads, 4 * width, pad_id=0, sep_id=2, position_offset=0,
+        type_vocab_size=0, norm_eps=1e-7, dropout_before=0.0, relative=RelativePositions(256, 512),
+    )  # fmt: skip
 
 
 class EncoderFolder(CheckpointFolder):

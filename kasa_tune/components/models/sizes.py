@@ -125,8 +125,17 @@ kasa_roberta_large, lora_roberta_large, corda_roberta_large = builders(_encoders
 kasa_bert_base_uncased, lora_bert_base_uncased, corda_bert_base_uncased = builders(
     _encoders.bert_base_uncased
 )
+kasa_deberta_v3_xsmall, lora_deberta_v3_xsmall, corda_deberta_v3_xsmall = builders(
+    _encoders.deberta_v3_xsmall
+)
+kasa_deberta_v3_small, lora_deberta_v3_small, corda_deberta_v3_small = builders(
+    _encoders.deberta_v3_small
+)
 kasa_deberta_v3_base, lora_deberta_v3_base, corda_deberta_v3_base = builders(
     _encoders.deberta_v3_base
+)
+kasa_deberta_v3_large, lora_deberta_v3_large, corda_deberta_v3_large = builders(
+    _encoders.deberta_v3_large
 )
 kasa_encoder_from_checkpoint, lora_encoder_from_checkpoint, corda_encoder_from_checkpoint = (
     builders(_encoders.encoder_from_checkpoint)

@@ -392,6 +392,10 @@ UNSUPPORTED = {
     "other method": ({"peft_type": "LOHA"}, "has peft_type LOHA; only LORA"),
     "biases of B": ({"lora_bias": True}, "lora_bias is True: its B have biases"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+    "the head of another classifier": (
+        {"task_type": "SEQ_CLS", "modules_to_save": ["score"]},
+        r"modules_to_save is \['score'\]: it trained whole modules besides\. Only",
+    ),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is"),
     "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "aLoRA"),
     "transposed": ({"fan_in_fan_out": True}, "as GPT-2's"),
