@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
-from kasa_tune.components.data import Batch
+from kasa_tune.components.data import Batch, move_batch
 from kasa_tune.components.processes import full_tensor
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Step:
     @property
     def batches(self) -> Iterator[Batch]:
         """The batches of the step. Each has tensors ``[b, s]``, and is moved to the device when it
-        is yielded.
+        is yielded, but for its labels, which stay on the host.
         """
         for number, batch in enumerate(self._batches, start=1):
             self.is_last_batch = number == len(self._batches)
-            utils.batch_to_device(batch, self._steps.device)
+            move_batch(batch, self._steps.device)
             yield batch
 
     def add_loss(self, loss: Tensor) -> None:
