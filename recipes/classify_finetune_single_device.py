@@ -195,6 +195,7 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
                 ends = steps.step % self._data.steps_per_epoch == 0
                 if ends or steps.step == self._data.total_steps:
                     found = self.evaluate()
+                    steps.phases.done("validation")
                     epochs.add(steps.step, steps.epoch + 1, found)
                     step.metrics |= {f"val_{name}": value for name, value in found.items()}
         epochs.report()

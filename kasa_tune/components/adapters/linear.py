@@ -187,8 +187,9 @@ class AdapterLinear(nn.Module):
         """Whether the output is that of :func:`~kasa_tune.components.adapters.product.products`.
         A compiler makes kernels of its own and is given the formula.
         """
-        drops = self.training and getattr(self.dropout, "p", 0.0) > 0
-        return not (self.disabled or drops or self.rank == 0 or torch.compiler.is_compiling())
+        if torch.compiler.is_compiling() or self.disabled or not self.rank:
+            return False
+        return not (self.training and getattr(self.dropout, "p", 0.0))
 
     def parts(self) -> Parts:
         """Return the tensors that the output is made from."""

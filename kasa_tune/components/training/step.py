@@ -5,7 +5,6 @@ steps to a recipe.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +16,7 @@ from torchtune import utils
 
 from kasa_tune.components.data import Batch, move_batch
 from kasa_tune.components.processes import full_tensor
+from kasa_tune.components.training.phases import OPTIMIZER, PASSES
 
 if TYPE_CHECKING:
     from kasa_tune.components.training.steps import Steps
@@ -47,8 +47,6 @@ class Step:
         self.metrics: dict[str, Any] = {}
         self._loss = torch.zeros((), device=steps.device)
         self._logged: dict[str, Tensor] = {}
-        self._num_seen = sum(batch["tokens"].numel() for batch in batches)  # padding included
-        self._started = time.perf_counter()
 
     @property
     def batches(self) -> Iterator[Batch]:
@@ -111,6 +109,7 @@ class Step:
         max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
         values = self._agree({**self._logged, "grad_norm": grad_norm})
+        steps.phases.done(PASSES)  # the values are here, so a GPU has done them
         self.applying, steps.saver.position = True, None
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
         lr = float(optimizer.param_groups[0]["lr"])
@@ -127,9 +126,9 @@ class Step:
         if not steps.num_labelled:
             del self.metrics["loss"]  # there was no token to take a mean over
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
-        seconds = time.perf_counter() - self._started
-        self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
-        self.metrics["seconds"] = seconds
+        steps.phases.done(OPTIMIZER)
+        seconds = steps.phases.of_step()
+        self.metrics |= {"tokens_per_second": steps.num_labelled / seconds, "seconds": seconds}
         steps.saver.mark_position()
 
     def _agree(self, scalars: dict[str, Tensor]) -> dict[str, float]:

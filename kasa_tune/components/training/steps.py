@@ -49,7 +49,7 @@ from kasa_tune.components.processes import (
     watch_steps,
 )
 from kasa_tune.components.training.loggers import RunLoggers, SilentLogger
-from kasa_tune.components.training.phases import Phases
+from kasa_tune.components.training.phases import LOGGING, WAITING, Phases
 from kasa_tune.components.training.saving import Saver
 from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
@@ -177,6 +177,7 @@ class Steps:
             if self._stops_early:
                 since = f"since step {self.stopper.step}" if self.stopper.step else "at all"
                 log.info(f"Stopped early: {self.stopper.metric} has not got better {since}.")
+            log.info(self.phases.summary())
             log.info(f"Finished. Adapter: {self.saver.path / 'adapter.safetensors'}")
 
     def _save_after_break(self, step: Step) -> None:
@@ -233,10 +234,11 @@ class Steps:
         self.saver.mark_position()
         while not self._done:
             for batches in self._batches_of_steps():
+                self.phases.done(WAITING)
                 self._current = step = Step(self, batches)
                 yield step
-                self.phases.done("training")
                 self._finish_step(step)
+                self.phases.done(LOGGING)
                 self.saver.mark_position()
                 self._current = None
                 due = save_every and self.step % save_every == 0
