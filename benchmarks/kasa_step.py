@@ -45,6 +45,7 @@ from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.linalg.nf4 import quantize
 from kasa_tune.components.models import corda_llama3_2, kasa_llama3_2
 from kasa_tune.components.models import lora_llama3_2 as our_lora_llama3_2
+from kasa_tune.components.models.norms import fuse_norms
 from kasa_tune.components.quantized.start import quantized_start
 from kasa_tune.components.training.loss import ChunkedCrossEntropy, return_hidden_states
 from kasa_tune.components.training.memory import state_bytes
@@ -99,13 +100,14 @@ def our_step(
 ) -> tuple[nn.Module, Step]:
     """The step of our recipes; ``labels`` are shifted already."""
     model = build(ATTENTION, True, rank=rank, alpha=ALPHA, **sizes)
-    return_hidden_states(model)
+    return_hidden_states(fuse_norms(model))
     linears = [linear for _, linear in adapter_linears(model)]
     for linear in linears:
         linear.materialize(tokens.device, torch.float32)
         start(linear)
     loss_fn, optimizer = ChunkedCrossEntropy(), optimizer_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    labels = labels.cpu()  # where the recipes have them
 
     def step() -> None:
         num_labelled = int((labels != loss_fn.ignore_index).sum())

@@ -278,11 +278,11 @@ class ClassifyFinetuneRecipeDistributed(FTRecipeInterface):
         yield from self._calibrator.covariances(wanted, title, **options)
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
-        scores, labels = self._model(batch["tokens"]).float(), batch["labels"]  # [b, n], [b]
-        if self._num_labels == 1:
-            counted = labels != self._data.ignore_index
-            return F.mse_loss(scores[counted, 0], labels[counted], reduction="sum")
-        return F.cross_entropy(scores, labels, reduction="sum")
+        counted = batch["labels"] != self._data.ignore_index  # all but what fills up the last batch
+        scores = self._model(batch["tokens"]).float()[counted]  # [n, labels]
+        labels = batch["labels"][counted].to(self._device, non_blocking=True)  # [n]
+        loss = F.mse_loss if self._num_labels == 1 else F.cross_entropy
+        return loss(scores.squeeze(1), labels, reduction="sum")  # squeezed with one label alone
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -160,9 +160,10 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         scores = self._model(batch["tokens"]).float()  # [b, n]
+        labels = batch["labels"].to(self._device, non_blocking=True)  # [b]
         if self._num_labels == 1:
-            return F.mse_loss(scores[:, 0], batch["labels"], reduction="sum")
-        return F.cross_entropy(scores, batch["labels"], reduction="sum")
+            return F.mse_loss(scores[:, 0], labels, reduction="sum")
+        return F.cross_entropy(scores, labels, reduction="sum")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -195,6 +196,7 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
                 ends = steps.step % self._data.steps_per_epoch == 0
                 if ends or steps.step == self._data.total_steps:
                     found = self.evaluate()
+                    steps.phases.done("validation")
                     epochs.add(steps.step, steps.epoch + 1, found)
                     step.metrics |= {f"val_{name}": value for name, value in found.items()}
         epochs.report()

@@ -14,6 +14,7 @@ from kasa_tune.components.adapters.corda import CorDALinear
 from kasa_tune.components.adapters.kasa import KaSALinear
 from kasa_tune.components.adapters.linear import AdapterLinear
 from kasa_tune.components.adapters.lora import LoRALinear
+from kasa_tune.components.adapters.sharing import share_inputs
 from kasa_tune.components.adapters.whole import freeze
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
@@ -79,9 +80,9 @@ def attach(
     freeze(model)
     for name in chosen:
         parent, _, leaf = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent), leaf, _adapter_on(linears[name], name, linear, options)
-        )
+        adapter = _adapter_on(linears[name], name, linear, options)
+        setattr(model.get_submodule(parent), leaf, adapter)
+    share_inputs(model)
     return model
 
 

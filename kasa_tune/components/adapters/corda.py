@@ -116,6 +116,13 @@ class CorDALinear(AdapterLinear):
             "lora_edit_in": (edit_rank, self.in_dim),
         }
 
+    @property
+    def is_plain(self) -> bool:
+        """As in :class:`AdapterLinear`. A factored edit and an equal update cancel bit for bit only
+        where their products have the same order.
+        """
+        return super().is_plain and (self.folded or not len(self.lora_edit_in))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
         if self.disabled or self.folded or not self.lora_edit_in.shape[0]:

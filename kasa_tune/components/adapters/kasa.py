@@ -77,6 +77,7 @@ class KaSALinear(AdapterLinear):
         """Return the names of the trained parameters, as torchtune's adapter protocol asks."""
         return ["lora_a.weight", "lora_b.weight", "lora_diag"]
 
-    def _scale(self) -> Tensor:
-        """Return the factor ``s · d (rank,)`` of the update."""
-        return self.scaling * self.lora_diag
+    @property
+    def diagonal(self) -> Tensor:
+        """The trained diagonal ``d (rank,)``."""
+        return self.lora_diag

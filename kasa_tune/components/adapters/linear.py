@@ -7,11 +7,13 @@ LoRA has E = 0 and d = 1. PiSSA, MiLoRA and CorDA have d = 1, and E is the initi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kasa_tune.components.adapters.product import Parts, products
 from kasa_tune.components.linalg.low_rank import LowRank
 from kasa_tune.components.linalg.nf4 import dequantize, is_quantized
 from kasa_tune.components.linalg.solvers import Subspace
@@ -71,6 +73,7 @@ class AdapterLinear(nn.Module):
         self.edit_storage = edit_storage
         self.disabled = False  # torchtune's disable_adapter() sets it
         self.folded = False
+        self.shared_input: SharedInput | None = None
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim), requires_grad=False) if use_bias else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -169,12 +172,45 @@ class AdapterLinear(nn.Module):
         """Return the names of the trained parameters, as torchtune's adapter protocol asks."""
         return ["lora_a.weight", "lora_b.weight"]
 
+    @property
+    def diagonal(self) -> Tensor | None:
+        """The diagonal ``d (rank,)`` of the update. None if it has none."""
+        return None
+
     def _scale(self) -> Tensor | float:
-        """Return the factor of the update: ``s``, or a tensor ``(rank,)``."""
-        return self.scaling
+        """Return the factor of the update: ``s``, or ``s · d (rank,)``."""
+        diagonal = self.diagonal
+        return self.scaling if diagonal is None else self.scaling * diagonal
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the output is that of :func:`~kasa_tune.components.adapters.product.products`.
+        A compiler makes kernels of its own and is given the formula.
+        """
+        if torch.compiler.is_compiling() or self.disabled or not self.rank:
+            return False
+        return not (self.training and getattr(self.dropout, "p", 0.0))
+
+    def parts(self) -> Parts:
+        """Return the tensors that the output is made from."""
+        is_edited = len(self.lora_edit_in) and not self.folded
+        return Parts(
+            self.weight,
+            self.bias,
+            self.lora_a.weight,
+            self.lora_b.weight,
+            self.diagonal,
+            self.lora_edit_out if is_edited else None,
+            self.lora_edit_in if is_edited else None,
+            self.scaling,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
+        if self.shared_input is not None and self.shared_input.x is x:
+            return self.shared_input.output(self)
+        if self.is_plain:
+            return products(x, [self.parts()])[0]
         y = F.linear(x, self.weight, self.bias)
         if self.disabled:
             return (
@@ -196,6 +232,26 @@ class AdapterLinear(nn.Module):
         return torch.addmm(
             weight, self.lora_b.weight.float() * self._scale(), self.lora_a.weight.float()
         )
+
+
+class SharedInput:
+    """An input that several plain linears read, and their outputs once one of them is asked for.
+
+    Args:
+        x: ``[..., d_in]``.
+        linears: that will be asked, each once.
+    """
+
+    def __init__(self, x: Tensor, linears: Sequence[AdapterLinear]) -> None:
+        self.x, self._linears = x, linears
+        self._outputs: dict[AdapterLinear, Tensor] = {}
+
+    def output(self, linear: AdapterLinear) -> Tensor:
+        """Return the output ``[..., d_out]`` of one of them."""
+        if linear not in self._outputs:
+            computed = products(self.x, [linear.parts() for linear in self._linears])
+            self._outputs = dict(zip(self._linears, computed, strict=True))
+        return self._outputs.pop(linear)
 
 
 def check_rank(rank: int, in_dim: int, out_dim: int, least: int = 1) -> None:

@@ -73,6 +73,11 @@ class LoRALinear(AdapterLinear):
         """Compute ``m / ‖row of W + s B A‖``, ``(d_out,)``. It is 0 for a row of zeros."""
         return self.lora_magnitude / self._row_norms().clamp_min(torch.finfo(torch.float32).tiny)
 
+    @property
+    def is_plain(self) -> bool:
+        """As in :class:`AdapterLinear`. DoRA scales the sum."""
+        return super().is_plain and not self.use_dora
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
         if not self.use_dora or self.disabled:

@@ -1,6 +1,11 @@
 """Datasets, tokenizers, batches, packing and fingerprints: from a config's data nodes to batches."""
 
-from kasa_tune.components.data.batches import EpochBatches, build_dataloader, collate
+from kasa_tune.components.data.batches import (
+    EpochBatches,
+    build_dataloader,
+    collate,
+    move_batch,
+)
 from kasa_tune.components.data.building import (
     MixedDataset,
     ShiftedDataset,
@@ -65,6 +70,7 @@ __all__ = [
     "hf_tokenizer",
     "instruct_dataset",
     "labelled_texts",
+    "move_batch",
     "prompt_tokens",
     "tensors_digest",
     "tokenizer_from_checkpoint",

@@ -180,6 +180,21 @@ def collate(
     return batch
 
 
+def move_batch(batch: dict[str, Any], device: torch.device) -> None:
+    """Move a batch to a device, in place, but for its labels.
+
+    Which positions have a label decides how many of them the loss looks at. It is known on the host without waiting
+    for a GPU, so the labels stay there. From pinned memory the other tensors are copied while the GPU works.
+    """
+    for name, value in batch.items():
+        if name == "labels":
+            continue
+        if isinstance(value, torch.Tensor):
+            batch[name] = value.to(device, non_blocking=True)
+        else:  # a BlockMask
+            batch[name] = value.to(device)
+
+
 def block_mask(
     seq_lens: Sequence[torch.Tensor],
     device: torch.device | str | None = None,

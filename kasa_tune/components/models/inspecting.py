@@ -27,6 +27,7 @@ from kasa_tune.architectures import ATTENTION, MLP, Architecture, Layer, Rotary
 from kasa_tune.components.adapters import AdapterLinear
 from kasa_tune.components.models.decoder import CappedTiedLinear
 from kasa_tune.components.models.gemma import Gemma2Layer, WindowedAttention
+from kasa_tune.components.models.norms import FusedRMSNorm
 
 _PAIRS_OF_NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 _PAIRS_OF_HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
@@ -174,7 +175,7 @@ class _Inspection:
         }
 
     def _kind_of_norm(self, norms: list[Any]) -> dict[str, Any]:
-        kinds = (RMSNorm, GemmaRMSNorm, nn.LayerNorm, nn.RMSNorm)
+        kinds = (RMSNorm, FusedRMSNorm, GemmaRMSNorm, nn.LayerNorm, nn.RMSNorm)
         names = ("norm", "norm_eps", "norm_plus_one", "norm_bias")
         known = [norm for norm in norms if self._is(norm, kinds, *names)]
         if len(known) < len(norms):

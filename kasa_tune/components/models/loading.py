@@ -21,6 +21,7 @@ from kasa_tune.components.adapters.whole import (
 from kasa_tune.components.linalg.decomposition import check_finite
 from kasa_tune.components.models.attention import Attention
 from kasa_tune.components.models.base_weights import shapes_of
+from kasa_tune.components.models.norms import fuse_norms
 
 # The smallest head size that flex attention compiles for a GPU. Below it torch raises
 # NotImplementedError.
@@ -53,7 +54,7 @@ def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype) -> nn.M
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return build()
+            return fuse_norms(build())
     finally:
         torch.set_default_dtype(previous)
 

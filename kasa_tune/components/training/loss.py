@@ -10,6 +10,9 @@ labelled tokens in all batches of a step. There are two kinds of losses:
   ``takes_hidden_states = True``. It calls the output projection itself, as
   :class:`ChunkedCrossEntropy` does.
 
+Labels ``[b, s]`` are on the host, where it is known without waiting for a GPU which positions have
+one. :func:`labelled_rows` selects these.
+
 The attribute ``ignore_index`` of a loss is the label of tokens that nothing is learned from. Its
 default is -100.
 """
@@ -74,7 +77,8 @@ class ChunkedCrossEntropy(nn.Module):
             project: output projection from ``[n, d]`` to logits ``[n, vocab]``. It is a module or
                 torchtune's ``TiedLinear``.
             hidden: ``[b, s, d]``, the model's last hidden states after the final norm.
-            labels: ``[b, s]``, the token that each position predicts, or ``ignore_index``.
+            labels: ``[b, s]``, the token that each position predicts, or ``ignore_index``, on any
+                device.
 
         Returns:
             A float32 scalar with gradient. It is zero if nothing is labelled.
@@ -83,8 +87,7 @@ class ChunkedCrossEntropy(nn.Module):
             TypeError: a gradient is wanted, and ``project`` is neither a module nor a
                 ``TiedLinear``. Its trained parameters are then unknown.
         """
-        labelled = labels.flatten() != self.ignore_index
-        hidden, labels = hidden.flatten(0, 1)[labelled], labels.flatten()[labelled]  # [n, d], [n]
+        hidden, labels = labelled_rows(hidden, labels, self.ignore_index)
         chunk_loss = partial(self._chunk_loss, project)
         if torch.is_grad_enabled():
             trained = _trained_parameters(project)
@@ -122,9 +125,32 @@ class LossOnLogits(nn.Module):
         """Sum the loss over the labelled positions of ``hidden [b, s, d]`` and ``labels [b, s]``.
         The result is a scalar.
         """
-        labelled = labels.flatten() != self.ignore_index
-        logits = project(hidden.flatten(0, 1)[labelled]).float()  # [n, vocab]
-        return self.loss(logits, labels.flatten()[labelled])
+        hidden, labels = labelled_rows(hidden, labels, self.ignore_index)
+        return self.loss(project(hidden).float(), labels)  # of logits [n, vocab]
+
+
+def labelled_rows(hidden: Tensor, labels: Tensor, ignore_index: float) -> tuple[Tensor, Tensor]:
+    """Select the positions that have a label.
+
+    Args:
+        hidden: ``[b, s, d]``.
+        labels: ``[b, s]``. On the host nothing waits for the GPU.
+        ignore_index: the label of the other positions.
+
+    Returns:
+        Their hidden states ``[n, d]`` and labels ``[n]``, both on the device of ``hidden``.
+    """
+    labels, device = labels.flatten(), hidden.device
+    places = (labels != ignore_index).nonzero().squeeze(1)  # [n]
+    rows = hidden.flatten(0, 1).index_select(0, to_device(places, device))
+    return rows, to_device(labels[places], device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device without waiting for what that is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def summed_loss(loss: Callable[..., Tensor], vocab_size: int) -> Callable[..., Tensor]:

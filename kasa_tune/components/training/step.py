@@ -5,7 +5,6 @@ steps to a recipe.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,8 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
-from kasa_tune.components.data import Batch
+from kasa_tune.components.data import Batch, move_batch
 from kasa_tune.components.processes import full_tensor
+from kasa_tune.components.training.phases import OPTIMIZER, PASSES
 
 if TYPE_CHECKING:
     from kasa_tune.components.training.steps import Steps
@@ -47,17 +47,15 @@ class Step:
         self.metrics: dict[str, Any] = {}
         self._loss = torch.zeros((), device=steps.device)
         self._logged: dict[str, Tensor] = {}
-        self._num_seen = sum(batch["tokens"].numel() for batch in batches)  # padding included
-        self._started = time.perf_counter()
 
     @property
     def batches(self) -> Iterator[Batch]:
         """The batches of the step. Each has tensors ``[b, s]``, and is moved to the device when it
-        is yielded.
+        is yielded, but for its labels, which stay on the host.
         """
         for number, batch in enumerate(self._batches, start=1):
             self.is_last_batch = number == len(self._batches)
-            utils.batch_to_device(batch, self._steps.device)
+            move_batch(batch, self._steps.device)
             yield batch
 
     def add_loss(self, loss: Tensor) -> None:
@@ -111,6 +109,7 @@ class Step:
         max_norm = math.inf if clip_grad_norm is None else clip_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(steps.trained, max_norm))
         values = self._agree({**self._logged, "grad_norm": grad_norm})
+        steps.phases.done(PASSES)  # the values are here, so a GPU has done them
         self.applying, steps.saver.position = True, None
         # Some optimizers keep the rate as a tensor, which the scheduler changes in place.
         lr = float(optimizer.param_groups[0]["lr"])
@@ -127,9 +126,9 @@ class Step:
         if not steps.num_labelled:
             del self.metrics["loss"]  # there was no token to take a mean over
         self.metrics |= {"lr": lr, "num_tokens": steps.num_labelled}
-        seconds = time.perf_counter() - self._started
-        self.metrics["tokens_per_second"] = steps.processes.size * self._num_seen / seconds
-        self.metrics["seconds"] = seconds
+        steps.phases.done(OPTIMIZER)
+        seconds = steps.phases.of_step()
+        self.metrics |= {"tokens_per_second": steps.num_labelled / seconds, "seconds": seconds}
         steps.saver.mark_position()
 
     def _agree(self, scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     with Steps(cfg, model=model, data=data, loss_sum=loss_sum, ...) as steps:
         for step in steps:
-            for batch in step.batches:                      # on the device: tokens, labels [b, s]
+            for batch in step.batches:                      # tokens, labels [b, s]
                 loss = loss_sum(batch) / step.num_tokens
                 loss.backward()
                 step.add_loss(loss)
@@ -39,6 +39,7 @@ from kasa_tune.components.checkpoints import (
     resume_position,
     run_lock,
 )
+from kasa_tune.components.data import move_batch
 from kasa_tune.components.data.training_data import Batch, TrainingData
 from kasa_tune.components.processes import (
     OtherRankError,
@@ -48,7 +49,7 @@ from kasa_tune.components.processes import (
     watch_steps,
 )
 from kasa_tune.components.training.loggers import RunLoggers, SilentLogger
-from kasa_tune.components.training.phases import Phases
+from kasa_tune.components.training.phases import LOGGING, WAITING, Phases
 from kasa_tune.components.training.saving import Saver
 from kasa_tune.components.training.step import Step
 from kasa_tune.components.training.stop_signals import StopSignals
@@ -69,8 +70,9 @@ class Steps:
         cfg: the checked config of a fine-tuning recipe.
         model: the model with weights and adapters, on its device.
         data: the training and validation batches.
-        loss_sum: maps a batch on the device, with tokens and labels ``[b, s]``, to the summed loss
-            of its labelled tokens, a scalar with gradient. Validation uses it as well.
+        loss_sum: maps a batch with tokens ``[b, s]`` on the device, and labels ``[b, s]`` on the
+            host, to the summed loss of its labelled tokens, a scalar with gradient. Validation uses
+            it as well.
         optimizer: the optimizer of the trained parameters.
         lr_scheduler: the learning rate schedule, advanced once a step. None for a constant rate.
         checkpoint: the checkpoint that the run started from, if there is one.
@@ -175,6 +177,7 @@ class Steps:
             if self._stops_early:
                 since = f"since step {self.stopper.step}" if self.stopper.step else "at all"
                 log.info(f"Stopped early: {self.stopper.metric} has not got better {since}.")
+            log.info(self.phases.summary())
             log.info(f"Finished. Adapter: {self.saver.path / 'adapter.safetensors'}")
 
     def _save_after_break(self, step: Step) -> None:
@@ -231,10 +234,11 @@ class Steps:
         self.saver.mark_position()
         while not self._done:
             for batches in self._batches_of_steps():
+                self.phases.done(WAITING)
                 self._current = step = Step(self, batches)
                 yield step
-                self.phases.done("training")
                 self._finish_step(step)
+                self.phases.done(LOGGING)
                 self.saver.mark_position()
                 self._current = None
                 due = save_every and self.step % save_every == 0
@@ -355,7 +359,7 @@ class Steps:
         total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self.data.validation():
             num_tokens += self._num_labelled(batch)
-            utils.batch_to_device(batch, self.device)
+            move_batch(batch, self.device)
             total += self._loss_sum(batch)
         self.model.train()
         total_loss, all_tokens = self.processes.sum(total.item(), num_tokens)
