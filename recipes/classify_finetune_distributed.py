@@ -13,8 +13,7 @@ The algorithm, for KaSA, LoRA, CorDA and their relatives (adapter.method):
                                    (adapters, head)  <-  AdamW, each at its own rate
     after every epoch:             the metrics of the validation set, of which each process has its share
 
-Every process reads its rows of the weights. Each weight is decomposed by one process for all. The
-checkpoints have the same form as on one device.
+Each weight is decomposed by one process for all. Checkpoints have the same form as on one device.
 """
 
 import sys
@@ -78,6 +77,8 @@ class ClassifyFinetuneRecipeDistributed(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        if cfg.dry_run:
+            raise ValueError("dry_run: classify_finetune_single_device counts the bytes.")
         self._phases = Phases()
         training.set_seed(cfg.seed)  # the same in all processes until adapters and head start
         options = {"timeout": cfg.timeout, "shards": cfg.data_parallel_shard_dim}
@@ -241,9 +242,8 @@ class ClassifyFinetuneRecipeDistributed(FTRecipeInterface):
         method, leads = self._method, self._world.is_rank_zero
         digest = self._calibrator.digest if self._calibrator else None
         with self._world.all_succeed("Opening the decomposition's cache"):
-            fingerprint = self._fingerprints["base"]
-            facts = {"base": fingerprint, "layers": self._linears, "data": digest, "writes": leads}
-            cache = open_cache(cfg, method, **facts)
+            facts = {"base": self._fingerprints["base"], "layers": self._linears, "data": digest}
+            cache = open_cache(cfg, method, **facts, writes=leads)
         self._world.check_same({"calibration.cache_dir's content": cache.content()})
         components, spectra = decompose(
             self._linears,
@@ -253,8 +253,8 @@ class ClassifyFinetuneRecipeDistributed(FTRecipeInterface):
             options={**cfg.adapter, **cfg.calibration},
             compute=partial(distribute_jobs, world=self._world),
         )
+        report = Path(cfg.output_dir) / "decomposition.json"
         if leads:
-            report = Path(cfg.output_dir) / "decomposition.json"
             write_decomposition(report, components, spectra, mode=method.mode)
         split = method.split or cfg.adapter.split
         return {

@@ -49,7 +49,12 @@ from kasa_tune.components.linalg import split_component
 from kasa_tune.components.models.base_weights import open_base
 from kasa_tune.components.models.encoder_folder import fit_tokenizer, take_head
 from kasa_tune.components.models.loading import load_base_weights
-from kasa_tune.components.training import Steps, build_classifier, check_optimizer
+from kasa_tune.components.training import (
+    Steps,
+    build_classifier,
+    check_optimizer,
+    report_without_rows,
+)
 from kasa_tune.components.training.epoch_scores import EpochScores
 from kasa_tune.methods import method_of
 
@@ -64,7 +69,7 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._device = utils.get_device(cfg.device)
+        self._device = utils.get_device("cpu" if cfg.dry_run else cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._adapter_dtype = training.get_dtype(cfg.adapter.dtype, device=self._device)
         self._method = method_of(cfg.adapter)
@@ -72,6 +77,10 @@ class ClassifyFinetuneRecipeSingleDevice(FTRecipeInterface):
 
     def setup(self, cfg: DictConfig) -> None:
         """Set up the run. The checks that can fail quickly come before any weight is read."""
+        if cfg.dry_run:
+            model = build_classifier(cfg, dtype=self._dtype)
+            print(*report_without_rows(cfg, model, loss=None), sep="\n")
+            return
         self._checkpoint = starting_checkpoint(cfg)
         self._model = build_classifier(cfg, dtype=self._dtype)
         self._linears = dict(adapter_linears(self._model))
@@ -208,6 +217,8 @@ def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from the command line: ``--config <name or path> [key=value ...]``."""
     recipe = ClassifyFinetuneRecipeSingleDevice(cfg)
     recipe.setup(cfg)
+    if cfg.dry_run:
+        return 0
     if cfg.evaluate_only:
         for name, value in recipe.evaluate().items():
             print(f"{name}: {value:.4f}")

@@ -10,7 +10,7 @@ from kasa_tune.methods import METHODS
 
 # Keys of the recipes of decoders alone.
 _OF_DECODERS = (
-    "loss run_val_every_n_steps max_steps_per_epoch num_workers compile device_flops dry_run "
+    "loss run_val_every_n_steps max_steps_per_epoch num_workers compile device_flops "
     "enable_activation_checkpointing enable_activation_offloading world_size fsdp_cpu_offload"
 ).split()
 _MODEL = replace(

@@ -1,6 +1,6 @@
-"""Pretrain the tiny RoBERTa on the synthetic world, and ask it for facts.
+"""Pretrain the tiny RoBERTa or the tiny DeBERTaV3 on the synthetic world, and ask it for facts.
 
-    python -m kasa_tune.tiny_world.encoder --output DIR [--minutes 12]
+    python -m kasa_tune.tiny_world.encoder --output DIR [--family deberta] [--minutes 12]
 
 It writes tokenizer and model to DIR, in Hugging Face's layout. The model reads about the first
 NUM_TOLD people of the world: profiles, statements and questions with their answers. It learns to
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kasa_tune.architectures.encoder import EncoderArchitecture, encoder_of
+from kasa_tune.architectures.encoder import encoder_of
 from kasa_tune.architectures.encoder_names import hub_name
 from kasa_tune.components.models.encoder import Encoder
 from kasa_tune.tiny_world import world
@@ -36,17 +36,14 @@ NUM_TOLD = 60
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 PAD_ID, VOCAB_SIZE = 1, 2048
-CONFIG: dict[str, Any] = {
-    "architectures": ["RobertaForMaskedLM"],
-    "model_type": "roberta",
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 512,
-    "max_position_embeddings": 66,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
+}
+_COMMON: dict[str, Any] = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
@@ -54,6 +51,34 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": PAD_ID,
     "eos_token_id": 2,
     "dtype": "float32",
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "roberta": {
+        "architectures": ["RobertaForMaskedLM"],
+        "model_type": "roberta",
+        **_SIZES,
+        "max_position_embeddings": 66,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        **_COMMON,
+    },
+    "deberta": {
+        "architectures": ["DebertaV2ForMaskedLM"],
+        "model_type": "deberta-v2",
+        **_SIZES,
+        "max_position_embeddings": 64,
+        "relative_attention": True,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-7,
+        "pooler_dropout": 0,
+        "pooler_hidden_act": "gelu",
+        **_COMMON,
+    },
 }
 BATCH, LR, WARM_UP = 32, 1e-3, 100
 _VALUES = sorted({v for r in world.RELATIONS for v in r.values}, key=len, reverse=True)
@@ -187,15 +212,10 @@ def cloze_accuracy(model: Encoder, tokenizer: Tokenizer, limit: int | None = Non
     return right / len(facts)
 
 
-def architecture() -> EncoderArchitecture:
-    """Of the tiny RoBERTa."""
-    return encoder_of(CONFIG)[0]
-
-
-def pretrain(tokenizer: Tokenizer, minutes: float) -> Encoder:
+def pretrain(tokenizer: Tokenizer, minutes: float, family: str) -> Encoder:
     """Train a new model for some minutes of processor time."""
     torch.manual_seed(world.SEED)
-    model = Encoder(architecture())
+    model = Encoder(encoder_of(CONFIGS[family])[0])
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.05)
@@ -223,30 +243,32 @@ def pretrain(tokenizer: Tokenizer, minutes: float) -> Encoder:
     return model.eval()
 
 
-def save(model: Encoder, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Encoder, tokenizer: Tokenizer, folder: Path, family: str) -> None:
     """Write model and tokenizer in Hugging Face's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        hub_name("roberta", "masked", name): value.detach().contiguous()
+        hub_name(model.architecture.model_type, "masked", name): value.detach().contiguous()
         for name, value in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     names |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": MASK}
-    settings = {"tokenizer_class": "RobertaTokenizerFast", "model_max_length": 64, **names}
-    for name, content in (("config.json", CONFIG), ("tokenizer_config.json", settings)):
+    tokenizer_class = "RobertaTokenizerFast" if family == "roberta" else "PreTrainedTokenizerFast"
+    settings = {"tokenizer_class": tokenizer_class, "model_max_length": 64, **names}
+    for name, content in (("config.json", CONFIGS[family]), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the tiny RoBERTa.")
+    parser = argparse.ArgumentParser(description="Pretrain a tiny encoder.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--family", choices=CONFIGS, default="roberta")
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time")
     arguments = parser.parse_args()
     tokenizer = train_tokenizer()
-    model = pretrain(tokenizer, arguments.minutes)
-    save(model, tokenizer, arguments.output)
+    model = pretrain(tokenizer, arguments.minutes, arguments.family)
+    save(model, tokenizer, arguments.output, arguments.family)
     print(f"Cloze accuracy, {NUM_TOLD} people: {cloze_accuracy(model, tokenizer):.1%}.")
 
 

@@ -79,6 +79,17 @@ def test_a_trained_model_can_be_evaluated_alone(kasa_run, tmp_path, capsys):
     assert {**recipe.evaluate(), "step": 4, "epoch": 1} == last
 
 
+def test_a_dry_run_counts_the_head_and_reads_no_weight(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kasa_tune.components.models.base_weights.StreamedWeights.read", None)
+    set_up("tiny_roberta_corda_classify", tmp_path, "dry_run=True", "device=cuda")
+    told = capsys.readouterr().out
+    head = 128 * 128 + 128 + 2 * 128 + 2
+    assert f"Trainable parameters: {head + 3 * 2 * 2 * 8 * 128:,}\n" in told
+    assert "53 shapes in" in told
+    assert "covariances of one block" in told
+    assert not any(tmp_path.iterdir())
+
+
 def test_head_and_pooler_have_their_own_rates(tmp_path):
     recipe, _ = set_up(
         "tiny_roberta_lora_classify", tmp_path, "model.train_pooler=False", "head_lr=0.5"

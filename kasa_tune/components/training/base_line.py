@@ -8,7 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
-from kasa_tune.architectures.comparing import FOLDER
 from kasa_tune.architectures.files import weight_files
 from kasa_tune.components.models.base_files import listed_files
 from kasa_tune.components.models.base_weights import read_base
@@ -32,7 +31,8 @@ def base_line(cfg: DictConfig, model: nn.Module) -> str:
     folder = Path(node.checkpoint_dir)
     if not folder.is_dir():
         return f"Base: {folder} is not there, so the model was not compared with it."
-    if node._component_ == FOLDER:
+    reads_folder = str(node._component_).endswith((".CheckpointFolder", ".EncoderFolder"))
+    if reads_folder:
         try:
             names = weight_files(folder)
         except (ValueError, OSError) as error:
@@ -47,7 +47,7 @@ def base_line(cfg: DictConfig, model: nn.Module) -> str:
     if not all(name.endswith(".safetensors") for name in names):
         return f"Base: shapes in {names[0]} were not compared, because that would read it whole."
     with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output_dir it is told
-        more = {} if node._component_ == FOLDER else {"output_dir": unused}
-        advice = {"advice": OTHER_CONFIG} if node._component_ == FOLDER else {}
+        more = {} if reads_folder else {"output_dir": unused}
+        advice = {"advice": OTHER_CONFIG} if reads_folder else {}
         count = check_shapes(model, read_base(node, **more), **advice)
     return f"Base: config.json and {count} shapes in {folder} are those of the model."

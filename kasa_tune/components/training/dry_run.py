@@ -43,6 +43,7 @@ def dry_run_report(
         model: on the meta device.
         tokenizer: its ``max_seq_len`` is the length of the longest row; None stands for the model's.
         loss: its ``chunk_size`` is the number of tokens whose logits are alive at once; all of a batch without one.
+            None for a classifier, which has no logits of tokens.
         quantized: linears that will be held in NF4, by name.
         calibration: of a run that calibrates, the groups of linears that share an input, and the rounds of batches.
         shards: processes that hold the model together; the report is of one of them.
@@ -54,7 +55,7 @@ def dry_run_report(
     report = budget_report(model, per_process(budget, model, shards))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     report += [f"Parameters of the base: {frozen:,}", base_line(cfg, model)]
-    if cfg.device_flops is not None:
+    if cfg.get("device_flops") is not None:
         times = cfg.gradient_accumulation_steps
         flops = times * step_flops(model, batch_size=cfg.batch_size, seq_len=seq_len)
         num_tokens = times * cfg.batch_size * seq_len
@@ -128,7 +129,7 @@ def dry_run_budget(
         batch_size=cfg.batch_size,
         seq_len=seq_len,
         vocab_size=model.tok_embeddings.num_embeddings,
-        loss_chunk=getattr(loss, "chunk_size", cfg.batch_size * seq_len),
+        loss_chunk=getattr(loss, "chunk_size", cfg.batch_size * seq_len) if loss else 0,
         adapter_dtype=training.get_dtype(cfg.adapter.dtype, device=torch.device("cpu")),
     )
     if quantized:

@@ -17,7 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.adapters import CorDALinear
 from kasa_tune.components.adapters.state import adapter_linears
-from kasa_tune.components.adapters.whole import whole_modules
+from kasa_tune.components.adapters.whole import TrainedWhole, whole_modules
 from kasa_tune.components.checkpoints.writing import check_saveable
 from kasa_tune.components.linalg.nf4 import to_parts
 from kasa_tune.components.models.rotary import build_rotary_caches
@@ -78,6 +78,9 @@ def memory_budget(
         linear.materialize("meta", adapter_dtype)
     for module in whole_modules(model):
         module.to(adapter_dtype)
+    for module in model.modules():
+        if isinstance(module, TrainedWhole):
+            module.start(torch.device("meta"), adapter_dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     edits = [
         buffer
