@@ -189,7 +189,7 @@ class AdapterLinear(nn.Module):
         """
         if torch.compiler.is_compiling() or self.disabled or not self.rank:
             return False
-        return not (self.training and getattr(self.dropout, "p", 0.0))
+        return not (isinstance(self.dropout, nn.Dropout) and self.dropout.training)
 
     def parts(self) -> Parts:
         """Return the tensors that the output is made from."""

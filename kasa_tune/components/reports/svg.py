@@ -108,6 +108,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     log: bool = False,
+    log_x: bool = False,
     from_zero: bool = False,
 ) -> str:
     """Draw lines over one another.
@@ -118,6 +119,7 @@ def line_chart(
         x_label: name of the horizontal axis.
         y_label: name of the vertical axis.
         log: the vertical axis is logarithmic.
+        log_x: the horizontal axis is logarithmic. All x are above zero.
         from_zero: the vertical axis starts at zero.
     """
     kept = [(line, [(x, y) for x, y in thinned(line.points) if y > 0 or not log]) for line in lines]
@@ -126,7 +128,7 @@ def line_chart(
         return ""
     xs = [x for _, points in kept for x, _ in points]
     ys = [y for _, points in kept for _, y in points]
-    x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log=log_x)
     y = _vertical(ys, log, from_zero)
     parts = [_frame(x, y, x_label, y_label)]
     for line, points in sorted(kept, key=lambda found: not found[0].faint):

@@ -200,6 +200,12 @@ def stepped_optimizer(
             "times a step, which the recipes do not give. Use another one, such as "
             "torch.optim.AdamW."
         )
+    if getattr(optimizer, "is_paged", False):  # of bitsandbytes
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} pages its state between a GPU and the host, and "
+            "checkpoints cannot hold such a state. Use torchao.optim.AdamW8bit, or a distributed "
+            "recipe with fsdp_cpu_offload=True, which keeps the state on the host."
+        )
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = False

@@ -376,6 +376,17 @@ def test_a_quantized_optimizer_state_is_refused_where_it_would_be_cut(make, monk
         check_optimizer(partial(make, lr=0.1), model, is_cut=True)
 
 
+class PagedAdamW8bit(torch.optim.AdamW):
+    """Tells of itself what bitsandbytes' paged optimizers do."""
+
+    is_paged = True
+
+
+def test_an_optimizer_that_pages_its_state_is_refused_with_what_to_use():
+    with pytest.raises(ValueError, match=r"PagedAdamW8bit pages .*AdamW8bit.*fsdp_cpu_offload"):
+        check_optimizer(partial(PagedAdamW8bit, lr=0.1), on_meta())
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_of_torchs_optimizers_may_be_cut(name):
     check_optimizer(OPTIMIZERS[name], on_meta(), is_cut=True)
