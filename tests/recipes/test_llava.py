@@ -213,8 +213,10 @@ def test_a_frozen_connector_stays_as_it_was(train, tmp_path, place, call):
     assert len(names) == 4
     call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
     given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu", f"peft_adapter={run}_peft"]
-    with pytest.raises(ValueError, match="cannot be imported yet"):
-        call("import_adapter", "lora", *given, f"output_dir={tmp_path / 'imported'}")
+    call("import_adapter", "lora", *given, f"output_dir={tmp_path / 'imported'}")
+    imported = find_checkpoint(tmp_path / "imported")
+    assert imported.config["model"]["train_connector"] == "frozen"
+    assert imported.adapter.keys() == find_checkpoint(run).adapter.keys()
     assert all(torch.equal(stored[name], kept[name]) for name in names)
 
 
@@ -277,11 +279,6 @@ def test_recipes_that_do_not_take_llava_say_so(place, tmp_path, monkeypatch):
 
 def test_what_cannot_hold_the_connector_says_so(train, call, place, tmp_path):
     run = train("lora", tmp_path / "run", "max_steps=1")
-    call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
-    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
-    given += [f"peft_adapter={run}_peft", f"output_dir={tmp_path / 'imported'}"]
-    with pytest.raises(ValueError, match="cannot be imported yet"):
-        call("import_adapter", "lora", *given)
     adapters = AdapterSet(load_ours(place), checkpoint_dir=str(place))
     with pytest.raises(ValueError, match="connector was trained whole"):
         adapters.add("own", run)
@@ -290,6 +287,47 @@ def test_what_cannot_hold_the_connector_says_so(train, call, place, tmp_path):
     expected = find_checkpoint(run).adapter
     assert native.keys() == expected.keys()
     assert all(torch.equal(native[name], tensor) for name, tensor in expected.items())
+
+
+def of_peft(place, folder, targets, whole):
+    """A LoRA that PEFT made, with random B and connector, saved; returns its logits."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+    chosen = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=whole)
+    model = peft.get_peft_model(model, chosen).eval()
+    random = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+    model.save_pretrained(folder)
+    ids, images = inputs()
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=images).logits
+
+
+def test_an_adapter_of_peft_is_imported_with_its_connector(place, call, tmp_path):
+    targets = r"model\.language_model\..*\.(q_proj|down_proj)"
+    expected = of_peft(place, tmp_path / "peft", targets, ["multi_modal_projector"])
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
+    given += [f"peft_adapter={tmp_path / 'peft'}", f"output_dir={tmp_path / 'imported'}"]
+    call("import_adapter", "lora", *given)
+    imported = find_checkpoint(tmp_path / "imported")
+    assert {name for name in imported.adapter if ".lora_" not in name} == CONNECTOR
+    call("export_adapter", "merged_export", f"adapter_checkpoint={tmp_path / 'imported'}")
+    found = of_transformers(tmp_path / "imported_merged")
+    atol = TOLERANCE * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert (found - of_transformers(place)).abs().max() > 100 * atol
+
+
+def test_an_adapter_of_peft_that_cannot_be_imported_says_why(place, call, tmp_path):
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
+    given += [f"peft_adapter={tmp_path / 'peft'}", f"output_dir={tmp_path / 'imported'}"]
+    of_peft(place, tmp_path / "peft", ["q_proj"], None)  # those of the tower, too
+    with pytest.raises(ValueError, match=r"vision_tower.*takes no adapter here"):
+        call("import_adapter", "lora", *given)
+    of_peft(place, tmp_path / "peft", ["v_proj", "k_proj"], ["linear_1"])
+    with pytest.raises(ValueError, match=r"modules_to_save .*trained whole modules"):
+        call("import_adapter", "lora", *given)
 
 
 def test_a_connector_is_of_a_llava_model(tmp_path, place):

@@ -63,8 +63,9 @@ class ImageFile(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 of the file."""
-        inline = isinstance(self.source, bytes)
-        return hashlib.sha256(self.source if inline else self.source.read_bytes()).hexdigest()
+        source = self.source
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        return hashlib.sha256(content).hexdigest()
 
 
 def source_of(text: str, folder: Path) -> Source:

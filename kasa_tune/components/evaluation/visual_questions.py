@@ -147,7 +147,7 @@ class VisualQuestions(VisualTask):
 
     def sample(self, row: Row) -> Sample:
         given = row.get(self.answer)
-        if self._is_listed(given):
+        if isinstance(given, list) and all(map(_is_of_vqa, given)):
             row = {**row, self.answer: [one["answer"] for one in given]}
         if self.scoring == "exact":
             return Sample(self.prompt_of(row), texts_of(row, self.answer))
@@ -160,13 +160,6 @@ class VisualQuestions(VisualTask):
         texts_of(row, self.answer)  # each is a text
         return Sample(self.prompt_of(row), people)
 
-    @staticmethod
-    def _is_listed(given: Any) -> bool:
-        """Whether answers are as in the files of VQA."""
-        return isinstance(given, list) and all(
-            isinstance(one, Mapping) and "answer" in one for one in given
-        )
-
     def run(self, model: LanguageModel, progress: Progress | None = None) -> Scores:
         answers = self.ask(model, progress)
         pairs = list(zip(answers, (sample.references for sample in self.samples), strict=True))
@@ -175,6 +168,11 @@ class VisualQuestions(VisualTask):
         scores["exact_match"] = [exact_match(*pair, self._normalize) for pair in pairs]
         metrics = {metric: mean(values) for metric, values in scores.items()}
         return Scores(scored_records(self.samples, answers, scores), metrics)
+
+
+def _is_of_vqa(answer: Any) -> bool:
+    """Whether an answer is as in the files of VQA."""
+    return isinstance(answer, Mapping) and "answer" in answer
 
 
 class VisualChoices(VisualTask):

@@ -164,9 +164,18 @@ def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
     wrong = [
         f"{key} is {shown(config[key])}: {why}"
         for key, why in _UNSUPPORTED.items()
-        if config.get(key)
+        if config.get(key) and not (key == "modules_to_save" and _is_connector(config[key]))
     ]
     if config.get("kasa_config") and config.get("use_dora"):
         wrong.append("it is KaSA and DoRA at once")
     if wrong:
         raise ValueError(f"{folder} cannot be imported: {'; '.join(wrong)}.")
+
+
+def _is_connector(names: Any) -> bool:
+    """Whether the modules that were trained whole are LLaVA's connector, in full."""
+    ends = {name.rpartition(".")[2] for name in names} if _is_names(names) else set()
+    return not isinstance(names, str) and ends in (
+        {"multi_modal_projector"},
+        {"linear_1", "linear_2"},
+    )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kasa_tune.architectures.vision import CONNECTOR
 from kasa_tune.components.exchange.checksums import check_checksums
 from kasa_tune.components.exchange.peft_config import (
     is_number,
@@ -59,6 +60,7 @@ class PeftAdapter:
         base_digest, architecture: of the base it was exported for, if checksums.json says so.
         layers: the adapted modules by their names in the base model.
         copies: modules of which the file also holds the base's weight, as PEFT does with an adapted output projection.
+        whole: tensors of LLaVA's connector, if it was trained whole: the key in the file by the base's name.
 
     Raises:
         FileNotFoundError: the folder or one of the two files is missing.
@@ -70,6 +72,7 @@ class PeftAdapter:
         self.base_digest, self.architecture = check_checksums(folder)
         self.config = read_config(folder)
         self.copies: list[str] = []
+        self.whole: dict[str, str] = {}
         self._biases: dict[str, str] = {}  # keys of the base's biases that the file holds besides
         self._keys, self._shapes = self._headers()
         needed = (
@@ -111,6 +114,24 @@ class PeftAdapter:
             tensor = file.get_tensor(key).float()
         if not tensor.isfinite().all():
             raise ValueError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinity.")
+        return tensor
+
+    def read_whole(self, name: str, shape: Collection[int]) -> Tensor:
+        """A tensor of :attr:`whole`, float32.
+
+        Raises:
+            ValueError: the file lacks it, or it has another shape than the base's, or holds NaN or infinity.
+        """
+        if name not in self.whole:
+            raise ValueError(f"{self.folder} was trained with the connector, and lacks {name}.")
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            tensor = file.get_tensor(self.whole[name]).float()
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: {name} is {tuple(tensor.shape)}, and the base's is {tuple(shape)}."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.folder / WEIGHTS}: {name} holds NaN or infinity.")
         return tensor
 
     def check_copies(self, read: Callable[[str], Tensor], stored: Collection[str]) -> None:
@@ -157,7 +178,8 @@ class PeftAdapter:
         linears = {
             module: tuple(value.shape) for module, value in weights.items() if value.ndim == 2
         }
-        if unknown := sorted(self.layers.keys() - linears.keys()):
+        of_connector = {key.rpartition(".")[0] for key in self.whole}
+        if unknown := sorted({*self.layers, *of_connector} - linears.keys()):
             raise ValueError(
                 f"{self.folder} adapts {unknown[0]} ({len(unknown)} modules in all), which the base model of "
                 "checkpointer.checkpoint_dir does not have. Give the base that the adapter was trained on"
@@ -213,6 +235,9 @@ class PeftAdapter:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if CONNECTOR.fullmatch(name := key.removeprefix(PREFIX)):
+                        self.whole[name] = key
+                        continue
                     if bias := _BIAS.fullmatch(key):
                         self._biases[bias["module"]] = key
                         continue

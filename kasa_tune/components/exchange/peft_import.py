@@ -48,6 +48,7 @@ _UNTOUCHED = (
 )  # starts that leave the base as it is
 _FOUND_AGAIN = ("pissa", "olora")  # starts that follow from the base alone
 _BUILDERS = "kasa_tune.components.models"
+_CONNECTOR = "connector."  # of LLaVA, in our names
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,21 @@ class PeftImport:
                 found |= {f"{name}.{key}": value[place.rows] for key, value in of_rows.items()}
                 found |= {f"{name}.{key}": value.clone() for key, value in of_all.items()}
         return found
+
+    def connector(self) -> dict[str, Tensor]:
+        """LLaVA's connector where it was trained whole, float32 tensors by our names; else nothing.
+
+        Raises:
+            ValueError: a tensor of it is missing or does not fit the base.
+        """
+        if not self.peft.whole:
+            return {}
+        keys = {name: self.base.key_of(name) for name in self.base.meta if _CONNECTOR in name}
+        return {
+            name: self.peft.read_whole(key, self.base.meta[name].shape)
+            for name, key in keys.items()
+            if key
+        }
 
     def check_base(self) -> str:
         """The base's digest; a warning where the adapter's folder says that it was exported for other weights.
@@ -251,6 +267,8 @@ class PeftImport:
         }
         if "output" in self._leaves or "apply_to_output" in given:
             needed["apply_to_output"] = "output" in self._leaves
+        if any(_CONNECTOR in name for name in self.base.meta):
+            needed["train_connector"] = "full" if self.peft.whole else "frozen"
         if dropout := self.peft.config.get("lora_dropout"):
             needed["dropout"] = dropout
         if self.method == "lora" and (self.peft.is_dora or "use_dora" in given):
@@ -305,11 +323,6 @@ def open_peft(
     if not isinstance(base, StreamedWeights):
         raise ValueError(
             "The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use."
-        )
-    given = base_architecture(base.folder) if base.folder else None
-    if given and given.vision:
-        raise ValueError(
-            f"{base.folder} holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
         )
     initial = PeftAdapter(initial_folder) if initial_folder else None
     return PeftImport(PeftAdapter(folder), base, model, initial)
