@@ -60,6 +60,7 @@ class EvaluateModelRecipe:
         check_base(self._model, cfg)
         for task in self._tasks:
             task.check_length(self._model.max_seq_len)
+            task.check_prompts(self._tokenizer, self._model.max_seq_len)
         bootstrap = Bootstrap(**cfg.bootstrap, seed=cfg.seed)
         self._results = Results(Path(cfg.output_dir), self._tasks, bootstrap)
         self._base = read_base(cfg.checkpointer)

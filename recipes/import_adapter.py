@@ -62,7 +62,7 @@ def convert(cfg: DictConfig, imported: PeftImport) -> dict[str, Tensor]:
     """
     device = utils.get_device(cfg.device)
     how = {"device": device, "dtype": training.get_dtype(cfg.dtype, device=device)}
-    adapter = imported.left_alone() | imported.head
+    adapter = imported.left_alone() | imported.head | imported.connector()
     for module in tqdm(imported.peft.layers, "Importing", unit="module", dynamic_ncols=True):
         adapter |= imported.tensors(module, **how)
     return adapter

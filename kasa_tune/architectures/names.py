@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kasa_tune.architectures.architecture import Architecture
-from kasa_tune.architectures.vision import vision_name
+from kasa_tune.architectures.vision import name_in_memory, vision_name
 
 # How the names of a text model begin: alone, and inside a model that also sees.
 _TEXT = re.compile(
@@ -158,7 +158,8 @@ def parts_of(architecture: Architecture, key: str) -> list[Part]:
 
 
 def usual_name(architecture: Architecture, key: str) -> str:
-    """What transformers' model calls a tensor. The published files of GPT-2 leave a part out.
+    """What transformers' model calls a tensor. The published files of GPT-2 leave a part out, and those of
+    LLaVA have names of before transformers 4.52.
 
     Args:
         architecture: of the model.
@@ -166,7 +167,7 @@ def usual_name(architecture: Architecture, key: str) -> str:
     """
     if architecture.model_type == "gpt2" and not key.startswith(("transformer.", "lm_head.")):
         return f"transformer.{key}"
-    return key
+    return name_in_memory(key) if architecture.vision else key
 
 
 def is_transposed(architecture: Architecture, key: str) -> bool:

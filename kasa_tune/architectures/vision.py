@@ -43,12 +43,13 @@ _LONGEST_SIDE = 4096  # pixels; a larger tower is a mistake
 _STRATEGIES = {"default": False, "full": True}
 
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)")
-_CONNECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
+CONNECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
 # How names begin in files, and in the model that transformers builds of them.
 _IN_MEMORY = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head": "lm_head",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "vision_tower.": "model.vision_tower.",
 }
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _TOP = {
@@ -166,7 +167,7 @@ def vision_name(vision: Vision, key: str) -> str | None:
         Our name. None for a tensor that the model does not need, as those of layers that are not
         computed. An unknown name comes back as it is.
     """
-    if connector := _CONNECTOR.fullmatch(key):
+    if connector := CONNECTOR.fullmatch(key):
         return f"connector.{connector[1]}"
     tower = _TOWER.fullmatch(key)
     if tower is None:
@@ -185,7 +186,7 @@ def vision_name(vision: Vision, key: str) -> str | None:
 
 
 def name_in_memory(key: str) -> str:
-    """What a module or tensor of a LLaVA file is called in transformers' model, since 4.52.
+    """What a tensor of a LLaVA file is called in transformers' model, since 4.52.
 
     Args:
         key: its name in the file, in any of the four layouts.

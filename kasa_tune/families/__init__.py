@@ -5,8 +5,9 @@ Nothing here needs torch but :mod:`~kasa_tune.families.figures`.
 
 from kasa_tune.families.combining import TrainingConfig, training_configs
 from kasa_tune.families.headers import Figures
+from kasa_tune.families.settings import Task
 from kasa_tune.families.table import MODELS, Family, Model
-from kasa_tune.families.tasks import TASKS, Task
+from kasa_tune.families.tasks import TASKS
 from kasa_tune.families.writing import training_text
 
 __all__ = [

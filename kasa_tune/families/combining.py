@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kasa_tune.families.settings import Calibration, Setting, Task
 from kasa_tune.families.table import MODELS, Model
-from kasa_tune.families.tasks import TASKS, Calibration, Setting, Task
+from kasa_tune.families.tasks import TASKS
 from kasa_tune.methods import METHODS, Method
 
 # Keys of `model` that one method alone has.

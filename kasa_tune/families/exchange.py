@@ -9,6 +9,7 @@ from kasa_tune.families.combining import GENERATED, TrainingConfig
 from kasa_tune.families.headers import paragraph
 from kasa_tune.families.table import MODELS
 from kasa_tune.families.tasks import TASKS
+from kasa_tune.families.visual_tasks import KEPT_FAMILIES
 from kasa_tune.families.writing import checkpointer, model_section, tokenizer
 from kasa_tune.methods import METHODS
 
@@ -129,7 +130,7 @@ batch_size: 8""",
     )
 
 
-_EVALUATION = """\
+_TEXTS = """\
 tasks:
   - _component_: kasa_tune.components.evaluation.QuestionAnswering
     name: texts  # of places that training has not seen
@@ -146,12 +147,32 @@ tasks:
     measures: kept
     prompt: "Q: {question} A:"
     max_new_tokens: 12
+"""
+_SETTINGS = """\
 bootstrap:
   num_resamples: 1000
   confidence: 0.95
 seed: 42
 batch_size: 64"""
-
+_EVALUATION = _TEXTS + _SETTINGS
+_OF_IMAGES = (
+    "tasks:\n"
+    + "".join(
+        f"""\
+  - _component_: kasa_tune.components.evaluation.VisualQuestions
+    name: {name}{note}
+    data_file: kasa_tune://tiny_world/data/{file}.jsonl
+    measures: {measures}
+    normalization: none
+    max_new_tokens: 8
+"""
+        for name, note, file, measures in (
+            ("twins", "  # in pictures that training has not seen", "twins_val", "learned"),
+            *((name, "", f"shapes_{name}", "kept") for name in KEPT_FAMILIES),
+        )
+    )
+    + _SETTINGS
+)
 
 # Beams, lengths and n-grams are KaSA's for GPT-2 medium; ids 50256 and 628 end a text in the script that it follows.
 _E2E_EVALUATION = """\
@@ -198,37 +219,47 @@ dtype: null
 def evaluation_texts() -> Iterator[tuple[str, str]]:
     """Names and texts of the configs that measure what runs learned and forgot."""
     yield _evaluation_of_llama()
-    yield _evaluation_of_gpt2()
+    yield _evaluation_of_folder("tiny_gpt2", "kasa", "lora", _EVALUATION)
+    yield _evaluation_of_folder("tiny_llava", "corda_kpm", "lora", _OF_IMAGES)
     yield "gpt2_e2e_evaluate", _E2E_EVALUATION
 
 
-def _evaluation_of_gpt2() -> tuple[str, str]:
-    model = MODELS["tiny_gpt2"]
+def _evaluation_of_folder(name: str, method: str, other: str, tasks: str) -> tuple[str, str]:
+    """Of an embedded model that is read from its folder.
+
+    Args:
+        name: of the model.
+        method: whose run is evaluated as the config stands.
+        other: a further method, whose run the header adds.
+        tasks: the section, and the keys up to ``device``.
+    """
+    model = MODELS[name]
     task = TASKS[model.tasks[0]]
-    run = "#   tune run evaluate_model --config tiny_gpt2_evaluate"
+    config = TrainingConfig(model, task, METHODS[method])
+    run = f"#   tune run evaluate_model --config {name}_evaluate"
     lines = [
         paragraph(
-            "What runs on the embedded tiny GPT-2 learned, and what they forgot: the base and every run in `adapters` "
-            "do the same tasks. It takes less than a minute on a CPU and downloads nothing."
+            f"What runs on {model.title[0].lower()}{model.title[1:]} learned, and what they forgot: the base and every "
+            "run in `adapters` do the same tasks. It takes less than a minute on a CPU and downloads nothing."
         ),
         "#",
         "# Train first, with one method or with several:",
-        "#   tune run kasa_finetune_single_device --config tiny_gpt2_kasa",
+        f"#   tune run {config.recipe} --config {config.name}",
         "# Evaluate:",
         run,
-        f"{run} adapters.lora=/tmp/kasa_tune/tiny_gpt2_lora",
+        f"{run} adapters.{other}=/tmp/kasa_tune/{name}_{other}",
         f"{run} adapters=null     # the base model alone",
     ]
     parts = [
         "\n".join(lines),
-        "output_dir: /tmp/kasa_tune/tiny_gpt2_evaluate",
+        f"output_dir: /tmp/kasa_tune/{name}_evaluate",
         tokenizer(model, task),
         model_section(TrainingConfig(model, task, METHODS["lora"])),
-        f"{checkpointer(model, '')}\nadapters:\n  kasa: /tmp/kasa_tune/tiny_gpt2_kasa",
-        _EVALUATION,
+        f"{checkpointer(model, '')}\nadapters:\n  {method}: /tmp/kasa_tune/{config.name}",
+        tasks,
         f"device: {task.device}\ndtype: {task.dtype}\n",
     ]
-    return "tiny_gpt2_evaluate", "\n\n".join(parts)
+    return f"{name}_evaluate", "\n\n".join(parts)
 
 
 def _evaluation_of_llama() -> tuple[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kasa_tune.families.combining import TrainingConfig, generation_of
 from kasa_tune.families.table import Model
+from kasa_tune.families.tasks import TASKS
 
 # What a header shows besides: what for, the overrides, what ends the name of that run. `{rounds}` is filled in.
 _VARIANTS = {
@@ -90,13 +91,21 @@ def _relation(config: TrainingConfig) -> str:
         return config.task.source or (
             trained if config.model.in_kasa_paper else "The setting is the paper's."
         )
-    if not config.task.comes_from_papers or setting is config.task.kasa:
+    if not config.task.comes_from_papers or (setting is config.task.kasa and _has_kasa(config)):
         return f"All else is as in {_beside(config, 'kasa')}."
     if method.setting == "corda":
         return "The hyper-parameters are the paper's."
+    if not _has_kasa(config):
+        return f"All else is as in {_beside(config, 'corda_kpm')}."
     if method.name == "qcorda":
         return "The hyper-parameters are those of CorDA's paper (arXiv 2406.05223)."
     return f"All else is as in {_beside(config, 'qcorda' if method.quantized else 'corda')}."
+
+
+def _has_kasa(config: TrainingConfig) -> bool:
+    """Whether KaSA has a config for this model and this task."""
+    first = config.task is TASKS[config.model.tasks[0]]
+    return "kasa" in (config.model.methods if first else config.task.methods)
 
 
 def _beside(config: TrainingConfig, method: str) -> str:

@@ -172,6 +172,9 @@ TINY_GPT2 = replace(
     prompt_template='{user: ["Data: ", " Text: "], assistant: ["", ""]}',
     samples=16,
 )
+# Prompts of rows with images are LLaVA-1.5's own.
+LLAVA = replace(GPT2, prompt_template=None, ignored=None, samples=128)
+TINY_LLAVA = replace(LLAVA, samples=32)
 STORIES = Family(
     "LLAMA2", f"{_TORCHTUNE}.llama2.llama2_tokenizer", prompt_template="null", samples=8
 )
@@ -187,6 +190,7 @@ _SMALL: dict[str, Any] = {
     "checkpointing": False,
     "tied": True,
 }  # fits on a card with everything kept
+_CONNECTOR = {"train_connector": "full  # beside the adapters; frozen: not at all"}
 _70B: dict[str, Any] = {"num_files": 30, "batch_size": 1}
 _ROWS = (
     Model(
@@ -273,6 +277,10 @@ _ROWS = (
         in_kasa_paper=True, tasks=("gpt2_e2e",), methods=("kasa", "lora"), **_SMALL,
     ),
     Model(
+        "llava1_5_7b", "LLaVA-1.5 7B", LLAVA, "llava-hf/llava-1.5-7b-hf", 3, batch_size=2,
+        tasks=("okvqa", "pmc_vqa"), methods=("lora", "corda_kpm"), sizes=_CONNECTOR,
+    ),
+    Model(
         "tiny", "The embedded tiny Llama", TINY,
         builder="llama3", batch_size=16, checkpointing=False, tasks=("tiny_world",),
         methods=(*METHODS,), folder="kasa_tune://tiny_world/model",
@@ -287,6 +295,12 @@ _ROWS = (
         builder="from_checkpoint", batch_size=16, tasks=("tiny_world",),
         methods=("kasa", "lora", "corda"), folder="kasa_tune://tiny_world/gpt2",
         sizes={"checkpoint_dir": "kasa_tune://tiny_world/gpt2"}, **_SMALL,
+    ),
+    Model(
+        "tiny_llava", "The embedded tiny LLaVA", TINY_LLAVA,
+        builder="from_checkpoint", batch_size=32, checkpointing=False, tasks=("twins",),
+        methods=("kasa", "lora", "corda_kpm"), folder="kasa_tune://tiny_world/llava",
+        sizes={"checkpoint_dir": "kasa_tune://tiny_world/llava", **_CONNECTOR},
     ),
     Model(
         "stories260k", "stories260K, a real Llama of 260 thousand parameters", STORIES,

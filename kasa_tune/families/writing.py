@@ -6,8 +6,8 @@ import textwrap
 
 from kasa_tune.families.combining import MODEL_KEYS, TrainingConfig
 from kasa_tune.families.headers import Figures, header
+from kasa_tune.families.settings import Calibration, Task
 from kasa_tune.families.table import Model
-from kasa_tune.families.tasks import Calibration, Task
 
 # Keys of `adapter` that one method alone has, and a learning rate that differs from the setting's.
 _ADAPTER_KEYS = {

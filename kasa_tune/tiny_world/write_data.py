@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kasa_tune.tiny_world import sentences, task, world
+from kasa_tune.tiny_world import sentences, shapes, task, world
 
 
 def data_files() -> dict[str, str]:
@@ -26,6 +26,7 @@ def data_files() -> dict[str, str]:
         for name in sentences.TASKS
         for split in ("train", "val")
     }
+    rows |= shapes.data_files()
     return {
         name: "".join(json.dumps(row) + "\n" for row in content) for name, content in rows.items()
     }

@@ -28,6 +28,9 @@ SMALL += ["model.rank=4", "model.alpha=8", "save_every_n_steps=2"]
 CALIBRATION = ["calibration.max_seq_len=64", "calibration.num_samples=8"]
 CALIBRATION += ["calibration.concatenate=False"]
 METHODS = {"kasa": "kasa", "lora": "kasa", "corda_kpm": "corda"}
+NF4 = ["quantization.block_size=32", "quantization.scaler_block_size=32", "lr_scheduler=null"]
+
+CONNECTOR = {f"connector.linear_{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias")}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def words(place, method, run, *more):
         f"data_files: {place / 'rows.jsonl'}}}"
     )
     given = [f"checkpoint_dir={place}", f"dataset={data}", f"output_dir={run}", *SMALL]
-    if method == "corda_kpm":
+    if method in ("corda_kpm", "qcorda"):
         given += [f"calibration.dataset={data}", *CALIBRATION]
     return [*given, *more]
 
@@ -72,7 +75,7 @@ def call(run_main):
 @pytest.fixture
 def train(call, place):
     def train(method, run, *more):
-        recipe = f"{METHODS[method]}_finetune_single_device"
+        recipe = f"{METHODS.get(method, method)}_finetune_single_device"
         call(recipe, method, *words(place, method, run, *more))
         return run
 
@@ -117,9 +120,7 @@ def test_a_trained_model_is_exported_with_its_connector(
     losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     adapter = find_checkpoint(run).adapter
-    assert {name for name in adapter if ".lora_" not in name} == {
-        f"connector.linear_{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias")
-    }
+    assert {name for name in adapter if ".lora_" not in name} == CONNECTOR
     ours = of_run(load_recipe, run)
     assert (ours - of_transformers(place)).abs().max() > 100 * TOLERANCE
     call("report_run", "report", f"run={run}")
@@ -212,8 +213,10 @@ def test_a_frozen_connector_stays_as_it_was(train, tmp_path, place, call):
     assert len(names) == 4
     call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
     given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu", f"peft_adapter={run}_peft"]
-    with pytest.raises(ValueError, match="cannot be imported yet"):
-        call("import_adapter", "lora", *given, f"output_dir={tmp_path / 'imported'}")
+    call("import_adapter", "lora", *given, f"output_dir={tmp_path / 'imported'}")
+    imported = find_checkpoint(tmp_path / "imported")
+    assert imported.config["model"]["train_connector"] == "frozen"
+    assert imported.adapter.keys() == find_checkpoint(run).adapter.keys()
     assert all(torch.equal(stored[name], kept[name]) for name in names)
 
 
@@ -248,25 +251,34 @@ def test_an_image_that_cannot_be_trained_on_is_refused_before_training(train, pl
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_recipes_that_do_not_take_llava_say_so(call, place, tmp_path, load_recipe, monkeypatch):
-    given = words(place, "corda_kpm", tmp_path / "run")
-    cfg = config.load("qcorda", [*given, "model.rank=4"], about_to_run=True)
-    recipe = load_recipe("qcorda_finetune_single_device").QCorDAFinetuneRecipeSingleDevice(cfg)
-    with pytest.raises(ValueError, match="neither the distributed recipes nor those"):
-        recipe.setup(cfg)
+def test_the_language_model_alone_is_held_in_four_bits(train, call, load_recipe, place, tmp_path):
+    run = train("qcorda", tmp_path / "run", *NF4)
+    losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    part = train("qcorda", tmp_path / "part", *NF4, "max_steps=2")
+    train("qcorda", part, *NF4, "resume_from_checkpoint=True")
+    expected, found = (find_checkpoint(each).adapter for each in (run, part))
+    assert {name for name in expected if ".lora_" not in name} == CONNECTOR
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    ours = of_run(load_recipe, run)
+    call("export_adapter", "merged_export", f"adapter_checkpoint={run}")
+    atol = TOLERANCE * float(ours.abs().max())
+    torch.testing.assert_close(of_transformers(f"{run}_merged"), ours, rtol=0, atol=atol)
+    stored, kept = saved_tensors(f"{run}_merged"), saved_tensors(place)
+    same = {name for name in kept if torch.equal(stored[name], kept[name])}
+    blocks = {name for name in kept if "language_model.model.layers" in name and "proj" in name}
+    assert same == kept.keys() - blocks - {name for name in kept if "multi_modal" in name}
+
+
+def test_recipes_that_do_not_take_llava_say_so(place, tmp_path, monkeypatch):
     cfg = config.load("kasa", words(place, "kasa", tmp_path / "run"), about_to_run=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(ValueError, match="neither the distributed recipes nor those"):
+    with pytest.raises(ValueError, match="the distributed ones do not take them yet"):
         build_training_model(cfg, dtype=torch.float32)
 
 
 def test_what_cannot_hold_the_connector_says_so(train, call, place, tmp_path):
     run = train("lora", tmp_path / "run", "max_steps=1")
-    call("export_adapter", "peft_export", f"adapter_checkpoint={run}")
-    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
-    given += [f"peft_adapter={run}_peft", f"output_dir={tmp_path / 'imported'}"]
-    with pytest.raises(ValueError, match="cannot be imported yet"):
-        call("import_adapter", "lora", *given)
     adapters = AdapterSet(load_ours(place), checkpoint_dir=str(place))
     with pytest.raises(ValueError, match="connector was trained whole"):
         adapters.add("own", run)
@@ -275,6 +287,47 @@ def test_what_cannot_hold_the_connector_says_so(train, call, place, tmp_path):
     expected = find_checkpoint(run).adapter
     assert native.keys() == expected.keys()
     assert all(torch.equal(native[name], tensor) for name, tensor in expected.items())
+
+
+def of_peft(place, folder, targets, whole):
+    """A LoRA that PEFT made, with random B and connector, saved; returns its logits."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+    chosen = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=whole)
+    model = peft.get_peft_model(model, chosen).eval()
+    random = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+    model.save_pretrained(folder)
+    ids, images = inputs()
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=images).logits
+
+
+def test_an_adapter_of_peft_is_imported_with_its_connector(place, call, tmp_path):
+    targets = r"model\.language_model\..*\.(q_proj|down_proj)"
+    expected = of_peft(place, tmp_path / "peft", targets, ["multi_modal_projector"])
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
+    given += [f"peft_adapter={tmp_path / 'peft'}", f"output_dir={tmp_path / 'imported'}"]
+    call("import_adapter", "lora", *given)
+    imported = find_checkpoint(tmp_path / "imported")
+    assert {name for name in imported.adapter if ".lora_" not in name} == CONNECTOR
+    call("export_adapter", "merged_export", f"adapter_checkpoint={tmp_path / 'imported'}")
+    found = of_transformers(tmp_path / "imported_merged")
+    atol = TOLERANCE * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert (found - of_transformers(place)).abs().max() > 100 * atol
+
+
+def test_an_adapter_of_peft_that_cannot_be_imported_says_why(place, call, tmp_path):
+    given = [f"checkpoint_dir={place}", "dtype=fp32", "device=cpu"]
+    given += [f"peft_adapter={tmp_path / 'peft'}", f"output_dir={tmp_path / 'imported'}"]
+    of_peft(place, tmp_path / "peft", ["q_proj"], None)  # those of the tower, too
+    with pytest.raises(ValueError, match=r"vision_tower.*takes no adapter here"):
+        call("import_adapter", "lora", *given)
+    of_peft(place, tmp_path / "peft", ["v_proj", "k_proj"], ["linear_1"])
+    with pytest.raises(ValueError, match=r"modules_to_save .*trained whole modules"):
+        call("import_adapter", "lora", *given)
 
 
 def test_a_connector_is_of_a_llava_model(tmp_path, place):

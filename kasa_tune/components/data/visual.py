@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchtune.data._common import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 
 from kasa_tune.architectures import Vision
-from kasa_tune.components.data.images import AspectRatio, ImageFile, check_image
+from kasa_tune.components.data.images import AspectRatio, ImageFile, Source, check_image, source_of
 from kasa_tune.components.data.tokenizers import HFTokenizer
 
 PLACEHOLDER = "<image>"
@@ -88,8 +88,11 @@ class VisualPrompts:
 
     def __call__(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
         """Token ids ``[n]``, and of each whether it belongs to an answer ``[n]``."""
+        return self.encode(*render(turns, self.end, self.system))
+
+    def encode(self, text: str, answers: Sequence[range] = ()) -> tuple[list[int], list[bool]]:
+        """As :meth:`__call__`, of a text and the characters of its answers."""
         assert self.vision is not None
-        text, answers = render(turns, self.end, self.system)
         encoded = self.tokenizer.tokenizer.encode(text, add_special_tokens=False)
         tokens = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         learned = [False] * len(tokens)
@@ -132,15 +135,15 @@ class VisualDataset(Dataset):
     ) -> None:
         self._data, self.prompts, self.columns, self.folder = rows, prompts, columns, folder
         self.aspect_ratio, self.train_on_input = aspect_ratio, train_on_input
-        seen: set[Path] = set()
+        seen: set[Source] = set()
         for index, row in enumerate(rows):
             try:
-                paths = self._paths(row)
-                self._turns(row, len(paths))
-                for path in paths:
-                    if path not in seen:
-                        check_image(path)
-                seen.update(paths)
+                sources = self._sources(row)
+                self._turns(row, len(sources))
+                for source in sources:
+                    if source not in seen:
+                        check_image(source)
+                seen.update(source for source in sources if isinstance(source, Path))
             except ValueError as error:
                 raise ValueError(f"row {index}: {error}") from None
 
@@ -149,8 +152,8 @@ class VisualDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._data[index]
-        paths = self._paths(row)
-        tokens, learned = self.prompts(self._turns(row, len(paths)))
+        sources = self._sources(row)
+        tokens, learned = self.prompts(self._turns(row, len(sources)))
         vision, limit = self.prompts.vision, self.prompts.tokenizer.max_seq_len
         assert vision is not None
         if limit is not None and vision.image_token in tokens[limit:]:
@@ -163,36 +166,28 @@ class VisualDataset(Dataset):
             token if (answer or self.train_on_input) and not place else IGNORE
             for token, answer, place in zip(tokens, learned, places, strict=True)
         ]
-        images = [ImageFile(path, vision.image_size, self.aspect_ratio) for path in paths]
+        images = [ImageFile(one, vision.image_size, self.aspect_ratio) for one in sources]
         return {"tokens": tokens[:limit], "labels": labels[:limit], "images": images}
 
-    def _paths(self, row: Mapping[str, Any]) -> list[Path]:
-        """The files of a row's images."""
-        value = row.get(self.columns["image"])
-        given = [] if value is None or value == "" else value
-        given = [given] if isinstance(given, str) else given
-        if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
-            raise ValueError(
-                f"column '{self.columns['image']}' must hold the path of an image, or a list of "
-                f"them; it holds {type(value).__name__}."
-            )
-        return [self.folder / one for one in given]
+    def _sources(self, row: Mapping[str, Any]) -> list[Source]:
+        return sources_of(row, self.columns["image"], self.folder)
 
     def _turns(self, row: Mapping[str, Any], num_images: int) -> list[Turn]:
         """A row's turns, with one placeholder for each image."""
         conversation = row.get(self.columns["conversations"])
-        turns = self._asked(row) if conversation is None else _conversation(conversation)
-        count = sum(turn.question.count(PLACEHOLDER) for turn in turns)
+        if conversation is None:
+            turn = self._asked(row)
+            turns = [turn._replace(question=with_placeholders(turn.question, num_images))]
+        else:
+            turns = _conversation(conversation)
+            count = sum(turn.question.count(PLACEHOLDER) for turn in turns)
+            if count != num_images:
+                raise _other_number(num_images, count)
         if any(PLACEHOLDER in (turn.answer or "") for turn in turns):
             raise ValueError(f"an answer holds {PLACEHOLDER}.")
-        if count == 0 and num_images and conversation is None:
-            first = PLACEHOLDER + "\n"
-            turns[0] = turns[0]._replace(question=first * num_images + turns[0].question)
-        elif count != num_images:
-            raise ValueError(f"it has {num_images} images and {count} times {PLACEHOLDER}.")
         return turns
 
-    def _asked(self, row: Mapping[str, Any]) -> list[Turn]:
+    def _asked(self, row: Mapping[str, Any]) -> Turn:
         """The one turn of a row with a question and an answer."""
         found = []
         for name in ("question", "answer"):
@@ -202,7 +197,47 @@ class VisualDataset(Dataset):
                     f"column '{self.columns[name]}' must hold text; it holds {text!r:.60}."
                 )
             found.append(text.strip())
-        return [Turn(*found)]
+        return Turn(*found)
+
+
+def sources_of(row: Mapping[str, Any], column: str, folder: Path) -> list[Source]:
+    """The files of a row's images, or these themselves.
+
+    Args:
+        row: with a path or an image as ``data:image/png;base64,...``, a list of these, or none.
+        column: its name.
+        folder: that relative paths begin at.
+
+    Raises:
+        ValueError: the column holds something else.
+    """
+    value = row.get(column)
+    given = [] if value is None or value == "" else value
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
+        raise ValueError(
+            f"column '{column}' must hold the path of an image, or a list of them; it holds "
+            f"{type(value).__name__}."
+        )
+    return [source_of(one, folder) for one in given]
+
+
+def with_placeholders(question: str, num_images: int) -> str:
+    """A question with ``<image>`` for each image: as it is if it has them, else at its beginning.
+
+    Raises:
+        ValueError: it has another number of them.
+    """
+    count = question.count(PLACEHOLDER)
+    if count == 0:
+        return f"{PLACEHOLDER}\n" * num_images + question
+    if count != num_images:
+        raise _other_number(num_images, count)
+    return question
+
+
+def _other_number(num_images: int, count: int) -> ValueError:
+    return ValueError(f"it has {num_images} images and {count} times {PLACEHOLDER}.")
 
 
 def _conversation(messages: Any) -> list[Turn]:
@@ -238,8 +273,8 @@ def visual_dataset(
     """Rows with images, for LLaVA.
 
     A row has ``conversations`` in ShareGPT's layout, in which ``<image>`` stands once for each
-    image, or ``question`` and ``answer``. Its column ``image`` holds the path of an image, a list of
-    them, or null. Questions without ``<image>`` get it at their beginning.
+    image, or ``question`` and ``answer``. Its column ``image`` holds the path of an image, the image
+    as ``data:image/png;base64,...``, a list of these, or null. Questions without ``<image>`` get it at their beginning.
 
     Args:
         tokenizer: of a LLaVA checkpoint's folder.

@@ -16,6 +16,7 @@ from kasa_tune.components.evaluation.perplexity import Perplexity
 from kasa_tune.components.evaluation.question_answering import QuestionAnswering
 from kasa_tune.components.evaluation.results import Results
 from kasa_tune.components.evaluation.tasks import CompletionTask, Sample, Scores, Task
+from kasa_tune.components.evaluation.visual_questions import VisualChoices, VisualQuestions
 
 __all__ = [
     "Bootstrap",
@@ -37,6 +38,8 @@ __all__ = [
     "Sample",
     "Scores",
     "Task",
+    "VisualChoices",
+    "VisualQuestions",
     "build_tasks",
     "complete",
     "generate",

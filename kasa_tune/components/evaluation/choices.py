@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,19 +102,32 @@ class MultipleChoice(ChoiceTask):
         if len(texts) < 2 or not all(text.strip() for text in texts):
             raise RowError(f"{self.choices!r} must hold two texts or more, none empty.")
         context = filled(self.prompt, row)
-        return Choice([context] * len(texts), texts, self._number(row, texts))
-
-    def _number(self, row: Row, texts: list[str]) -> int:
-        if self.answer not in row:
-            raise RowError(f"has no column {self.answer!r}.")
-        given, listed = row[self.answer], row[self.choices]
+        listed = row[self.choices]
         labels = listed.get("label") if isinstance(listed, Mapping) else None
-        if type(given) is int and 0 <= given < len(texts):
-            return given
-        for names in (texts, labels):
-            if isinstance(names, list) and given in names:
-                return names.index(given)
-        raise RowError(
-            f"{self.answer!r} is {given!r:.60}, which is neither the number (from 0), the text nor "
-            f"the label of one of {len(texts)} choices."
-        )
+        return Choice([context] * len(texts), texts, number_of(row, self.answer, texts, labels))
+
+
+def number_of(row: Row, column: str, texts: Sequence[str], labels: Sequence[str] | None) -> int:
+    """Which choice is right, from 0.
+
+    Args:
+        row: with the number, the text or the label of a choice.
+        column: that holds it.
+        texts: the choices.
+        labels: what they are called, if they are.
+
+    Raises:
+        RowError: the column is missing, or names no choice.
+    """
+    if column not in row:
+        raise RowError(f"has no column {column!r}.")
+    given = row[column]
+    if type(given) is int and 0 <= given < len(texts):
+        return given
+    for names in (texts, labels):
+        if isinstance(names, list) and given in names:
+            return names.index(given)
+    raise RowError(
+        f"{column!r} is {given!r:.60}, which is neither the number (from 0), the text nor "
+        f"the label of one of {len(texts)} choices."
+    )

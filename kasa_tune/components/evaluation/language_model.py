@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from kasa_tune.components.data import prompt_tokens
+from kasa_tune.components.data.images import AspectRatio, ImageFile, Source, load_images
+from kasa_tune.components.data.visual import VisualPrompts
 from kasa_tune.components.evaluation.decoding import Decoding
 from kasa_tune.components.evaluation.generation import generate
 
@@ -29,11 +32,35 @@ class Prompt:
         text: the prompt.
         chat: put it into the tokenizer's form of a user's message, as in training; else it is taken as it is.
         earlier: pairs of what the user and the model said before it; with ``chat`` only.
+        images: in the order of their placeholders in the text; without ``chat`` only.
+        image_aspect_ratio: how they become squares.
     """
 
     text: str
     chat: bool = False
     earlier: tuple[tuple[str, str], ...] = ()
+    images: tuple[Source, ...] = ()
+    image_aspect_ratio: AspectRatio = "pad"
+
+
+class LazyImages(Sequence[Tensor]):
+    """The images of prompts, each prompt's ``[n, 3, side, side]``, decoded when they are asked for.
+
+    Args:
+        prompts: that have them.
+        side: pixels of the square that the tower takes.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], side: int) -> None:
+        self._prompts, self._side = prompts, side
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index):
+        prompt = self._prompts[index]
+        options = self._side, prompt.image_aspect_ratio
+        return load_images([ImageFile(source, *options) for source in prompt.images])
 
 
 @dataclass(frozen=True)
@@ -82,10 +109,12 @@ class LanguageModel:
         """The completion of each prompt, up to a stop token or the first of the texts ``stop``.
 
         Raises:
-            ValueError: the model's length has no room for ``max_new_tokens`` and one token of a prompt.
+            ValueError: the model's length has no room for ``max_new_tokens`` and one token of a prompt, or all of a
+                prompt with images.
         """
         room = self.model.max_seq_len - decoding.max_new_tokens
-        tokens = [self._cut(self.encode(prompt), room) for prompt in prompts]
+        encoded = ((prompt, self.encode(prompt)) for prompt in prompts)
+        tokens = [each if prompt.images else self._cut(each, room) for prompt, each in encoded]
         found = generate(
             self.model,
             tokens,
@@ -95,6 +124,7 @@ class LanguageModel:
             batch_size=self.batch_size,
             seed=self.seed,
             progress=progress,
+            images=self._images(prompts),
         )
         return [before(self.tokenizer.decode(new), stop) for new in found]
 
@@ -141,9 +171,22 @@ class LanguageModel:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, beginning-of-sequence included."""
+        if prompt.images:
+            return self._visual.encode(prompt.text)[0]
         if not prompt.chat:
             return self._plain(prompt.text)
         return prompt_tokens(self.tokenizer, prompt.text, earlier=prompt.earlier)
+
+    @cached_property
+    def _visual(self) -> VisualPrompts:
+        return VisualPrompts(self.tokenizer)
+
+    def _images(self, prompts: Sequence[Prompt]) -> Sequence[Tensor]:
+        if not any(prompt.images for prompt in prompts):
+            return ()
+        vision = self._visual.vision
+        assert vision is not None
+        return LazyImages(prompts, vision.image_size)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_bos=True, add_eos=False))

@@ -120,6 +120,13 @@ class Task:
             ValueError: it has not.
         """
 
+    def check_prompts(self, tokenizer: Any, max_seq_len: int) -> None:
+        """See that a model with this tokenizer and this length can read the prompts, where not every one can.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     @property
     def num_steps(self) -> int | None:
         """How many steps ``progress`` is told of; None where that is not known beforehand."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
+from kasa_tune.components.models.llava import Llava
 
 INDEX = "model.safetensors.index.json"
 _ROTARY = "rotary_emb"  # tables that some checkpoints hold besides weights, in float32
@@ -69,9 +70,12 @@ def write_merged(
         for key, value in run.base.stored.items()
         if _ROTARY not in key and value.is_floating_point()
     }
+    # Readers of LLaVA know the names of its files.
+    named = run.base.name_in_file if isinstance(run.model, Llava) else str
+    own = {named(key): key for key in run.base.stored}
     stored = {
-        key: value.to(dtype) if dtype and key in weights else value
-        for key, value in run.base.stored.items()
+        name: run.base.stored[key].to(dtype) if dtype and key in weights else run.base.stored[key]
+        for name, key in own.items()
     }
     plan = split_torch_state_dict_into_shards(
         stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -79,11 +83,12 @@ def write_merged(
     errors = Deviations()
     for filename, keys in plan.filename_to_tensors.items():
         shard = {}
-        for key in keys:
+        for name in keys:
+            key, kind = own[name], stored[name].dtype
             if key in whole:
-                shard[key] = whole[key].to(stored[key].dtype)
+                shard[name] = whole[key].to(kind)
             else:
-                shard[key] = _tensor(run, key, modules.get(key), stored[key].dtype, errors)
+                shard[name] = _tensor(run, key, modules.get(key), kind, errors)
         save_file(shard, folder / filename, metadata={"format": "pt"})
         del shard
     if plan.is_sharded:
@@ -91,7 +96,8 @@ def write_merged(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy(side_files, folder)
     _set_dtype(
-        folder / "config.json", {value.dtype for key, value in stored.items() if key in weights}
+        folder / "config.json",
+        {value.dtype for name, value in stored.items() if own[name] in weights},
     )
     return errors
 

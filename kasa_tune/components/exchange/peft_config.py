@@ -169,9 +169,17 @@ def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
     wrong = [
         f"{key} is {shown(config[key])}: {why}"
         for key, why in _UNSUPPORTED.items()
-        if config.get(key) and not (key == "modules_to_save" and is_classifier(config))
+        if config.get(key) and not (key == "modules_to_save" and _is_known_whole(config))
     ]
     if config.get("kasa_config") and config.get("use_dora"):
         wrong.append("it is KaSA and DoRA at once")
     if wrong:
         raise ValueError(f"{folder} cannot be imported: {'; '.join(wrong)}.")
+
+
+def _is_known_whole(config: Mapping[str, Any]) -> bool:
+    """Whether what was trained whole is a classifier's head, or LLaVA's connector in full."""
+    names = config["modules_to_save"]
+    ends = {name.rpartition(".")[2] for name in names} if _is_names(names) else set()
+    connector = ends in ({"multi_modal_projector"}, {"linear_1", "linear_2"})
+    return is_classifier(config) or (connector and not isinstance(names, str))

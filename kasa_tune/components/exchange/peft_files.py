@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kasa_tune.architectures.vision import CONNECTOR
 from kasa_tune.components.exchange.checksums import check_checksums
 from kasa_tune.components.exchange.peft_config import (
     is_number,
@@ -59,7 +60,8 @@ class PeftAdapter:
         base_digest, architecture: of the base it was exported for, if checksums.json says so.
         layers: the adapted modules by their names in the base model.
         copies: modules of which the file also holds the base's weight, as PEFT does with an adapted output projection.
-        whole: names of the parameters of ``modules_to_save``, which were trained whole.
+        whole: names of the parameters of ``modules_to_save``, which were trained whole: a classifier's head, or
+            LLaVA's connector.
 
     Raises:
         FileNotFoundError: the folder or one of the two files is missing.
@@ -115,14 +117,22 @@ class PeftAdapter:
             raise ValueError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinity.")
         return tensor
 
-    def read_whole(self, name: str) -> Tensor:
+    def read_whole(self, name: str, shape: Collection[int] | None = None) -> Tensor:
         """A parameter of ``whole``, float32.
 
         Raises:
-            ValueError: it holds NaN or infinity.
+            ValueError: the file lacks it, or it has another shape than the given one, or holds NaN or infinity.
         """
+        if name not in self.whole:
+            raise ValueError(
+                f"{self.folder} has trained {shown(self.config.get('modules_to_save'))} whole, and lacks {name}."
+            )
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             tensor = file.get_tensor(PREFIX + name).float()
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: {name} is {tuple(tensor.shape)}, and the base's is {tuple(shape)}."
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{self.folder / WEIGHTS}: {PREFIX + name} holds NaN or infinity.")
         return tensor
@@ -176,7 +186,8 @@ class PeftAdapter:
         linears = {
             module: tuple(value.shape) for module, value in weights.items() if value.ndim == 2
         }
-        if unknown := sorted(self.layers.keys() - linears.keys()):
+        of_connector = {n.rpartition(".")[0] for n in self.whole if CONNECTOR.fullmatch(n)}
+        if unknown := sorted({*self.layers, *of_connector} - linears.keys()):
             raise ValueError(
                 f"{self.folder} adapts {unknown[0]} ({len(unknown)} modules in all), which the base model of "
                 "checkpointer.checkpoint_dir does not have. Give the base that the adapter was trained on"

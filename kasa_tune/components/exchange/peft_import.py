@@ -44,6 +44,7 @@ from kasa_tune.methods import LINEARS, METHODS, methods_of
 log = logging.getLogger(__name__)
 
 _BUILDERS = "kasa_tune.components.models"
+_CONNECTOR = "connector."  # of LLaVA, in our names
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,21 @@ class PeftImport:
                 found |= {f"{name}.{key}": value.clone() for key, value in of_all.items()}
         return found
 
+    def connector(self) -> dict[str, Tensor]:
+        """LLaVA's connector where it was trained whole, float32 tensors by our names; else nothing.
+
+        Raises:
+            ValueError: a tensor of it is missing or does not fit the base.
+        """
+        if not self.peft.whole:
+            return {}
+        keys = {name: self.base.key_of(name) for name in self.base.meta if _CONNECTOR in name}
+        return {
+            name: self.peft.read_whole(key, self.base.meta[name].shape)
+            for name, key in keys.items()
+            if key
+        }
+
     def check_base(self) -> str:
         """The base's digest; a warning where the adapter's folder says that it was exported for other weights.
 
@@ -192,10 +208,11 @@ class PeftImport:
         """The head of a classifier; empty if the base is none."""
         if isinstance(built, Encoder) and self.base.folder:
             return read_head(self.peft, built, self.base.folder)
-        if saved := self.peft.config.get("modules_to_save"):
+        saved = self.peft.config.get("modules_to_save")
+        if saved and not any(_CONNECTOR in name for name in self.base.meta):
             raise ValueError(
                 f"{self.peft.folder} cannot be imported: modules_to_save is {shown(saved)}: it trained whole modules "
-                "besides. Only the head of an encoder can be imported with its adapter."
+                "besides. Only the head of an encoder, or the connector of LLaVA, can be imported with its adapter."
             )
         return {}
 
@@ -267,6 +284,8 @@ class PeftImport:
         }
         if "output" in self._leaves or "apply_to_output" in given:
             needed["apply_to_output"] = "output" in self._leaves
+        if any(_CONNECTOR in name for name in self.base.meta):
+            needed["train_connector"] = "full" if self.peft.whole else "frozen"
         if dropout := self.peft.config.get("lora_dropout"):
             needed["dropout"] = dropout
         if self.head:
@@ -324,11 +343,6 @@ def open_peft(
     if not isinstance(base, StreamedWeights):
         raise ValueError(
             "The base must be a Hugging Face checkpoint in safetensors, whose names PEFT's adapters use."
-        )
-    given = base_architecture(base.folder) if base.folder else None
-    if given and given.vision:
-        raise ValueError(
-            f"{base.folder} holds a LLaVA model, for which adapters of PEFT cannot be imported yet."
         )
     initial = PeftAdapter(initial_folder) if initial_folder else None
     return PeftImport(PeftAdapter(folder), base, model, initial)

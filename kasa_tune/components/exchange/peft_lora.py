@@ -16,11 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kasa_tune.architectures.vision import name_in_memory
 from kasa_tune.components.exchange.deviations import Deviations, deviation
 from kasa_tune.components.exchange.trained_run import TrainedRun
 from kasa_tune.components.linalg.low_rank import LowRank
-from kasa_tune.components.models.llava import Llava
 
 PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may have
@@ -90,20 +88,10 @@ def write_peft(
 def _save(
     run: TrainedRun, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> None:
-    """Write both files. Of a model that also sees, PEFT knows the modules by other names than its files have, and a
-    connector that was trained whole is among the modules to save.
-    """
-    if isinstance(run.model, Llava):
-        whole = {f"{PREFIX}{key}": tensor for key, tensor in run.whole.items()}
-        tensors = {
-            f"{PREFIX}{name_in_memory(key.removeprefix(PREFIX))}": tensor
-            for key, tensor in {**tensors, **whole}.items()
-        }
-        config |= {
-            "target_modules": [name_in_memory(name) for name in config["target_modules"]],
-            "rank_pattern": {name_in_memory(n): r for n, r in config["rank_pattern"].items()},
-            "modules_to_save": ["multi_modal_projector"] if whole else None,
-        }
+    """Write both files. A connector that was trained whole is among the modules to save."""
+    if whole := run.whole:
+        tensors |= {f"{PREFIX}{key}": tensor for key, tensor in whole.items()}
+        config |= {"modules_to_save": ["multi_modal_projector"]}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")

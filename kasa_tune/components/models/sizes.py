@@ -21,6 +21,7 @@ from kasa_tune.components.models import encoder_folder as _encoders
 from kasa_tune.components.models import from_checkpoint as _from_checkpoint
 from kasa_tune.components.models import gemma as _own_gemma
 from kasa_tune.components.models import gpt2 as _gpt2
+from kasa_tune.components.models import llava_sizes as _llava
 from kasa_tune.components.models import phi as _own_phi
 
 # Llama 2 and Code Llama
@@ -113,6 +114,10 @@ kasa_qwen2_5_72b_base, lora_qwen2_5_72b_base, corda_qwen2_5_72b_base = builders(
 kasa_qwen2_5_72b_instruct, lora_qwen2_5_72b_instruct, corda_qwen2_5_72b_instruct = builders(
     _qwen2_5.qwen2_5_72b_instruct
 )
+
+# LLaVA-1.5
+kasa_llava1_5_7b, lora_llava1_5_7b, corda_llava1_5_7b = builders(_llava.llava1_5_7b)
+kasa_llava1_5_13b, lora_llava1_5_13b, corda_llava1_5_13b = builders(_llava.llava1_5_13b)
 
 # Any supported model, as the config.json of its checkpoint describes it
 kasa_from_checkpoint, lora_from_checkpoint, corda_from_checkpoint = builders(

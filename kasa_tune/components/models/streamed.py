@@ -121,6 +121,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         """The own name of the tensor that holds one of this mapping; None if there is none."""
         return self._keys.get(name)
 
+    def name_in_file(self, key: str) -> str:
+        """What the file calls a tensor, by its own name."""
+        return self._files[key][1]
+
     def read(self, key: str) -> Tensor:
         """A tensor of the checkpoint, by its own name."""
         path, name = self._files[key]

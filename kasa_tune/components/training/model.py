@@ -47,7 +47,7 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     """
     model = build_on_meta(partial(instantiate, cfg.model), dtype=dtype)
     require_adapters(model, cfg.model._component_)
-    _check_supported(model, cfg)
+    _check_supported(model)
     if "validation" in cfg and not cfg.dry_run:
         Validation(cfg, model)  # its data is looked at before any weight
     check_base(model, cfg)
@@ -61,17 +61,16 @@ def build_training_model(cfg: DictConfig, *, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _check_supported(model: nn.Module, cfg: DictConfig) -> None:
+def _check_supported(model: nn.Module) -> None:
     """Refuse a model that also sees where its tower is not dealt with.
 
     Raises:
-        ValueError: it would be held in NF4, or by several processes.
+        ValueError: it would be held by several processes.
     """
-    if isinstance(model, Llava) and (cfg.get("quantization") or dist.is_initialized()):
+    if isinstance(model, Llava) and dist.is_initialized():
         raise ValueError(
-            "checkpointer.checkpoint_dir holds a LLaVA model. Such models are trained by "
-            "kasa_finetune_single_device and corda_finetune_single_device; neither the distributed "
-            "recipes nor those with a base in four bits take them yet."
+            "checkpointer.checkpoint_dir holds a LLaVA model. Such models are trained by the "
+            "recipes for a single device; the distributed ones do not take them yet."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
+from kasa_tune.components.data import build_tokenizer
 from kasa_tune.components.evaluation import Decoding, LanguageModel, Prompt, build_tasks
 from kasa_tune.components.evaluation.tasks import check_room
 from kasa_tune.components.training.loss import logits_returned
@@ -47,8 +48,10 @@ class Validation:
     def __init__(self, cfg: DictConfig, model: TransformerDecoder) -> None:
         self._cfg, self._seed = cfg.validation, cfg.seed
         self.tasks = build_tasks(self._cfg.tasks, limit=self._cfg.limit)
+        tokenizer = build_tokenizer(cfg.tokenizer) if self.tasks else None
         for task in self.tasks:
             task.check_length(model.max_seq_len)
+            task.check_prompts(tokenizer, model.max_seq_len)
         self._prompts = [Prompt(text, chat=True) for text in self._cfg.prompts]
         self._decoding = Decoding(max_new_tokens=self._cfg.max_new_tokens)
         if self._prompts:

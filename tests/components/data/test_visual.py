@@ -1,5 +1,6 @@
 """Rows with images: their text, what is learned of it, and rows that are refused with their number."""
 
+import base64
 import json
 import shutil
 
@@ -76,7 +77,7 @@ def test_a_question_becomes_llavas_prompt(place, tokenizer):
     expected = f"<s>USER: {images}\nWhat color is it? ASSISTANT: red</s>"
     assert text(tokenizer, sample) == expected
     assert learned(tokenizer, sample) == [" red</s>"]
-    assert [image.path.name for image in sample["images"]] == ["0.png"]
+    assert [image.source.name for image in sample["images"]] == ["0.png"]
 
 
 def test_tokens_are_those_of_transformers_processor(place, tokenizer):
@@ -87,6 +88,21 @@ def test_tokens_are_those_of_transformers_processor(place, tokenizer):
     images = "<image>" * FEATURES
     whole = f"<s>USER: {images}\nWhat color is it? ASSISTANT: blue</s>"
     assert sample["tokens"].tolist() == theirs(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_an_image_may_stand_in_its_row(place, tokenizer):
+    content = (place / "1.png").read_bytes()
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    inline, of_file = (dataset(place, tokenizer, [asked(one)])[0] for one in (uri, "1.png"))
+    assert inline["tokens"].tolist() == of_file["tokens"].tolist()
+    (image,), (file,) = inline["images"], of_file["images"]
+    assert torch.equal(image.load(), file.load())
+    assert image.digest() == file.digest()
+    for damaged in (uri[:60], uri.replace(";base64", ""), uri + "?"):
+        with pytest.raises(
+            ValueError, match=r"row 1: (the image in the row|an image inside a row)"
+        ):
+            dataset(place, tokenizer, [asked(), asked(damaged)])
 
 
 def test_a_conversation_is_learned_answer_by_answer(place, tokenizer):
