@@ -130,7 +130,8 @@ def checkpoint_folder(cfg: dict[str, Any]) -> Iterator[Problem]:
         if reads_folder(cfg.get(name)) and (folder := _folder(cfg[name])):
             places.setdefault(folder, []).append(name)
     for folder, names in places.items():
-        read = read_encoder if "metric" in cfg else read_architecture
+        of_encoder = any("encoder" in cfg[name]["_component_"].lower() for name in names)
+        read = read_encoder if of_encoder else read_architecture
         if wrong := _fault(Path(folder), [] if cfg.get("dry_run") else names, read):
             own = f"{names[0]}.checkpoint_dir"
             yield Problem("checkpoint_dir" if folder == cfg.get("checkpoint_dir") else own, wrong)
