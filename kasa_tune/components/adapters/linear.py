@@ -187,30 +187,29 @@ class AdapterLinear(nn.Module):
         """Whether the output is that of :func:`~kasa_tune.components.adapters.product.products`.
         A compiler makes kernels of its own and is given the formula.
         """
-        if torch.compiler.is_compiling() or self.disabled or not self.rank:
-            return False
-        return not (isinstance(self.dropout, nn.Dropout) and self.dropout.training)
+        return not (torch.compiler.is_compiling() or self.disabled or not self.rank)
+
+    @property
+    def _drops(self) -> bool:
+        return isinstance(self.dropout, nn.Dropout) and self.dropout.training
 
     def parts(self) -> Parts:
-        """Return the tensors that the output is made from."""
-        is_edited = len(self.lora_edit_in) and not self.folded
-        return Parts(
-            self.weight,
-            self.bias,
-            self.lora_a.weight,
-            self.lora_b.weight,
-            self.diagonal,
-            self.lora_edit_out if is_edited else None,
-            self.lora_edit_in if is_edited else None,
-            self.scaling,
-        )
+        """Return the tensors that the output is made from. With dropout the update is left out."""
+        a, b, diagonal = self.lora_a.weight, self.lora_b.weight, self.diagonal
+        if self._drops:
+            a, b, diagonal = a.detach()[:0], b.detach()[:, :0], None
+        is_edited = len(self.lora_edit_in) > 0 and not self.folded
+        edit_out, edit_in = (self.lora_edit_out, self.lora_edit_in) if is_edited else (None, None)
+        return Parts(self.weight, self.bias, a, b, diagonal, edit_out, edit_in, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
-        if self.shared_input is not None and self.shared_input.x is x:
-            return self.shared_input.output(self)
         if self.is_plain:
-            return products(x, [self.parts()])[0]
+            if self.shared_input is not None and self.shared_input.x is x:
+                y = self.shared_input.output(self)
+            else:
+                (y,) = products(x, [self.parts()])
+            return self._add_update(y, x) if self._drops else y
         y = F.linear(x, self.weight, self.bias)
         if self.disabled:
             return (
@@ -220,6 +219,9 @@ class AdapterLinear(nn.Module):
             )
         if self.lora_edit_in.shape[0] and not self.folded:
             y = add_product(y, -F.linear(x, self.lora_edit_in.to(x.dtype)), self.lora_edit_out)
+        return self._add_update(y, x)
+
+    def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
         h = F.linear(self.dropout(x), self.lora_a.weight.to(x.dtype))  # [..., r]
         return add_product(y, h * self._scale(), self.lora_b.weight)
 

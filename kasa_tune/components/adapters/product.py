@@ -83,13 +83,14 @@ class _Products(torch.autograd.Function):
         widths = [parts.width for parts in linears]
         down = [factor for parts in linears for factor in parts.down]
         stacked = (torch.cat(down) if len(down) > 1 else down[0]).to(x.dtype)  # [Σ (r + k), d_in]
-        h = x.reshape(-1, x.shape[-1]) @ stacked.T  # [n, Σ (r + k)]
+        rows = x.reshape(-1, x.shape[-1])  # [n, d_in]
+        h = rows @ stacked.T  # [n, Σ (r + k)]
         ups = [parts.up(x.dtype) for parts in linears]
         outputs = []
         for parts, up, own_h in zip(linears, ups, h.split(widths, dim=1), strict=True):
-            y = F.linear(x, dequantize(parts.weight, x.dtype), parts.bias)
-            y.view(-1, len(up)).addmm_(own_h, up.T)
-            outputs.append(y)
+            y = F.linear(rows, dequantize(parts.weight, x.dtype), parts.bias).addmm_(own_h, up.T)
+            # No view, which autograd would not let be modified in place afterwards.
+            outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(up)]))
         used = (tensor for parts in linears for tensor in (parts.weight, parts.b, parts.diag))
         ctx.save_for_backward(x, h, stacked, *ups, *used)
         ctx.widths, ctx.scalings = widths, [parts.scaling for parts in linears]

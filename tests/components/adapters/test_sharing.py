@@ -145,6 +145,28 @@ def test_each_keeps_its_own_dropout():
         assert torch.equal(y, linear(x))
 
 
+def test_dropout_masks_what_the_updates_read_and_nothing_else():
+    model = adapted("kasa", dropout=0.5).train()
+    x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    outputs = model(x)
+    torch.manual_seed(1)
+    expected = []
+    for linear in model.children():
+        masked = nn.functional.dropout(x, 0.5)
+        expected.append(formula(linear, masked) + (x - masked) @ base_less_edit(linear).T)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **FP64)
+    for ours, theirs in zip(
+        gradients(outputs, model, x), gradients(expected, model, x), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **FP64)
+
+
+def base_less_edit(linear):
+    return linear.weight - linear.lora_edit_out @ linear.lora_edit_in
+
+
 def test_without_a_gradient_of_the_input_the_others_are_the_same():
     model = adapted()
     x = torch.randn(4, D_IN, dtype=torch.float64)
