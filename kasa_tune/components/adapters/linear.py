@@ -198,17 +198,17 @@ class AdapterLinear(nn.Module):
         a, b, diagonal = self.lora_a.weight, self.lora_b.weight, self.diagonal
         if self._drops:
             a, b, diagonal = a.detach()[:0], b.detach()[:, :0], None
-        edit = (self.lora_edit_out, self.lora_edit_in)
-        if self.folded or not len(self.lora_edit_in):
-            edit = (None, None)
-        return Parts(self.weight, self.bias, a, b, diagonal, *edit, self.scaling)
+        is_edited = len(self.lora_edit_in) > 0 and not self.folded
+        edit_out, edit_in = (self.lora_edit_out, self.lora_edit_in) if is_edited else (None, None)
+        return Parts(self.weight, self.bias, a, b, diagonal, edit_out, edit_in, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., d_in]`` to ``y [..., d_out]``."""
         if self.is_plain:
-            shared = self.shared_input
-            is_shared = shared is not None and shared.x is x
-            y = shared.output(self) if is_shared else products(x, [self.parts()])[0]
+            if self.shared_input is not None and self.shared_input.x is x:
+                y = self.shared_input.output(self)
+            else:
+                (y,) = products(x, [self.parts()])
             return self._add_update(y, x) if self._drops else y
         y = F.linear(x, self.weight, self.bias)
         if self.disabled:
