@@ -75,8 +75,8 @@ def test_adapters_and_checkpointing_change_nothing(family):
 @pytest.mark.parametrize("name", DECODERS)
 def test_builders_are_known_without_torch(name):
     """What the arguments tell is what the built model's modules tell."""
-    if name == "kasa_from_checkpoint":
-        return  # config.json tells
+    if name == "kasa_from_checkpoint" or name.startswith("kasa_llava"):
+        return  # config.json tells; a LLaVA is compared with it once it is built
     base, values = signatures.built_from(f"kasa_tune.components.models.{name}")
     assert base in BUILDERS
     sizes = {}
