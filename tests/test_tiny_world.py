@@ -143,7 +143,7 @@ def test_task_score_by_hand():
 
 def test_sizes():
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8e6
-    assert sum(path.stat().st_size for path in DATA.iterdir()) <= 1.5e6
+    assert sum(path.stat().st_size for path in DATA.iterdir()) <= 2e6
     with safe_open(MODEL / "model.safetensors", "pt") as file:
         assert sum(file.get_tensor(name).numel() for name in file.keys()) <= 4e6  # noqa: SIM118
 
