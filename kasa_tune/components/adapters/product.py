@@ -92,8 +92,10 @@ class _Products(torch.autograd.Function):
             # No view, which autograd would not let be modified in place afterwards.
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(up)]))
         used = (tensor for parts in linears for tensor in (parts.weight, parts.b, parts.diag))
-        ctx.save_for_backward(x, h, stacked, *ups, *used)
-        ctx.widths, ctx.scalings = widths, [parts.scaling for parts in linears]
+        trains = any(len(parts.a) for parts in linears)  # or no gradient needs x
+        ctx.save_for_backward(x if trains else None, h, stacked, *ups, *used)
+        ctx.shape, ctx.widths = x.shape, widths
+        ctx.scalings = [parts.scaling for parts in linears]
         return tuple(outputs)
 
     @staticmethod
@@ -113,10 +115,12 @@ class _Products(torch.autograd.Function):
             by_up = by_y.T @ own_h[:, : b.shape[1]]  # [d_out, r]
             by_updates.append(_by_update(by_up, b, diag, ctx.scalings[number]))
             if ctx.needs_input_grad[0]:
-                weight = dequantize(weight, x.dtype)
+                weight = dequantize(weight, stacked.dtype)
                 by_x = by_y @ weight if by_x is None else by_x.addmm_(by_y, weight)
         if by_x is not None:
-            by_x = by_x.addmm_(by_h, stacked).view_as(x)
+            by_x = by_x.addmm_(by_h, stacked).view(ctx.shape)
+        if x is None:
+            return by_x, *[None] * (len(Parts._fields) * len(by_outputs))
         by_down = (by_h.T @ x.reshape(-1, x.shape[-1])).split(ctx.widths)
         gradients: list[Tensor | None] = []
         for own, (by_b, by_diag) in zip(by_down, by_updates, strict=True):

@@ -187,3 +187,16 @@ def test_a_compiled_model_is_given_the_formula_in_one_graph():
         torch.compile(model, backend="eager", fullgraph=True)(x), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, **MODEL_FP32)
+
+
+def test_the_input_is_kept_only_where_a_gradient_needs_it():
+    x = torch.randn(4, D_IN, dtype=torch.float64, requires_grad=True)
+    for dropout, times in ((0.0, 1), (0.5, 0)):  # with dropout each update reads a copy
+        model, kept = adapted("lora", dropout=dropout).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.data_ptr()), t)[1], lambda t: t
+        ):
+            outputs = model(x)
+        assert kept.count(x.data_ptr()) == times
+        sum(y.square().sum() for y in outputs).backward()
+        assert all(linear.lora_a.weight.grad.any() for _, linear in adapter_linears(model))
