@@ -1,5 +1,5 @@
 """The configs that fine-tune encoders to classify: those of KaSA's and CorDA++'s tables on GLUE, and
-some on the tiny RoBERTa.
+some on the tiny encoders.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ ENCODERS = {
     model.name: model
     for model in (
         EncoderModel("tiny_roberta", "The tiny RoBERTa", "kasa_tune://tiny_world/roberta"),
+        EncoderModel("tiny_deberta", "The tiny DeBERTaV3", "kasa_tune://tiny_world/deberta"),
         EncoderModel(
             "roberta_base", "RoBERTa base", "/tmp/roberta-base", "FacebookAI/roberta-base",
             "roberta_base",
@@ -132,8 +133,9 @@ _TINY = Trial("tiny_roberta", "", 32, 8, "4e-3", length=64)
 
 def trials() -> Iterator[Trial]:
     """Every config for classification."""
-    for method in ("kasa", "lora", "corda"):
-        yield replace(_TINY, method=method)
+    for model in ("tiny_roberta", "tiny_deberta"):
+        for method in ("kasa", "lora", "corda"):
+            yield replace(_TINY, model=model, method=method)
     yield replace(_TINY, task="order")
     yield from _TRIALS
     for trial in _TRIALS[:6]:
