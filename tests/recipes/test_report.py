@@ -181,7 +181,7 @@ def test_one_page_of_a_run_and_one_of_two(finetune, run_main, tmp_path, texts, c
     phases = json.loads((run.folder / "phases.json").read_text())
     assert list(phases) == [
         "reading data and weights", "starting the adapters", "setting up", "validation",
-        "training", "saving",
+        "waiting for data", "forward and backward", "optimizer", "logging", "saving",
     ]  # fmt: skip
     assert all(name in text for name in phases)
     runs = f"runs={{a <i>: {run.folder}, second: {run.folder}}}"

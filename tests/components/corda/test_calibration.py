@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune import modules, training
 
-from kasa_tune.components.adapters import CorDALinear
+from kasa_tune.components.adapters import CorDALinear, sharing
 from kasa_tune.components.adapters.attach import ATTN_MODULES
 from kasa_tune.components.adapters.state import adapter_linears
 from kasa_tune.components.corda import calibration
@@ -247,7 +247,9 @@ def test_activation_checkpointing_changes_nothing(reference):
 
 
 def left_as_it_was(model):
-    return not any(m._forward_pre_hooks or getattr(m, "disabled", False) for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    has_own = all(hook is sharing._open for hook in hooks)  # those that it was built with
+    return has_own and not any(getattr(m, "disabled", False) for m in model.modules())
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 100])
