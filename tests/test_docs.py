@@ -35,7 +35,7 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_name_what_there_is(name):
-    scripts = re.findall(r"python (benchmarks/\w+\.py)", PAGES[name])
+    scripts = re.findall(r"\b((?:benchmarks|tests)/[\w/]+\.py)", PAGES[name])
     assert [script for script in scripts if not (ROOT / script).exists()] == []
     recipes = {recipe.name for recipe in registry.recipes()}
     configs = {shipped.name for shipped in registry.configs()}
